@@ -1,0 +1,225 @@
+"""`dalle-dist VERB ...`; each verb imports its room only when called, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dalle_dist.config import Config, load, preset_names, to_yaml
+from dalle_dist.errors import ConfigError, UserError
+
+Handler = Callable[[argparse.Namespace], None]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; the exit status is 0, or 2 after one line that says what the user can mend."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse cannot take "--flag" between two positional lists: key=value words end up in `rest`.
+    misplaced = [word for word in rest if word.startswith("-") or "=" not in word]
+    if misplaced or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(misplaced or rest)}")
+    if rest:
+        options.overrides += rest
+    try:
+        options.handler(options)
+    except UserError as error:
+        if not isinstance(error, ConfigError) or _is_first_rank():
+            print(f"dalle-dist: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dalle-dist", description="Train DALL-E, from a laptop's CPU to a cluster."
+    )
+    # The `deepspeed` launcher puts this before the verb; ranks are read from the environment.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_data(verbs)
+    _add_tokenizer(verbs)
+    for name, handler, text in (
+        ("train-dvae", _train_dvae, "stage 1: learn image tokens"),
+        ("train", _train, "stage 2: learn text and image tokens in one stream"),
+    ):
+        verb = _add_configured(verbs, name, handler, text)
+        verb.add_argument("--resume", metavar="auto|PATH", help="go on from a checkpoint")
+    _add_configured(verbs, "encode", _encode, "image shards to token shards, once")
+    _add_configured(verbs, "report", _report, "curves, reconstructions, samples: report.html")
+    _add_configured(verbs, "config", _config, "print the whole config that a command would use")
+    _add_generate(verbs)
+    _add_convert(verbs)
+    return parser
+
+
+def _add_configured(
+    verbs: argparse._SubParsersAction, name: str, handler: Handler, text: str
+) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+    presets = ", ".join(preset_names())
+    verb.add_argument("preset", metavar="PRESET", help=f"{presets}, or a YAML file")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.updates=100")
+    verb.set_defaults(handler=handler)
+    return verb
+
+
+def _add_data(verbs: argparse._SubParsersAction) -> None:
+    actions = verbs.add_parser("data", help="make and look at image shards").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    emoji = actions.add_parser("emoji", help="render the Noto Color Emoji font with its names")
+    emoji.add_argument("out", metavar="OUT")
+    emoji.add_argument("--size", type=int, default=64, help="pixels per side (default 64)")
+    emoji.set_defaults(handler=_data_emoji)
+    build = actions.add_parser("build", help="from a folder of NAME.{jpg,png,webp} + NAME.txt")
+    build.add_argument("folder", metavar="FOLDER")
+    build.add_argument("out", metavar="OUT")
+    build.add_argument("--size", type=int, help="shrink to this many pixels on the shorter side")
+    build.set_defaults(handler=_data_build)
+    for action in (emoji, build):
+        action.add_argument("--seed", type=int, default=0)
+        action.add_argument("--held-out", type=float, default=0.05, metavar="SHARE")
+    inspect = actions.add_parser("inspect", help="counts, sizes, caption lengths, contact sheet")
+    inspect.add_argument("folder", metavar="SHARDS")
+    inspect.add_argument("--contact-sheet", type=Path, metavar="PNG")
+    inspect.set_defaults(handler=_data_inspect)
+
+
+def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
+    actions = verbs.add_parser("tokenizer", help="train the text tokenizer").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    _add_configured(actions, "train", _tokenizer_train, "BPE on the training captions")
+
+
+def _add_generate(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("generate", help="draw pictures for prompts")
+    verb.add_argument("release", metavar="RELEASE", help="a release folder, e.g. runs/demo/release")
+    verb.add_argument("prompts", nargs="+", metavar="PROMPT")
+    verb.add_argument("-n", type=int, default=1, help="pictures per prompt")
+    verb.add_argument("--temperature", type=float, default=1.0)
+    verb.add_argument("--top-k", type=int, default=0, help="0 = all")
+    verb.add_argument("--top-p", type=float, default=1.0)
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--batch-size", type=int, default=64, help="pictures drawn at once")
+    verb.add_argument("-o", "--out", default="generated", help="folder (default generated)")
+    verb.set_defaults(handler=_generate)
+
+
+def _add_convert(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("convert", help="a DeepSpeed checkpoint to a release folder")
+    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, or one of its checkpoints")
+    verb.add_argument("out", metavar="OUT")
+    verb.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    verb.set_defaults(handler=_convert)
+
+
+def _data_emoji(options: argparse.Namespace) -> None:
+    from dalle_dist.data.emoji import build_emoji
+
+    build_emoji(options.out, options.size, options.seed, options.held_out)
+
+
+def _data_build(options: argparse.Namespace) -> None:
+    from dalle_dist.data.folder import build_folder
+
+    build_folder(options.folder, options.out, options.size, options.seed, options.held_out)
+
+
+def _data_inspect(options: argparse.Namespace) -> None:
+    from dalle_dist.data.inspect import inspect
+
+    inspect(options.folder, options.contact_sheet)
+
+
+def _tokenizer_train(options: argparse.Namespace) -> None:
+    from dalle_dist.data import storage
+    from dalle_dist.tokenizer import train_tokenizer
+
+    config = _config_of(options)
+    tokenizer = train_tokenizer(_captions(config), config.tokenizer.vocab_size)
+    tokenizer.save(config.paths.tokenizer)
+    bytes_ = len(storage.read_bytes(config.paths.tokenizer))
+    print(f"{config.paths.tokenizer}: {tokenizer.vocab_size} classes, {bytes_} bytes")
+
+
+def _captions(config: Config) -> Iterator[str]:
+    from dalle_dist.data import storage
+    from dalle_dist.data.shards import ShardSet
+
+    shards = ShardSet(storage.join(config.paths.images, "train"), "images")
+    return (shards.read(i)["txt"].decode() for i in range(len(shards)))
+
+
+def _train_dvae(options: argparse.Namespace) -> None:
+    config = _config_of(options)
+    from dalle_dist.train.train_dvae import train_dvae
+
+    train_dvae(config, options.resume)
+
+
+def _encode(options: argparse.Namespace) -> None:
+    config = _config_of(options)
+    from dalle_dist.train.encode import encode
+
+    encode(config)
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = _config_of(options)
+    from dalle_dist.train.train import train
+
+    train(config, options.resume)
+
+
+def _report(options: argparse.Namespace) -> None:
+    config = _config_of(options)
+    from dalle_dist.evaluate.report import write_report
+
+    write_report(config)
+
+
+def _config(options: argparse.Namespace) -> None:
+    print(to_yaml(_config_of(options)), end="")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from dalle_dist.generate.generator import Generator, write_outputs
+
+    generator = Generator.load(options.release)
+    images = generator.generate(
+        options.prompts,
+        n=options.n,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    write_outputs(images, options.out, fingerprint=generator.fingerprint)
+    print(f"{len(images)} pictures in {options.out}/, all of them in {options.out}/grid.png")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from dalle_dist.checkpoint.convert import convert
+
+    convert(options.checkpoint, options.out, options.weights)
+
+
+def _config_of(options: argparse.Namespace) -> Config:
+    return load(options.preset, options.overrides)
+
+
+def _is_first_rank() -> bool:
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

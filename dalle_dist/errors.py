@@ -1,0 +1,17 @@
+"""Errors that a user can cause: the command line prints them as one line and exits with 2."""
+
+
+class UserError(Exception):
+    """One line: what is wrong, where, and the mend."""
+
+
+class ConfigError(UserError):
+    """A config that cannot be used: unknown key, wrong type, or sizes that do not fit."""
+
+
+class DataError(UserError):
+    """Shards, images or captions that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or release folder that is missing, damaged, or belongs to another model."""

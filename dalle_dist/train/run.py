@@ -1,0 +1,204 @@
+"""A run is a folder: config.yaml, log.jsonl, tensorboard/, samples/, checkpoints/, release/."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import torch.distributed as dist
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from dalle_dist.config import Config, difference, to_dict, to_yaml
+from dalle_dist.data import storage
+from dalle_dist.distributed.launch import Ranks
+from dalle_dist.errors import ConfigError, UserError
+
+
+class Run:
+    """The folder of one training run, opened by all ranks; only rank 0 writes logs and pictures.
+
+    A remote run (`s3://`) is written to a local working copy; `sync` uploads what changed.
+    `shape` names the config sections that a resumed run must not change.
+
+    Raises:
+        UserError: the folder holds a run and `resume` is false, or another process trains in it.
+        ConfigError: resumed with another shape.
+    """
+
+    def __init__(
+        self, path: str, config: Config, ranks: Ranks, *, resume: bool, shape: tuple[str, ...]
+    ) -> None:
+        self.path, self.main, self._config = path, ranks.rank == 0, config
+        self.folder = working_copy(path, ranks)
+        if resume:
+            _refuse_other_shape(path, saved_config(self.folder), to_dict(config), shape)
+        else:
+            _refuse_used(path, self.folder)
+        if ranks.world > 1:
+            dist.barrier()  # all have looked before rank 0 writes
+        self._lock: IO[str] | None = None
+        self._log: IO[str] | None = None
+        self._wandb: Any = None
+        if self.main:
+            self._open()
+
+    def _open(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder / ".lock", self.path)
+        if not (self.folder / "config.yaml").exists():
+            self._write_config()
+        self._log = (self.folder / "log.jsonl").open("a", buffering=1)
+        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+        if self._config.train.wandb:
+            import wandb
+
+            tree = to_dict(self._config)
+            self._wandb = wandb.init(
+                project="dalle-dist", name=self._config.name, config=tree, dir=self.folder
+            )
+
+    def _write_config(self) -> None:
+        storage.write_bytes(str(self.folder / "config.yaml"), to_yaml(self._config).encode())
+
+    def rewind(self, update: int) -> None:
+        """Accept a resumed run at `update`: later log lines go, the config in force is saved."""
+        if not self.main or self._log is None:
+            return
+        self._write_config()
+        self._log.close()
+        path = self.folder / "log.jsonl"
+        lines = [line for line in path.read_text().splitlines(True) if _update_of(line) <= update]
+        storage.write_bytes(str(path), "".join(lines).encode())
+        self._log = path.open("a", buffering=1)
+
+    def log(self, update: int, **numbers: float) -> None:
+        """One line of log.jsonl, and the same numbers to TensorBoard (and W&B if asked for)."""
+        if not self.main or self._log is None:
+            return
+        line = {"update": update, "time": round(time.time(), 3), **numbers}
+        self._log.write(json.dumps(line) + "\n")
+        for name, number in numbers.items():
+            self._tensorboard.add_scalar(name, number, update)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=update)
+
+    def image(self, update: int, name: str, picture: Image.Image) -> None:
+        """samples/step-00001000-NAME.png, and the same picture to TensorBoard."""
+        if not self.main:
+            return
+        import numpy as np
+
+        path = self.folder / "samples" / f"step-{update:08d}-{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+        pixels_HWC = np.asarray(picture.convert("RGB"))
+        self._tensorboard.add_image(name, pixels_HWC, update, dataformats="HWC")
+
+    def progress(self, total: int, start: int, unit: str = "update") -> tqdm:
+        """A bar with rate and ETA on rank 0; on no terminal, a line now and then."""
+        return tqdm(
+            total=total,
+            initial=start,
+            unit=unit,
+            dynamic_ncols=True,
+            disable=not self.main,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+            desc=Path(self.path).name,
+        )
+
+    def sync(self) -> None:
+        """Upload a remote run's new files; nothing to do for a local one."""
+        if self.main and storage.is_remote(self.path):
+            self._tensorboard.flush()
+            storage.publish_folder(self.folder, self.path)
+
+    def close(self) -> None:
+        if not self.main:
+            return
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self.sync()
+        if self._log is not None:
+            self._log.close()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def working_copy(path: str, ranks: Ranks) -> Path:
+    """Local folder of a run; a remote one is downloaded by each machine's first rank."""
+    if not storage.is_remote(path):
+        return Path(path)
+    cache = Path(os.environ.get("DALLE_DIST_CACHE", Path.home() / ".cache" / "dalle-dist"))
+    local = cache / "runs" / hashlib.sha256(path.encode()).hexdigest()[:16]
+    if ranks.local_rank == 0:
+        _download(path, local)
+    if ranks.world > 1:
+        dist.barrier()
+    return local
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """Lines of a run's log.jsonl, in order."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """The config a run was started with, as a nested dict; empty when there is none."""
+    path = folder / "config.yaml"
+    return yaml.safe_load(path.read_text()) if path.exists() else {}
+
+
+def _download(path: str, local: Path) -> None:
+    local.mkdir(parents=True, exist_ok=True)
+    for name in storage.list_files(path):
+        target = local / name
+        if not target.exists():
+            storage.write_bytes(str(target), storage.read_bytes(storage.join(path, name)))
+
+
+def _refuse_used(path: str, folder: Path) -> None:
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{path}: holds a run; go on with --resume auto, or choose another folder")
+    if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+        raise UserError(f"{path}: not empty and not a run; choose another folder")
+
+
+def _refuse_other_shape(
+    path: str, saved: dict[str, Any], wanted: dict[str, Any], shape: tuple[str, ...]
+) -> None:
+    if not saved:
+        return
+    lines = [
+        line
+        for section in shape
+        for line in difference(saved.get(section, {}), wanted[section], f"{section}.")
+    ]
+    if lines:
+        raise ConfigError(f"{path}: cannot resume with another shape: {'; '.join(lines)}")
+
+
+def _lock(path: Path, run: str) -> IO[str]:
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{run}: another process is training in this folder") from None
+    return file
+
+
+def _update_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["update"])
+    except (ValueError, KeyError):
+        return sys.maxsize  # a line cut short by a crash goes too

@@ -1,0 +1,13 @@
+"""`dalle_kernels`: DALL-E's attention masks and the kernels that exploit them."""
+
+from setuptools import setup
+
+setup(
+    name="dalle-kernels",
+    version="0.1.0",
+    description="DALL-E's sparse attention masks and kernels; knows nothing of dalle_dist",
+    python_requires=">=3.10",
+    packages=["dalle_kernels"],
+    install_requires=["torch>=2.7"],
+    extras_require={"gpu": ["triton"]},
+)
