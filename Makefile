@@ -1,0 +1,72 @@
+# make demo   a machine learns to draw from text: 25 minutes on 2 cores, ends with runs/demo/report.html
+# make test   all quick tests            make check   lint, format, types
+# make test-slow   the slower proofs     make bench   the figures in benchmarks/results
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+PRESET := emoji
+DATA := data/emoji
+RUN := runs/demo
+RANKS := 2
+SIZE := $(shell sed -n 's/^  image_size: //p' dalle_dist/presets/$(PRESET).yaml)
+SET := paths.images=$(DATA) paths.tokens=$(DATA)-tokens paths.tokenizer=$(DATA)/tokenizer.json \
+       paths.dvae_run=$(RUN)-dvae paths.run=$(RUN) $(EXTRA)
+
+.PHONY: demo demo-short test test-slow check format bench clean
+.DELETE_ON_ERROR:
+
+demo: $(RUN)/report.html
+	@echo "Open $(RUN)/report.html; the table of drawn pictures is $(RUN)/report.png"
+
+$(RUN)/report.html: $(RUN)/release/config.yaml
+	$(BIN)/dalle-dist report $(PRESET) $(SET)
+
+$(RUN)/release/config.yaml: $(DATA)-tokens/held-out/index.json $(DATA)/tokenizer.json
+	$(BIN)/deepspeed --num_accelerators $(RANKS) --module dalle_dist train $(PRESET) --resume auto $(SET)
+
+$(DATA)-tokens/held-out/index.json: $(RUN)-dvae/release/config.yaml
+	$(BIN)/dalle-dist encode $(PRESET) $(SET)
+
+$(RUN)-dvae/release/config.yaml: $(DATA)/held-out/index.json
+	$(BIN)/dalle-dist train-dvae $(PRESET) --resume auto $(SET)
+
+$(DATA)/tokenizer.json: $(DATA)/held-out/index.json
+	$(BIN)/dalle-dist tokenizer train $(PRESET) $(SET)
+
+$(DATA)/held-out/index.json: $(VENV)/ready
+	$(BIN)/dalle-dist data emoji $(DATA) --size $(SIZE)
+
+# The same road in a few minutes: it proves the road, its pictures are poor.
+demo-short:
+	$(MAKE) demo RUN=runs/demo-short DATA=data/emoji-short \
+	  EXTRA="dvae_train.updates=60 dvae_train.eval_every=60 train.updates=40 train.eval_every=40 train.sample_every=40"
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/ready
+	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.sampling
+
+# torch goes first: DeepSpeed's set-up imports it, and must not bring another one of its own.
+$(VENV)/ready: setup.py kernels/setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel torch
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e kernels -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/*.egg-info

@@ -1,0 +1,83 @@
+"""Pictures of a report: tables of images with captions, and curves."""
+
+from __future__ import annotations
+
+import base64
+import io
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+CELL, GAP, CAPTION = 96, 6, 190  # pixels
+
+
+@dataclass(frozen=True)
+class Row:
+    caption: str
+    true: Image.Image
+    samples: list[Image.Image]
+
+
+def table(rows: Sequence[Row], title: str, columns: int = 2) -> Image.Image:
+    """All rows in `columns` columns: caption, the true picture, then the samples."""
+    shown = 1 + max(len(row.samples) for row in rows)
+    width = CAPTION + shown * (CELL + GAP) + 4 * GAP
+    lines = -(-len(rows) // columns)
+    canvas = Image.new("RGB", (columns * width, 64 + lines * (CELL + GAP)), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
+    draw.text((GAP, 8), title, fill="black", font=ImageFont.load_default(16))
+    for column in range(columns):
+        left = column * width + CAPTION + GAP
+        draw.text((left, 40), "true", fill="gray", font=font)
+        draw.text((left + CELL + 3 * GAP, 40), "drawn by the model", fill="gray", font=font)
+    for i, row in enumerate(rows):
+        left, top = (i // lines) * width, 64 + (i % lines) * (CELL + GAP)
+        text = "\n".join(textwrap.wrap(row.caption, 24)[:4])
+        draw.multiline_text((left + GAP, top + CELL // 4), text, fill="black", font=font)
+        for j, picture in enumerate([row.true, *row.samples]):
+            at = left + CAPTION + GAP + j * (CELL + GAP) + (2 * GAP if j else 0)
+            canvas.paste(_fit(picture), (at, top))
+    return canvas
+
+
+def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of pictures of one size, without captions."""
+    canvas = Image.new("RGB", (len(rows[0]) * (CELL + GAP), len(rows) * (CELL + GAP)), "white")
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            canvas.paste(_fit(picture), (j * (CELL + GAP), i * (CELL + GAP)))
+    return canvas
+
+
+def curves(log: list[dict[str, float]], panels: Sequence[dict[str, str]]) -> Image.Image:
+    """One plot per panel, a panel being {key of log.jsonl: label}; keys never logged are left out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(panels), 3), dpi=110)
+    for i, panel in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1)
+        for key, label in panel.items():
+            points = [(line["update"], line[key]) for line in log if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
+        axes.set_xlabel("update")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer)
+
+
+def data_uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _fit(picture: Image.Image) -> Image.Image:
+    return picture.convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC)

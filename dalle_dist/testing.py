@@ -1,0 +1,128 @@
+"""Help for tests: hardware marks that skip themselves, and real processes as ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import pytest
+import torch
+
+from dalle_dist.distributed import launch
+
+requires_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+requires_multi_gpu = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="needs two CUDA GPUs or more"
+)
+
+
+def requires_capability(major: int, minor: int = 0) -> pytest.MarkDecorator:
+    """Skip where the GPU is older than compute capability major.minor, or absent."""
+    found = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    reason = f"needs a GPU of compute capability {major}.{minor}, found {found[0]}.{found[1]}"
+    return pytest.mark.skipif(found < (major, minor), reason=reason)
+
+
+def run_distributed(
+    fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120, threads: int = 1
+) -> list[Any]:
+    """Call `fn(ranks, *args)` in `world` processes over gloo; return the results in rank order.
+
+    `fn` must be a module-level function; `args` and results are pickled. Fails with the tracebacks
+    of all ranks when one raises, dies, or the time (seconds) runs out.
+    """
+    # A server that has imported the slow packages once forks each rank in milliseconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "dalle_dist.testing", "dalle_dist.preload"])
+    port = launch.free_port()
+    ends, processes = [], []
+    for rank in range(world):
+        ours, theirs = context.Pipe(duplex=False)
+        environment = _environment(rank, world, port, threads)
+        process = context.Process(
+            target=_rank_main, args=(theirs, environment, threads, fn, args), daemon=False
+        )
+        process.start()
+        theirs.close()
+        ends.append(ours)
+        processes.append(process)
+    try:
+        outcomes = _collect(ends, timeout)
+    finally:
+        _stop(processes)
+    failed = {rank: text for rank, (ok, text) in outcomes.items() if not ok}
+    if failed:
+        pytest.fail("\n".join(f"rank {r}:\n{text}" for r, text in failed.items()), pytrace=False)
+    return [outcomes[rank][1] for rank in range(world)]
+
+
+def _environment(rank: int, world: int, port: int, threads: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": str(threads),
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+def _rank_main(
+    end: Connection,
+    environment: dict[str, str],
+    threads: int,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    try:
+        result = fn(launch.init(), *args)
+        end.send((True, result))
+    except BaseException:
+        end.send((False, traceback.format_exc()))
+        sys.stdout.flush()
+        # Peers may wait for this rank in a collective: leaving at once breaks their connection.
+        os._exit(1)
+    launch.shutdown()
+
+
+def _collect(ends: list[Connection], timeout: float) -> dict[int, tuple[bool, Any]]:
+    outcomes: dict[int, tuple[bool, Any]] = {}
+    deadline = time.monotonic() + timeout
+    while len(outcomes) < len(ends):
+        left = deadline - time.monotonic()
+        pending = {ends[r]: r for r in range(len(ends)) if r not in outcomes}
+        ready = wait(list(pending), timeout=max(0.0, left))
+        if not ready:
+            outcomes.update({r: (False, f"no answer in {timeout:g} s") for r in pending.values()})
+        for end in ready:
+            rank = pending[end]  # type: ignore[index]
+            outcomes[rank] = _receive(end)  # type: ignore[arg-type]
+            if not outcomes[rank][0]:
+                deadline = min(deadline, time.monotonic() + 10)
+    return outcomes
+
+
+def _receive(end: Connection) -> tuple[bool, Any]:
+    try:
+        outcome: tuple[bool, Any] = end.recv()
+        return outcome
+    except EOFError:
+        return False, "the process died without a word"
+
+
+def _stop(processes: list[Any]) -> None:
+    for process in processes:
+        process.join(timeout=5)
+        if process.is_alive():
+            process.kill()
+            process.join()
