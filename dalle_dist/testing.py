@@ -8,8 +8,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -37,9 +40,7 @@ def run_distributed(
     `fn` must be a module-level function; `args` and results are pickled. Fails with the tracebacks
     of all ranks when one raises, dies, or the time (seconds) runs out.
     """
-    # A server that has imported the slow packages once forks each rank in milliseconds.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "dalle_dist.testing", "dalle_dist.preload"])
+    context = _fork_server()
     port = launch.free_port()
     ends, processes = [], []
     for rank in range(world):
@@ -60,6 +61,15 @@ def run_distributed(
     if failed:
         pytest.fail("\n".join(f"rank {r}:\n{text}" for r, text in failed.items()), pytrace=False)
     return [outcomes[rank][1] for rank in range(world)]
+
+
+def _fork_server() -> ForkServerContext:
+    """A server that has imported the slow packages once forks each rank in milliseconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "deepspeed", "dalle_dist.testing"])
+    with mock.patch.dict(os.environ, {"DS_ACCELERATOR": "cpu"}):
+        forkserver.ensure_running()
+    return context
 
 
 def _environment(rank: int, world: int, port: int, threads: int) -> dict[str, str]:
@@ -99,16 +109,15 @@ def _collect(ends: list[Connection], timeout: float) -> dict[int, tuple[bool, An
     outcomes: dict[int, tuple[bool, Any]] = {}
     deadline = time.monotonic() + timeout
     while len(outcomes) < len(ends):
-        left = deadline - time.monotonic()
-        pending = {ends[r]: r for r in range(len(ends)) if r not in outcomes}
-        ready = wait(list(pending), timeout=max(0.0, left))
+        pending = [rank for rank in range(len(ends)) if rank not in outcomes]
+        ready = wait([ends[rank] for rank in pending], max(0.0, deadline - time.monotonic()))
         if not ready:
-            outcomes.update({r: (False, f"no answer in {timeout:g} s") for r in pending.values()})
-        for end in ready:
-            rank = pending[end]  # type: ignore[index]
-            outcomes[rank] = _receive(end)  # type: ignore[arg-type]
-            if not outcomes[rank][0]:
-                deadline = min(deadline, time.monotonic() + 10)
+            outcomes.update(dict.fromkeys(pending, (False, f"no answer in {timeout:g} s")))
+        for rank in pending:
+            if ends[rank] in ready:
+                outcomes[rank] = _receive(ends[rank])
+                if not outcomes[rank][0]:
+                    deadline = min(deadline, time.monotonic() + 10)
     return outcomes
 
 

@@ -1,0 +1,141 @@
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dalle_dist.distributed import launch
+from dalle_dist.distributed.launch import Place, first_host, read_environment
+from dalle_dist.errors import ConfigError
+from dalle_dist.testing import run_distributed
+
+RENDEZVOUS = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "29500",
+}
+STEP = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_PROCID": "6",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+    "SLURM_STEP_NODELIST": "gpu[07-09],n1",
+    "SLURM_NTASKS": "7",
+}
+STEP_PORT = 12_000 + 77 * 31 + 2 * 7
+MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+BATCH_SCRIPT = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Place("single")),
+        (RENDEZVOUS | {"LOCAL_SIZE": "4"}, Place("deepspeed", 5, 1, 8, 4, "a", 29500)),
+        (
+            RENDEZVOUS | {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"},
+            Place("torchrun", 5, 1, 8, 2, "a", 29500),
+        ),
+        (STEP, Place("srun", 6, 0, 7, 1, "gpu07", STEP_PORT)),
+        (STEP | {"SLURM_RESTART_COUNT": "1"}, Place("srun", 6, 0, 7, 1, "gpu07", STEP_PORT + 1)),
+        (
+            STEP | {"SLURM_NODEID": "1", "MASTER_ADDR": "h", "MASTER_PORT": "5"},
+            Place("srun", 6, 0, 7, 2, "h", 5),
+        ),
+        # torchrun inside a job step, mpirun inside a job step, and the batch script itself
+        (
+            STEP | RENDEZVOUS | {"TORCHELASTIC_RUN_ID": "x"},
+            Place("torchrun", 5, 1, 8, 8, "a", 29500),
+        ),
+        (STEP | MPI, Place("mpirun", 3, 1, 4, 2)),
+        (STEP | {"PMI_SIZE": "7", "PMI_RANK": "6"}, Place("srun", 6, 0, 7, 1, "gpu07", STEP_PORT)),
+        ({"PMI_SIZE": "4", "PMI_RANK": "2"}, Place("mpirun", rank=2, world=4)),
+        (BATCH_SCRIPT | {"SLURM_NTASKS": "16"}, Place("single")),
+    ],
+)
+def test_place_is_read_from_each_launchers_environment(environ, expected):
+    assert read_environment(environ) == expected
+
+
+def test_half_an_environment_is_refused_with_the_missing_names():
+    with pytest.raises(ConfigError, match="MASTER_ADDR, MASTER_PORT is not"):
+        read_environment({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[07-09,12],n3", "gpu07"),
+        ("a[3,5-6]-ib[1-2],b", "a3-ib1"),
+    ],
+)
+def test_first_host_of_slurms_list(nodelist, host):
+    assert first_host(nodelist) == host
+
+
+def test_single_process_is_a_group_of_one_and_init_may_be_called_again():
+    ranks = launch.init()
+    assert (ranks.rank, ranks.world, ranks.launcher) == (0, 1, "single")
+    assert launch.init() is ranks
+    assert ranks.sum([1.5, 2.0]) == [1.5, 2.0]
+
+
+def _collectives(ranks, offset):
+    return (
+        ranks.sum([float(ranks.rank + offset), 1.0]),
+        ranks.any(ranks.rank == 1),
+        ranks.any(False),
+        ranks.broadcast({"from": ranks.rank}),
+        ranks.gather(ranks.rank),
+        torch.get_num_threads(),
+    )
+
+
+def test_collectives_give_every_rank_the_same_answer():
+    for answer in run_distributed(_collectives, 2, 10):
+        assert answer == ([21.0, 2.0], True, False, {"from": 0}, [0, 1], 1)
+
+
+def _fail_on_one(ranks):
+    if ranks.rank == 1:
+        raise ValueError("the reason")
+    dist.barrier()
+
+
+def test_run_distributed_shows_the_failing_ranks_reason_without_waiting_for_its_peers():
+    start = time.monotonic()
+    with pytest.raises(pytest.fail.Exception, match=r"rank 1:(.|\n)*ValueError: the reason"):
+        run_distributed(_fail_on_one, 2)
+    assert time.monotonic() - start < 30
+
+
+THREADS = (
+    "import torch; from dalle_dist.distributed import launch; r = launch.init(); "
+    "print(r.launcher, r.gather((r.rank, r.local_rank, torch.get_num_threads())) "
+    "if r.rank == 0 else r.gather((r.rank, r.local_rank, torch.get_num_threads())) and '')"
+)
+
+
+def test_torchruns_own_thread_limit_gives_way_to_an_even_share_of_the_cores():
+    environ = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["--no-python", sys.executable, "-c", THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=100)
+    assert done.returncode == 0, done.stderr
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert f"torchrun [(0, 0, {share}), (1, 1, {share})]" in done.stdout
