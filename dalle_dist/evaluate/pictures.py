@@ -1,8 +1,7 @@
-"""Pictures of a report: tables of images with captions, and curves."""
+"""Pictures of a report: the table of captions with what was drawn, and curves."""
 
 from __future__ import annotations
 
-import base64
 import io
 import textwrap
 from collections.abc import Sequence
@@ -10,7 +9,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-CELL, GAP, CAPTION = 96, 6, 190  # pixels
+from dalle_dist.data.pictures import GAP, fit
+
+CELL, CAPTION = 96, 190  # pixels
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,12 @@ def table(rows: Sequence[Row], title: str, columns: int = 2) -> Image.Image:
         draw.multiline_text((left + GAP, top + CELL // 4), text, fill="black", font=font)
         for j, picture in enumerate([row.true, *row.samples]):
             at = left + CAPTION + GAP + j * (CELL + GAP) + (2 * GAP if j else 0)
-            canvas.paste(_fit(picture), (at, top))
-    return canvas
-
-
-def grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of pictures of one size, without captions."""
-    canvas = Image.new("RGB", (len(rows[0]) * (CELL + GAP), len(rows) * (CELL + GAP)), "white")
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            canvas.paste(_fit(picture), (j * (CELL + GAP), i * (CELL + GAP)))
+            canvas.paste(fit(picture, CELL), (at, top))
     return canvas
 
 
 def curves(log: list[dict[str, float]], panels: Sequence[dict[str, str]]) -> Image.Image:
-    """One plot per panel, a panel being {key of log.jsonl: label}; keys never logged are left out."""
+    """One plot per panel, a panel being {key of log.jsonl: label}; absent keys are left out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -71,13 +63,3 @@ def curves(log: list[dict[str, float]], panels: Sequence[dict[str, str]]) -> Ima
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer)
-
-
-def data_uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _fit(picture: Image.Image) -> Image.Image:
-    return picture.convert("RGB").resize((CELL, CELL), Image.Resampling.BICUBIC)

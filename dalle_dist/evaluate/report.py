@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import html
+import io
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,13 +15,14 @@ from dalle_dist.checkpoint.release import load_release
 from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.data.loader import ImageDataset, TokenDataset
-from dalle_dist.dvae.metrics import codes_used, psnr
+from dalle_dist.data.pictures import grid, to_image
+from dalle_dist.dvae.metrics import psnr, share_in_use
 from dalle_dist.evaluate.losses import caption_losses
-from dalle_dist.evaluate.pictures import Row, curves, data_uri, grid, table
+from dalle_dist.evaluate.page import page
+from dalle_dist.evaluate.pictures import Row, curves, table
 from dalle_dist.generate.generator import Generator
-from dalle_dist.train.run import read_log
 
-CAPTIONS, SAMPLES = 24, 4
+CAPTIONS, SAMPLES, RECONSTRUCTIONS = 24, 4, 24
 DVAE_PANELS = ({"nll": "reconstruction, nats/dim"}, {"kl": "KL, nats/dim"}, {"psnr": "PSNR, dB"})
 TRAIN_PANELS = (
     {"loss_image": "image, training", "held_out_image": "image, held out"},
@@ -34,82 +33,137 @@ TRAIN_PANELS = (
 
 @dataclass(frozen=True)
 class HeldOut:
-    keys: list[str]
+    """The held-out pictures, in the order of their token shards."""
+
     captions: list[str]
     images_BCHW: Tensor  # floats in [0, 1]
     text_BT: Tensor
     codes_BN: Tensor
 
+    def reconstructed(self, generator: Generator) -> Tensor:
+        """What the dVAE makes of its own codes: pictures_BCHW."""
+        side = generator.config.dvae.grid
+        with torch.no_grad():
+            codes_BGG = self.codes_BN.unflatten(1, (side, side))
+            return torch.cat([generator.dvae.decode(part) for part in codes_BGG.split(64)])
+
 
 def write_report(config: Config) -> None:
-    """Write report.html, report.png and figures.json into the run's folder and print the figures.
+    """Write report.html, report.png and figures.json into the run's folder; print the figures.
 
     Raises:
         CheckpointError: the run has no release yet.
+        DataError: held-out shards missing, or of another dVAE.
     """
     release = load_release(storage.join(config.paths.run, "release"))
     generator = Generator(
         release.transformer, release.tokenizer, release.dvae, release.config, release.fingerprint
     )
-    held_out = _held_out(config, release.tokenizer, release.dvae_fingerprint)
-    figures = measure(config, generator, held_out)
-    rows = _draw(generator, held_out, config.seed)
-    _write(config, generator, held_out, figures, rows)
-    for name, value in figures.items():
-        print(f"{name:32} {value}")
-    print(f"{storage.join(config.paths.run, 'report.html')}")
+    tokens = {part: _tokens(config, part, release) for part in ("train", "held-out")}
+    held_out = _held_out(config, tokens["held-out"])
+    figures = measure(config, generator, held_out, tokens["train"])
+    rows = draw(generator, held_out, config.seed)
+    title = f"{config.name}: {len(rows)} captions the model never saw, {SAMPLES} samples each"
+    pictures = {
+        "Captions it never saw": table(rows, title),
+        "Reconstructions by the dVAE: originals above, through the codes below": _pairs(
+            held_out, generator
+        ),
+        "Training the transformer": curves(_log(config.paths.run), TRAIN_PANELS),
+        "Training the dVAE": curves(_log(config.paths.dvae_run), DVAE_PANELS),
+    }
+    _write(config, figures, pictures)
 
 
-def measure(config: Config, generator: Generator, held_out: HeldOut) -> dict[str, Any]:
+def measure(
+    config: Config, generator: Generator, held_out: HeldOut, train: TokenDataset
+) -> dict[str, Any]:
     """Held-out figures: PSNR of hard codes, share of codes in use, what the captions are worth."""
-    reconstructed_BCHW = _reconstruct(generator, held_out.codes_BN)
+    codes = torch.cat([held_out.codes_BN, torch.stack([train[i][1] for i in range(len(train))])])
     losses = caption_losses(generator.model, held_out.text_BT, held_out.codes_BN, seed=config.seed)
+    quality_B = psnr(held_out.images_BCHW, held_out.reconstructed(generator))
     return {
-        "held_out_pictures": len(held_out.keys),
-        "psnr_db": round(float(psnr(reconstructed_BCHW, held_out.images_BCHW)), 2),
-        "codes_used_share": round(_codes_used_anywhere(config), 3),
-        "image_loss_right_caption": round(losses.right, 4),
-        "image_loss_shuffled_caption": round(losses.shuffled, 4),
-        "caption_gain_nats_per_token": round(losses.gain, 4),
+        "held-out pictures": len(held_out.captions),
+        "PSNR of the dVAE, dB (mean over pictures)": round(quality_B.mean().item(), 2),
+        "share of codes in use": round(share_in_use(codes, config.dvae.codebook_size), 3),
+        "image loss, right caption, nats/token": round(losses.right, 3),
+        "image loss, captions shuffled, nats/token": round(losses.shuffled, 3),
+        "what the caption is worth, nats/token": round(losses.gain, 3),
         "model": generator.fingerprint,
     }
 
 
-def _held_out(config: Config, tokenizer: Any, dvae_fingerprint: str) -> HeldOut:
-    images = ImageDataset(
-        storage.join(config.paths.images, "held-out"), None, config.dvae.image_size, None, 0
-    )
-    tokens = _tokens(config, "held-out", tokenizer, dvae_fingerprint)
-    samples = [images[i] for i in range(len(tokens))]
-    text_and_codes = [tokens[i] for i in range(len(tokens))]
-    return HeldOut(
-        [sample.key for sample in samples],
-        [sample.caption for sample in samples],
-        torch.stack([sample.image_CHW for sample in samples]).float() / 255,
-        torch.stack([text for text, _ in text_and_codes]),
-        torch.stack([codes for _, codes in text_and_codes]),
-    )
+def draw(generator: Generator, held_out: HeldOut, seed: int) -> list[Row]:
+    """Samples at temperature 1, untruncated, for captions spread over the held-out set."""
+    count = min(CAPTIONS, len(held_out.captions))
+    chosen = [i * len(held_out.captions) // count for i in range(count)]
+    captions = [held_out.captions[i] for i in chosen]
+    drawn = generator.generate(captions, n=SAMPLES, seed=seed)
+    samples = [drawn[k * SAMPLES : (k + 1) * SAMPLES] for k in range(count)]
+    return [
+        Row(caption, to_image(held_out.images_BCHW[i]), [sample.image for sample in row])
+        for i, caption, row in zip(chosen, captions, samples, strict=True)
+    ]
 
 
-def _tokens(config: Config, part: str, tokenizer: Any, dvae_fingerprint: str) -> TokenDataset:
+def _tokens(config: Config, part: str, release: Any) -> TokenDataset:
     return TokenDataset(
         storage.join(config.paths.tokens, part),
         None,
-        tokenizer,
+        release.tokenizer,
         config.transformer.text_tokens,
         0.0,
         config.seed,
-        dvae_fingerprint,
+        release.dvae_fingerprint,
         config.transformer.image_grid,
     )
 
 
-def _codes_used_anywhere(config: Config) -> float:
-    from dalle_dist.data.shards import ShardSet
+def _held_out(config: Config, tokens: TokenDataset) -> HeldOut:
+    folder = storage.join(config.paths.images, "held-out")
+    images = ImageDataset(folder, None, config.dvae.image_size, None, config.seed)
+    # A corrupt picture has no tokens, so the two are matched by key.
+    by_key = {sample.key: sample for sample in map(images.read, range(len(images))) if sample}
+    samples = [by_key[tokens.key(i)] for i in range(len(tokens))]
+    pairs = [tokens[i] for i in range(len(tokens))]
+    return HeldOut(
+        [sample.caption for sample in samples],
+        torch.stack([sample.image_CHW for sample in samples]).float() / 255,
+        torch.stack([text_T for text_T, _ in pairs]),
+        torch.stack([codes_N for _, codes_N in pairs]),
+    )
 
-    used: set[int] = set()
-    for part in ("train", "held-out"):
-        shards = ShardSet(storage.join(config.paths.tokens, part), "tokens")
-        for i in range(len(shards)):
-            used.update(codes_used(shards.read(i)["npy"]))
-    return len(used) / config.dvae.codebook_size
+
+def _pairs(held_out: HeldOut, generator: Generator) -> Image.Image:
+    originals = [to_image(picture) for picture in held_out.images_BCHW[:RECONSTRUCTIONS]]
+    pictures = held_out.reconstructed(generator)[:RECONSTRUCTIONS]
+    half = len(originals) // 2 or 1
+    rows = []
+    for start in range(0, len(originals), half):
+        rows.append(originals[start : start + half])
+        rows.append([to_image(picture) for picture in pictures[start : start + half]])
+    return grid(rows)
+
+
+def _log(run: str) -> list[dict[str, float]]:
+    text = storage.read_bytes(storage.join(run, "log.jsonl")).decode()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _write(config: Config, figures: dict[str, Any], pictures: dict[str, Image.Image]) -> None:
+    run = config.paths.run
+    storage.write_bytes(
+        storage.join(run, "figures.json"), json.dumps(figures, indent=2).encode() + b"\n"
+    )
+    html = page(f"dalle-dist: {config.name}", figures, pictures)
+    storage.write_bytes(storage.join(run, "report.html"), html.encode())
+    storage.write_bytes(storage.join(run, "report.png"), _png(next(iter(pictures.values()))))
+    for name, value in figures.items():
+        print(f"{name:45} {value}")
+    print(storage.join(run, "report.html"))
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()

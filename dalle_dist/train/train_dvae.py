@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from dalle_dist.data import storage
 from dalle_dist.data.augment import Augmentation
 from dalle_dist.data.loader import ImageDataset, batches, collate_images
 from dalle_dist.data.order import SampleOrder
+from dalle_dist.data.pictures import grid, to_image
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed import launch
 from dalle_dist.distributed.launch import Ranks
@@ -30,7 +31,6 @@ from dalle_dist.dvae.metrics import psnr, reconstruct, share_in_use
 from dalle_dist.dvae.model import COLOURS, DVAE
 from dalle_dist.dvae.schedules import Rates, rates
 from dalle_dist.errors import CheckpointError, ConfigError
-from dalle_dist.generate.pictures import grid, to_image
 from dalle_dist.train.run import Run
 from dalle_dist.train.stop import StopRequest
 
@@ -141,9 +141,7 @@ class _Trainer:
             "images_per_s": self.settings.batch_size / (time.perf_counter() - began),
         }
 
-    def _forward(
-        self, images_BCHW: Tensor, positions: Tensor, now: Rates
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, images_BCHW: Tensor, positions: Tensor, now: Rates) -> tuple[Tensor, Tensor]:
         dvae, device = self.config.dvae, self.ranks.device
         shape = (dvae.codebook_size, dvae.grid, dvae.grid)
         noise_BKGG = gumbel_noise(shape, self.config.seed, positions.tolist(), device)

@@ -1,0 +1,84 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dalle_dist.cli import main
+
+VERBS = [
+    ["data", "emoji"],
+    ["data", "build"],
+    ["data", "inspect"],
+    ["tokenizer", "train"],
+    ["train-dvae"],
+    ["encode"],
+    ["train"],
+    ["generate"],
+    ["convert"],
+    ["report"],
+    ["config"],
+]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([*verb, "--help"])
+    assert exit_.value.code == 0
+    assert "usage: dalle-dist" in capsys.readouterr().out
+
+
+def test_config_prints_what_a_command_would_use(capsys):
+    assert main(["config", "emoji", "train.updates=7"]) == 0
+    assert "updates: 7" in capsys.readouterr().out
+
+
+def test_overrides_may_follow_flags(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "emoji", "--resume", "auto", "train.updates=none"]) == 2
+    assert "train.updates: 'none' is not an integer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "no-such-preset"],
+        ["train", "emoji", "train.typo=1"],
+        ["train-dvae", "emoji", "dvae.image_size=70"],
+        ["encode", "emoji"],
+        ["tokenizer", "train", "emoji"],
+        ["report", "emoji"],
+        ["generate", "no/release", "a red heart"],
+        ["convert", "no/checkpoint", "out"],
+        ["data", "inspect", "no/shards"],
+        ["data", "build", "no/folder", "out"],
+    ],
+    ids=" ".join,
+)
+def test_what_a_user_gets_wrong_is_one_line_and_nothing_is_written(
+    arguments, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("dalle-dist: error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stray_words_are_refused(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "emoji", "--resume", "auto", "stray"])
+    assert exit_.value.code == 2
+    assert "unrecognized arguments: stray" in capsys.readouterr().err
+
+
+def test_config_errors_are_told_once_per_job(tmp_path):
+    """Under a launcher, a thousand ranks must not print the same line a thousand times."""
+    command = [sys.executable, "-m", "dalle_dist", "config", "emoji", "train.typo=1"]
+    for rank, expected in (("0", 1), ("1", 0)):
+        result = subprocess.run(
+            command, env=os.environ | {"RANK": rank}, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 2
+        assert len(result.stderr.splitlines()) == expected

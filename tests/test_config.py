@@ -1,0 +1,96 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from dalle_dist import config as configs
+from dalle_dist.config import Config, difference, from_dict, load, to_dict, to_yaml
+from dalle_dist.errors import ConfigError
+
+PRESETS = ["12b", "1b", "2.8b", "5.6b", "cc3m", "emoji", "emoji-gpu"]
+
+
+def test_presets_are_the_seven_promised_ones():
+    assert configs.preset_names() == PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_loads_and_survives_yaml(name):
+    config = load(name)
+    assert config.name == name
+    assert from_dict(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_12b_has_the_papers_numbers():
+    config = load("12b")
+    t, train, stage1 = config.transformer, config.train, config.dvae_train
+    assert (t.layers, t.width, t.heads, t.tokens) == (64, 3968, 62, 1280)
+    assert (train.batch_size, train.updates, train.lr, train.clip) == (1024, 430_000, 4.5e-4, 4.0)
+    assert (train.beta1, train.beta2, train.weight_decay) == (0.9, 0.96, 4.5e-2)
+    assert (train.ema, train.ema_every, train.text_loss) == (0.99, 25, 0.125)
+    assert (stage1.kl_weight, stage1.kl_updates, stage1.temperature_final) == (6.6, 5000, 0.0625)
+    assert (stage1.lr, stage1.lr_final, stage1.lr_updates) == (1e-4, 1.25e-6, 1_200_000)
+
+
+def test_overrides_convert_types():
+    config = load("emoji", ["train.updates=7", "train.lr=3e-4", "train.prompts=[a, b]", "seed=2"])
+    assert (config.train.updates, config.train.lr, config.seed) == (7, 3e-4, 2)
+    assert config.train.prompts == ["a", "b"]
+    assert load("emoji", ["train.text_loss=1/4"]).train.text_loss == 0.25
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.udpates=7", r"unknown key 'train.udpates'; did you mean 'updates'\?"),
+        ("trian.updates=7", r"unknown key 'trian'; did you mean 'train'\?"),
+        ("train.updates=many", "train.updates: 'many' is not an integer"),
+        ("train.updates=1.5", "train.updates: 1.5 is not an integer"),
+        ("train.updates=true", "train.updates: True is not an integer"),
+        ("train.lr=1/0", "train.lr: '1/0' is not a number"),
+        ("train.prompts=7", "train.prompts: 7 is not a list"),
+        ("train.prompts=[7]", r"train.prompts\[0\]: 7 is not text"),
+        ("train.checkpoint_activations=1", "train.checkpoint_activations: 1 is not true or false"),
+        ("train.precision=fp8", "train.precision: 'fp8' is not one of fp32, bf16"),
+        ("train=7", "train: 7 is not a section with keys"),
+        ("train.updates", "'train.updates' is not of the form key=value"),
+        ("train.lr.x=1", "train.lr.x: 'lr' is not a section"),
+        ("transformer.heads=3", "transformer.width: 256 is not transformer.heads x 64 = 192"),
+        ("transformer.image_grid=9", "transformer.image_grid: 9, but the dVAE gives"),
+        ("dvae.image_size=70", "dvae.image_size: 70 is not a multiple"),
+        ("dvae.codebook_size=70000", "dvae.codebook_size: 70000 is above 65,536"),
+        ("transformer.conv_kernel=4", "transformer.conv_kernel: 4 is not odd"),
+        ("train.micro_batch=7", "train.batch_size: 64 is not a multiple of train.micro_batch 7"),
+        ("train.ema=1", r"train.ema: 1.0 is not in \[0, 1\)"),
+        ("tokenizer.dropout=1", r"tokenizer.dropout: 1.0 is not in \[0, 1\)"),
+        ("train.updates=0", "train.updates: 0 is not positive"),
+        ("dvae_train.crop_min=0.5", r"dvae_train.crop_min: 0.5 is not in"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_named(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load("emoji", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_file_that_is_no_config(tmp_path):
+    broken, listed = tmp_path / "broken.yaml", tmp_path / "list.yaml"
+    broken.write_text("train: [")
+    listed.write_text("- 1")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load(str(broken))
+    with pytest.raises(ConfigError, match="not a mapping"):
+        load(str(listed))
+    with pytest.raises(ConfigError, match=r"no preset or file 'emojy'.*did you mean 'emoji'\?"):
+        load("emojy")
+
+
+def test_difference_names_every_leaf_that_differs():
+    ours, theirs = to_dict(load("emoji")), to_dict(load("emoji", ["seed=3", "train.lr=1"]))
+    assert difference(ours, theirs) == ["seed: 0 -> 3", f"train.lr: {ours['train']['lr']} -> 1.0"]
+    assert difference({"a": 1}, {"b": 1}) == ["a: 1 -> (absent)", "b: (absent) -> 1"]
+
+
+def test_sections_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1
