@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_dist.distributed.launch import Ranks
-from dalle_dist.errors import CheckpointError
+from dalle_dist.errors import CheckpointError, UserError
 
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8,})")
@@ -103,7 +103,7 @@ def _attempt(partial: Path, ranks: Ranks, action: Callable[[], None]) -> None:
     failure = None
     try:
         action()
-    except (OSError, RuntimeError, CheckpointError) as error:
+    except (OSError, RuntimeError, UserError) as error:
         reason = "disk full" if no_space(error) else " ".join(str(error).split())
         failure = f"rank {ranks.rank}: {reason}" if ranks.world > 1 else reason
     failures = [text for text in ranks.gather(failure) if text]
