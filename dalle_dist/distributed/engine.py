@@ -1,0 +1,217 @@
+"""The one file that speaks to DeepSpeed: a model in, exact updates and fp32 fragments out.
+
+Tested with DeepSpeed 0.19.8. Private names in use: `param._hp_mapping` (ZeRO-1/2, what DeepSpeed's
+universal checkpoints rest on), `optimizer.fp32_groups` (bf16 without ZeRO), `checkpoint_engine`,
+`basic_optimizer`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dalle_dist.config import Config
+from dalle_dist.distributed.ds_config import accumulation, deepspeed_config
+from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.safe_pickle import safe_checkpoint_engine
+from dalle_dist.errors import CheckpointError, ConfigError
+from dalle_dist.optim.ema import Fragment
+from dalle_dist.optim.groups import param_groups
+
+FOLDER = "deepspeed"
+# These sum only the last micro-batch into ZeRO-2's gradient (fixed by DeepSpeed #7665).
+_LOSES_MICRO_BATCHES = ((0, 17, 6), (0, 18, 2))
+
+
+class Engine:
+    """A model under DeepSpeed, of any ZeRO stage, on any number of ranks.
+
+    Per update: `accumulation` times `backward`, then one `step`.
+    """
+
+    def __init__(self, deepspeed_engine: Any, config: Config, ranks: Ranks) -> None:
+        self._engine = deepspeed_engine
+        self._ranks = ranks
+        self.stage = int(deepspeed_engine.zero_optimization_stage())
+        self.accumulation = accumulation(config.train, ranks.world)
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.module.named_parameters()
+        }
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self._engine.module
+        return module
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this micro-batch's share of the global loss.
+
+        The shares of all micro-batches of all ranks add up to the loss. So DeepSpeed's division by
+        the ranks is undone here, and its division by the accumulation steps left out.
+        """
+        self._engine.backward(loss * self._ranks.world, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # only counts
+
+    def step(self, lr: float) -> float:
+        """Clip and apply the summed gradient; returns its norm before clipping."""
+        for group in self._engine.basic_optimizer.param_groups:
+            group["lr"] = lr
+        plain = None if self._engine.optimizer is not self._engine.basic_optimizer else _norm(self)
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm() if plain is None else plain)
+
+    def fragments(self) -> list[Fragment]:
+        """The fp32 master weights that this rank owns; the ranks' fragments cover each weight once.
+
+        `values` are views of the live weights.
+        """
+        if self.stage == 0:
+            return self._whole() if self._ranks.rank == 0 else []
+        find = _zero3_fragment if self.stage == 3 else _hp_fragment
+        found = (find(name, p, self._ranks) for name, p in self.module.named_parameters())
+        return [fragment for fragment in found if fragment is not None]
+
+    @contextmanager
+    def sampling_model(self, build: Callable[[], nn.Module]) -> Iterator[nn.Module | None]:
+        """On rank 0 a model with the present weights that needs no other rank; None elsewhere.
+
+        Under ZeRO-3 the weights are gathered one by one into a model made by `build`; otherwise it
+        is the trained module itself.
+        """
+        main = self._ranks.rank == 0
+        if self.stage < 3:
+            self._engine.eval()
+            yield self.module if main else None
+            self._engine.train()
+        else:
+            state = self._gather()
+            model = build() if main else None
+            if model is not None:
+                device, dtype = self._ranks.device, next(iter(state.values())).dtype
+                model.load_state_dict(state, strict=False)
+                model.to(device, dtype).eval()
+            yield model
+        self._ranks.barrier()
+
+    def save(self, folder: Path) -> None:
+        """Write DeepSpeed's state into `folder`/deepspeed; all ranks together.
+
+        Raises what went wrong on this rank, only after all ranks are through: nobody is left
+        waiting in DeepSpeed's barriers.
+        """
+        files = self._engine.checkpoint_engine
+        files.error = None
+        (folder / FOLDER).mkdir(exist_ok=True)
+        self._engine.save_checkpoint(str(folder), tag=FOLDER, save_latest=False)
+        if files.error is not None:
+            raise files.error
+
+    def load(self, folder: Path) -> None:
+        """Take over what `save` wrote, bit for bit. Raises CheckpointError when it does not fit."""
+        try:
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=FOLDER)
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{folder}: DeepSpeed cannot load it ({reason})") from error
+        if loaded is None:
+            raise CheckpointError(f"{folder}: holds no DeepSpeed state ({FOLDER}/)")
+
+    def _whole(self) -> list[Fragment]:
+        named = list(self.module.named_parameters())
+        masters = getattr(self._engine.optimizer, "fp32_groups", None)
+        if masters is None:
+            return [Fragment(name, 0, p.data.view(-1)) for name, p in named]
+        lows = [p for group in self._engine.optimizer.fp16_groups for p in group]
+        highs = [p for group in masters for p in group]
+        by_id = {id(low): high for low, high in zip(lows, highs, strict=True)}
+        return [Fragment(name, 0, by_id[id(p)].data.view(-1)) for name, p in named]
+
+    def _gather(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        state = {}
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self._ranks.rank == 0:
+                    state[name] = parameter.detach().cpu().clone()
+        return state
+
+
+def build_engine(model: nn.Module, config: Config, ranks: Ranks) -> Engine:
+    """Put `model` under DeepSpeed as config.train says; rank 0's weights are taken by all.
+
+    Raises:
+        ConfigError: the JSON at train.deepspeed contradicts the config, sizes do not divide, or
+            this DeepSpeed is known to be wrong.
+    """
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__ as compatible_ops
+
+    _check_version(deepspeed.__version__)
+    # A C++ extension for CPU collectives that DeepSpeed would compile at the first start: a minute
+    # and a compiler for what gloo does as well.
+    compatible_ops["deepspeed_shm_comm"] = False
+    tree = deepspeed_config(config.train, ranks.world)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    train = config.train
+    optimizer = torch.optim.AdamW(
+        param_groups(model, train.weight_decay),
+        # Some of DeepSpeed's wrappers step once on zero gradients: that must not move a weight.
+        lr=0.0,
+        betas=(train.beta1, train.beta2),
+        eps=train.eps,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model.to(ranks.device), optimizer=optimizer, config=tree, dist_init_required=False
+    )
+    for state in engine.basic_optimizer.state.values():
+        state["step"].zero_()
+    engine.checkpoint_engine = safe_checkpoint_engine()
+    # The script holds nothing that convert needs, and its writing could fail on rank 0 alone.
+    engine._copy_recovery_script = lambda path: None
+    return Engine(engine, config, ranks)
+
+
+def _norm(engine: Engine) -> Tensor:
+    """DeepSpeed keeps no norm for fp32 without ZeRO; gradients are reduced by now."""
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def _hp_fragment(name: str, parameter: Any, ranks: Ranks) -> Fragment | None:
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    return Fragment(name, mapping.lp_fragment_address.start, mapping.get_hp_fragment().view(-1))
+
+
+def _zero3_fragment(name: str, parameter: Any, ranks: Ranks) -> Fragment | None:
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    values = safe_get_local_fp32_param(parameter).view(-1)
+    # Every rank holds an equal piece, the last ones filled up beyond the parameter's end.
+    start = ranks.rank * parameter.ds_tensor.ds_numel
+    numel = min(values.numel(), parameter.ds_numel - start)
+    return Fragment(name, start, values[:numel]) if numel > 0 else None
+
+
+def _check_version(version: str) -> None:
+    first, last = _LOSES_MICRO_BATCHES
+    number = tuple(int(part) for part in version.split("+")[0].split(".")[:3])
+    if first <= number <= last:
+        raise ConfigError(
+            f"DeepSpeed {version} loses gradients when it accumulates under ZeRO-2; install "
+            "0.18.3 or later"
+        )

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from torch import nn
+
+from dalle_dist.errors import CheckpointError
+from dalle_dist.optim.ema import EMA, Fragment, assemble
+from dalle_dist.optim.groups import param_groups
+
+
+def _fold(ema, values):
+    for value in values:
+        ema.update([Fragment("w", 4, torch.tensor([float(value), -float(value)]))])
+
+
+def test_early_folds_average_over_the_last_tenth_and_later_ones_by_the_decay():
+    ema = EMA(0.5)
+    values, expected = list(range(1, 31)), 0.0
+    for n, value in enumerate(values):
+        decay = min(0.5, n / (n + 9))
+        expected = decay * expected + (1 - decay) * value
+    _fold(ema, values)
+    state = ema.state([])
+    assert state["w@4"].tolist() == pytest.approx([expected, -expected])
+
+
+def test_the_random_start_is_forgotten_after_the_first_fold():
+    ema = EMA(0.99)
+    _fold(ema, [1e6])
+    _fold(ema, [1.0] * 200)
+    assert ema.state([])["w@4"][0] == pytest.approx(1.0, abs=1e-2)
+
+
+def test_average_is_a_copy_in_fp32_and_before_the_first_fold_the_present_values():
+    live = torch.ones(3, dtype=torch.bfloat16)
+    ema = EMA(0.9)
+    before = ema.state([Fragment("w", 0, live)])
+    ema.update([Fragment("w", 0, live)])
+    live.fill_(7)
+    assert before["w@0"].tolist() == ema.state([])["w@0"].tolist() == [1, 1, 1]
+    assert ema.state([])["w@0"].dtype == torch.float32
+
+
+def test_a_saved_average_goes_on_bit_for_bit():
+    values = torch.rand(40, generator=torch.Generator().manual_seed(3)).tolist()
+    whole, first, second = EMA(0.9), EMA(0.9), EMA(0.9)
+    _fold(whole, values)
+    _fold(first, values[:13])
+    second.load(first.state([]), first.folds)
+    _fold(second, values[13:])
+    assert torch.equal(second.state([])["w@4"], whole.state([])["w@4"])
+
+
+def test_fragments_of_all_ranks_make_whole_tensors():
+    whole = torch.arange(6.0)
+    fragments = {"a.b@4": whole[4:], "a.b@0": whole[:1], "a.b@1": whole[1:4], "c@0": torch.ones(1)}
+    state = assemble(fragments, {"a.b": (2, 3), "c": ()})
+    assert torch.equal(state["a.b"], whole.view(2, 3))
+    assert state["c"].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("fragments", "reason"),
+    [
+        ({"w@0": torch.ones(2)}, "hold 2 elements, the model has 4"),
+        ({"w@0": torch.ones(2), "w@3": torch.ones(1)}, "elements 2 to 3"),
+        ({"w@0": torch.ones(3), "w@2": torch.ones(2)}, "doubled"),
+        ({"w@0": torch.ones(4), "x@0": torch.ones(1)}, "belongs to no parameter"),
+        ({}, "hold 0 elements"),
+    ],
+)
+def test_missing_doubled_and_foreign_fragments_are_refused(fragments, reason):
+    with pytest.raises(CheckpointError, match=reason):
+        assemble(fragments, {"w": (2, 2)})
+
+
+def test_only_matrices_of_resblocks_are_decayed():
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2), nn.LayerNorm(2)])})
+    model["out"] = nn.Linear(2, 3)
+    model["blocks"][0].bias.requires_grad_(True)
+    decayed, others = param_groups(model, 0.3)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+    assert [id(p) for p in decayed["params"]] == [id(model["blocks"][0].weight)]
+    assert len(others["params"]) == 5
