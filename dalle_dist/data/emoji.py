@@ -1,0 +1,161 @@
+"""The demo's data: every emoji of the Noto Color Emoji font, captioned with its CLDR name."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, features
+
+from dalle_dist.data import storage
+from dalle_dist.data.shards import ShardWriter
+from dalle_dist.errors import DataError
+
+FONT = "NotoColorEmoji.ttf"
+PACKAGE = "fonts-noto-color-emoji"
+FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts")
+STRIKE = 109  # the one size of the font's bitmaps, which are 136 pixels wide
+CELL = 136
+
+
+@dataclass(frozen=True)
+class Emoji:
+    text: str
+    name: str
+
+    @property
+    def words(self) -> frozenset[str]:
+        return frozenset(re.findall(r"\w+", self.name.lower()))
+
+
+def build_emoji(out: str, size: int, seed: int, held_out: float) -> None:
+    """Write OUT/train and OUT/held-out: one `size` x `size` picture per emoji, on white.
+
+    Raises:
+        DataError: no font to be had, or OUT holds shards already.
+    """
+    if not 0 < held_out < 0.5 or size < 1:
+        raise DataError(f"--held-out {held_out} is not in (0, 0.5), or --size {size} below 1")
+    font = _load_font(find_font())
+    known = list(fully_qualified())
+    drawn = [emoji for emoji in known if in_font(font, emoji)]
+    chosen = choose_held_out(drawn, held_out, seed)
+    for part in ("train", "held-out"):
+        with ShardWriter(storage.join(out, part), "images", {"source": FONT, "size": size}) as w:
+            for i, emoji in enumerate(drawn):
+                if (emoji in chosen) == (part == "held-out"):
+                    w.write(f"{i:06d}", _files(font, emoji, size))
+    print(
+        f"{out}: {len(drawn)} of {len(known)} fully-qualified emoji are in the font; "
+        f"{len(drawn) - len(chosen)} to train on, {len(chosen)} held out"
+    )
+
+
+def fully_qualified() -> Iterator[Emoji]:
+    """All emoji of the Unicode list that the `emoji` package carries, with readable names."""
+    import emoji
+
+    for text, data in emoji.EMOJI_DATA.items():
+        if data["status"] == emoji.STATUS["fully_qualified"]:
+            name = re.sub(r"[_\s]+", " ", data["en"].strip(":"))
+            yield Emoji(text, name.replace("-", " ").strip())
+
+
+def choose_held_out(emoji: list[Emoji], share: float, seed: int) -> set[Emoji]:
+    """Those whose names are new combinations of words that the rest still teaches.
+
+    Each name has three words or more, each word stands in two other names or more at the time it
+    is chosen, and no remaining name has the same set of words.
+    """
+    left = Counter(word for one in emoji for word in one.words)
+    same = Counter(one.words for one in emoji)
+    candidates = [one for one in emoji if len(one.words) >= 3 and same[one.words] == 1]
+    random.Random(seed).shuffle(candidates)
+    chosen: set[Emoji] = set()
+    for one in candidates:
+        if len(chosen) >= round(share * len(emoji)):
+            break
+        if all(left[word] >= 3 for word in one.words):
+            chosen.add(one)
+            left.subtract(one.words)
+    return chosen
+
+
+def find_font() -> Path:
+    """The font where it is installed, else from Debian's package, unpacked without root.
+
+    Raises DataError with one line on how to get it.
+    """
+    places = [Path(folder).expanduser() for folder in FOLDERS]
+    for folder in [*places, storage.cache_folder() / "fonts"]:
+        found = next(folder.rglob(FONT), None) if folder.is_dir() else None
+        if found is not None:
+            return found
+    unpacked = _unpack_package(storage.cache_folder() / "fonts")
+    if unpacked is None:
+        raise DataError(
+            f"no {FONT} on this machine; install it with: apt-get install {PACKAGE} "
+            f"(or put the file into {places[-1]})"
+        )
+    return unpacked
+
+
+def in_font(font: ImageFont.FreeTypeFont, emoji: Emoji) -> bool:
+    """A sequence that the font joins renders one glyph wide; any other falls apart."""
+    one = font.getlength("\N{GRINNING FACE}")
+    return abs(font.getlength(emoji.text) - one) < 1 and _render(font, emoji).getbbox() is not None
+
+
+def _unpack_package(target: Path) -> Path | None:
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        return None
+    commands = [["apt-get", "-q", "download", PACKAGE]]
+    if os.geteuid() == 0:
+        # A fresh container has no package lists, and only root may fetch them.
+        commands += [["apt-get", "-q", "update"], commands[0]]
+    with tempfile.TemporaryDirectory() as folder:
+        for command in commands:
+            subprocess.run(command, cwd=folder, capture_output=True, check=False)
+            package = next(Path(folder).glob("*.deb"), None)
+            if package is not None:
+                target.mkdir(parents=True, exist_ok=True)
+                subprocess.run(["dpkg-deb", "-x", package, target], check=False)
+                return next(target.rglob(FONT), None)
+    return None
+
+
+def _load_font(path: Path) -> ImageFont.FreeTypeFont:
+    if not features.check("raqm"):
+        raise DataError("this Pillow lacks Raqm, which joins emoji sequences; pip install pillow")
+    return ImageFont.truetype(str(path), STRIKE, layout_engine=ImageFont.Layout.RAQM)
+
+
+def _render(font: ImageFont.FreeTypeFont, emoji: Emoji) -> Image.Image:
+    """The glyph on transparent ground, in the font's own cell."""
+    canvas = Image.new("RGBA", (CELL, CELL), (255, 255, 255, 0))
+    ImageDraw.Draw(canvas).text((0, 4), emoji.text, font=font, embedded_color=True)
+    return canvas
+
+
+def _files(font: ImageFont.FreeTypeFont, emoji: Emoji, size: int) -> dict[str, bytes]:
+    glyph = _render(font, emoji)
+    white = Image.new("RGBA", glyph.size, "white")
+    picture = Image.alpha_composite(white, glyph).convert("RGB")
+    buffer = io.BytesIO()
+    picture.resize((size, size), Image.Resampling.LANCZOS).save(buffer, format="PNG")
+    about = {"emoji": emoji.text, "name": emoji.name, "width": size, "height": size}
+    return {
+        "png": buffer.getvalue(),
+        "txt": emoji.name.encode(),
+        "json": json.dumps(about).encode(),
+    }

@@ -1,0 +1,225 @@
+"""Samples in an order that depends on (seed, position) alone, and the batches made of them.
+
+Shape suffixes: B batch, C colour channels, H and W pixels, T text positions, N image tokens.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dalle_dist.data.augment import Augmentation, centre
+from dalle_dist.data.order import SampleOrder
+from dalle_dist.data.shards import ShardSet
+from dalle_dist.errors import DataError
+from dalle_dist.tokenizer import Tokenizer
+
+IMAGE_EXTENSIONS = ("png", "jpg", "webp")
+CACHE_BYTES = 256 << 20  # decoded pictures kept per process, for data sets that fit
+
+
+@dataclass(frozen=True)
+class ImageSample:
+    key: str
+    caption: str
+    image_CHW: Tensor  # uint8
+    position: int
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    keys: list[str]
+    captions: list[str]
+    image_BCHW: Tensor  # uint8
+    positions: Tensor  # int64
+
+
+class ImageDataset(Dataset):
+    """Pictures of a folder of image shards; with an order, by position in the endless stream.
+
+    A picture that cannot be decoded is counted, named once in a warning, and replaced by the next
+    readable one. Raises DataError when none can be decoded.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        order: SampleOrder | None,
+        image_size: int,
+        augment: Augmentation | None,
+        seed: int,
+    ) -> None:
+        self.shards, self.order, self.image_size = ShardSet(folder, "images"), order, image_size
+        self.augment, self.seed = augment, seed
+        self._corrupt: set[str] = set()
+        self._decoded: dict[int, tuple[str, str, Image.Image]] = {}
+        self._room = CACHE_BYTES
+
+    @property
+    def corrupt(self) -> int:
+        """Pictures found undecodable so far, by this process."""
+        return len(self._corrupt)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, position: int) -> ImageSample:
+        epoch, index = self.order.at(position) if self.order else (0, position)
+        for step in range(len(self)):
+            sample = self.read((index + step) % len(self), epoch, position)
+            if sample is not None:
+                return sample
+        raise DataError(f"{self.shards.folder}: none of {len(self)} pictures can be decoded")
+
+    def read(self, index: int, epoch: int = 0, position: int = -1) -> ImageSample | None:
+        """Sample `index`, or None when its picture cannot be decoded."""
+        decoded = self._decode(index)
+        if decoded is None:
+            return None
+        key, caption, image = decoded
+        if self.augment is None:
+            image = centre(image, self.image_size)
+        else:
+            image = self.augment(image, f"{self.seed} {epoch} {index}")
+        pixels_HWC = torch.from_numpy(np.array(image))
+        return ImageSample(key, caption, pixels_HWC.permute(2, 0, 1).contiguous(), position)
+
+    def _decode(self, index: int) -> tuple[str, str, Image.Image] | None:
+        if index in self._decoded:
+            return self._decoded[index]
+        files = self.shards.read(index)
+        key, caption = files["__key__"].decode(), files.get("txt", b"").decode()
+        try:
+            data = next(files[e] for e in IMAGE_EXTENSIONS if e in files)
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+        except (StopIteration, UnidentifiedImageError, OSError, ValueError, SyntaxError):
+            if key not in self._corrupt:
+                self._corrupt.add(key)
+                warnings.warn(f"{self.shards.folder}: {key} cannot be decoded", stacklevel=2)
+            return None
+        decoded = (key, caption, image)
+        size = 3 * image.width * image.height
+        if size <= self._room:
+            self._room -= size
+            self._decoded[index] = decoded
+        return decoded
+
+
+class TokenDataset(Dataset):
+    """(text_T int64, codes_N int64) of a folder of token shards.
+
+    Captions longer than the text block are cut and counted in `captions_cut`, empty ones in
+    `captions_empty`.
+
+    Raises:
+        DataError: the shards were made by another dVAE, or have another grid.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        order: SampleOrder | None,
+        tokenizer: Tokenizer,
+        text_tokens: int,
+        dropout: float,
+        seed: int,
+        dvae_fingerprint: str,
+        grid: int,
+    ) -> None:
+        self.shards, self.order, self.tokenizer = ShardSet(folder, "tokens"), order, tokenizer
+        self.text_tokens, self.dropout, self.seed = text_tokens, dropout, seed
+        self.captions_cut, self.captions_empty = 0, 0
+        meta = self.shards.index.meta
+        for name, wanted in (("dvae", dvae_fingerprint), ("grid", grid)):
+            if meta.get(name) != wanted:
+                raise DataError(
+                    f"{folder}: tokens of {name} {meta.get(name)}, but the run's is {wanted}; "
+                    "encode the pictures again"
+                )
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def key(self, index: int) -> str:
+        """Key of the picture that sample `index` was made from."""
+        return self.shards.read(index)["__key__"].decode()
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
+        epoch, index = self.order.at(position) if self.order else (0, position)
+        files = self.shards.read(index)
+        caption = files["txt"].decode()
+        ids, cut = self.tokenizer.encode_padded(
+            caption, self.text_tokens, dropout=self.dropout, seed=f"{self.seed} {epoch} {index}"
+        )
+        self.captions_cut += cut
+        self.captions_empty += not caption.strip()
+        codes_N = np.load(io.BytesIO(files["npy"]), allow_pickle=False).astype(np.int64)
+        return torch.tensor(ids), torch.from_numpy(codes_N)
+
+
+def collate_images(samples: Sequence[ImageSample]) -> ImageBatch:
+    return ImageBatch(
+        [sample.key for sample in samples],
+        [sample.caption for sample in samples],
+        torch.stack([sample.image_CHW for sample in samples]),
+        torch.tensor([sample.position for sample in samples]),
+    )
+
+
+def collate_tokens(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(text_BT, codes_BN)."""
+    return torch.stack([text for text, _ in samples]), torch.stack([codes for _, codes in samples])
+
+
+def batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    start: int,
+    workers: int,
+    collate: Callable[[Sequence[Any]], Any],
+) -> Iterator[Any]:
+    """This rank's micro-batches from update `start` on, without end.
+
+    Update u takes the positions u * batch_size ... of the stream; its micro-batch a of rank r is
+    the r-th run of `micro_batch` positions in the a-th stretch of world * micro_batch. The union
+    over ranks is therefore the same for any number of ranks or workers.
+    """
+    sampler = _Positions(batch_size, micro_batch, rank, world, start)
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            persistent_workers=workers > 0,
+        )
+    )
+
+
+class _Positions:
+    def __init__(
+        self, batch_size: int, micro_batch: int, rank: int, world: int, start: int
+    ) -> None:
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.rank, self.world, self.update = rank, world, start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        update = self.update
+        while True:
+            first = update * self.batch_size + self.rank * self.micro_batch
+            for stretch in range(0, self.batch_size, self.world * self.micro_batch):
+                yield [first + stretch + i for i in range(self.micro_batch)]
+            update += 1

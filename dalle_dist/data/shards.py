@@ -1,0 +1,227 @@
+"""Tar shards with an index: `key.png key.txt key.json`, or `key.npy key.txt key.json` for tokens.
+
+The tar files are img2dataset's layout and readable by anything that reads WebDataset. Beside them
+lies `index.json`, written last, with the size, sha256 and sample count of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tarfile
+import tempfile
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import webdataset
+
+from dalle_dist.data import storage
+from dalle_dist.errors import DataError
+
+INDEX = "index.json"
+OPEN_SHARDS = 64
+Members = dict[str, tuple[int, int]]  # extension -> (offset, bytes)
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What lies in a folder of shards. `kind` is "images" or "tokens"."""
+
+    kind: str
+    meta: dict[str, Any]
+    shards: list[ShardInfo]
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @classmethod
+    def load(cls, folder: str) -> ShardIndex:
+        """Raises DataError: no index, not an index, or no samples in it."""
+        path = storage.join(folder, INDEX)
+        if not storage.exists(path):
+            raise DataError(f"{folder}: no shards here ({INDEX} is missing)")
+        try:
+            tree = json.loads(storage.read_bytes(path))
+            index = cls(tree["kind"], tree["meta"], [ShardInfo(**s) for s in tree["shards"]])
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}: not an index of shards; build them again") from None
+        if not index.samples:
+            raise DataError(f"{folder}: the index lists no samples; build the shards again")
+        return index
+
+
+class ShardWriter:
+    """Context manager: writes samples into `folder`, local or remote, and the index at its end.
+
+    Raises:
+        DataError: the folder holds shards already, nothing was written, or the disk is full.
+    """
+
+    def __init__(
+        self, folder: str, kind: str, meta: dict[str, Any], samples_per_shard: int = 1000
+    ) -> None:
+        if storage.exists(storage.join(folder, INDEX)):
+            raise DataError(f"{folder}: holds shards already; delete it or choose another folder")
+        self.folder, self.kind, self.meta = folder, kind, meta
+        self.samples_per_shard = samples_per_shard
+        self._shards: list[ShardInfo] = []
+        self._tar: Any = None
+        self._count = 0
+
+    def __enter__(self) -> ShardWriter:
+        if storage.is_remote(self.folder):
+            self._staging = Path(tempfile.mkdtemp(prefix="dalle-dist-"))
+        else:
+            # On the same disk as the folder, so that a finished shard is only renamed.
+            self._staging = Path(self.folder) / ".partial"
+            self._staging.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def write(self, key: str, files: dict[str, bytes]) -> None:
+        """One sample: `files` maps extensions to contents. `key` has no dot and no slash."""
+        if self._tar is None:
+            self._path = self._staging / f"{len(self._shards):05d}.tar"
+            # Without names and times a shard's bytes depend on its samples only.
+            self._tar = webdataset.TarWriter(str(self._path), mtime=0, user="root", group="root")
+        try:
+            self._tar.write({"__key__": key, **files})
+        except OSError as error:
+            raise DataError(f"{self._path}: could not be written ({error.strerror})") from None
+        self._count += 1
+        if self._count == self.samples_per_shard:
+            self._close_shard()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None
+    ) -> None:
+        try:
+            if self._tar is not None:
+                self._close_shard()
+            if kind is None:
+                self._write_index()
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _close_shard(self) -> None:
+        try:
+            self._tar.close()
+        except OSError as error:
+            raise DataError(f"{self._path}: could not be written ({error.strerror})") from None
+        self._tar = None
+        info = ShardInfo(
+            self._path.name, self._path.stat().st_size, _sha256(self._path), self._count
+        )
+        storage.publish(self._path, storage.join(self.folder, info.name))
+        self._shards.append(info)
+        self._count = 0
+
+    def _write_index(self) -> None:
+        if not self._shards:
+            raise DataError(f"{self.folder}: there was no sample to write")
+        shards = [asdict(shard) for shard in self._shards]
+        tree = {"kind": self.kind, "meta": self.meta, "shards": shards}
+        path = storage.join(self.folder, INDEX)
+        storage.write_bytes(path, json.dumps(tree, indent=1).encode() + b"\n")
+
+
+class ShardSet:
+    """Random access to the samples of a folder of shards, by their position in the index.
+
+    Raises:
+        DataError: no such shards, another kind of them, or one missing, truncated or damaged.
+    """
+
+    def __init__(self, folder: str, kind: str) -> None:
+        self.folder, self.index = folder, ShardIndex.load(folder)
+        if self.index.kind != kind:
+            raise DataError(f"{folder}: holds shards of {self.index.kind}, wanted {kind}")
+        self.sizes = [shard.samples for shard in self.index.shards]
+        self._open: OrderedDict[int, tuple[Path, list[tuple[str, Members]]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.index.samples
+
+    def read(self, i: int) -> dict[str, bytes]:
+        """Sample `i`: contents by extension, and its key under "__key__"."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        shard = 0
+        while i >= self.sizes[shard]:
+            i -= self.sizes[shard]
+            shard += 1
+        path, samples = self._shard(shard)
+        key, members = samples[i]
+        sample = {"__key__": key.encode()}
+        with path.open("rb") as file:
+            for extension, (offset, size) in members.items():
+                file.seek(offset)
+                sample[extension] = file.read(size)
+        return sample
+
+    def verify(self) -> None:
+        """Compare every shard with its sha256. Raises DataError naming the first that differs."""
+        for info in self.index.shards:
+            path = self._file(info)
+            if _sha256(path) != info.sha256:
+                raise DataError(
+                    f"{storage.join(self.folder, info.name)}: sha256 differs from the index; "
+                    "fetch or build the shard again"
+                )
+
+    def _shard(self, number: int) -> tuple[Path, list[tuple[str, Members]]]:
+        if number not in self._open:
+            info = self.index.shards[number]
+            path = self._file(info)
+            samples = _scan(path, storage.join(self.folder, info.name))
+            if len(samples) != info.samples:
+                raise DataError(
+                    f"{storage.join(self.folder, info.name)}: {len(samples)} samples, the index "
+                    f"says {info.samples}; fetch or build the shard again"
+                )
+            self._open[number] = (path, samples)
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+    def _file(self, info: ShardInfo) -> Path:
+        path = storage.fetch(storage.join(self.folder, info.name))
+        if path.stat().st_size != info.bytes:
+            raise DataError(
+                f"{storage.join(self.folder, info.name)}: {path.stat().st_size} bytes, the index "
+                f"says {info.bytes}; fetch or build the shard again"
+            )
+        return path
+
+
+def _scan(path: Path, name: str) -> list[tuple[str, Members]]:
+    samples: dict[str, Members] = {}
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                samples.setdefault(key, {})[extension] = (member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise DataError(f"{name}: not a whole tar file ({error})") from None
+    return list(samples.items())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

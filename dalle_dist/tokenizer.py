@@ -1,0 +1,126 @@
+"""Text to tokens: byte-level BPE on lower-cased NFC text, by Hugging Face `tokenizers`.
+
+Merging with dropout is done here, because the library's own dropout cannot be seeded and a
+sample's tokens must depend on (seed, epoch, sample) alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from dalle_dist.data import storage
+from dalle_dist.errors import DataError
+
+PAD, START = 0, 1
+SPECIAL = ["<pad>", "<start>"]
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn at most `vocab_size` classes; fewer when the captions have no more pairs to merge.
+
+    Raises DataError when there is no caption, or vocab_size is below 258 (256 bytes, 2 special).
+    """
+    least = 256 + len(SPECIAL)
+    if vocab_size < least:
+        raise DataError(f"tokenizer.vocab_size: {vocab_size} is below {least}, the bytes' own")
+    seen = list(captions)
+    if not any(caption.strip() for caption in seen):
+        raise DataError("no captions to train a tokenizer on")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(seen, trainer)
+    return Tokenizer(tokenizer)
+
+
+class Tokenizer:
+    """Ids 0 (`<pad>`) and 1 (`<start>`) never come out of `encode`."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        tree = json.loads(tokenizer.to_str())["model"]
+        merges = (m.split(" ") if isinstance(m, str) else m for m in tree["merges"])
+        self._ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
+        self._ids: dict[str, int] = tree["vocab"]
+        self._words = functools.lru_cache(maxsize=100_000)(self._split)
+
+    @classmethod
+    def load(cls, path: str) -> Tokenizer:
+        """Raises DataError: no such file, or not a tokenizer of ours."""
+        text = storage.read_bytes(path).decode(errors="replace")
+        try:
+            tokenizer = cls(tokenizers.Tokenizer.from_str(text))
+        except Exception:  # the library raises bare Exception on damaged files
+            raise DataError(f"{path}: not a tokenizer; train one") from None
+        if [tokenizer._tokenizer.token_to_id(word) for word in SPECIAL] != [PAD, START]:
+            raise DataError(f"{path}: ids 0 and 1 are not {SPECIAL}; train a tokenizer here")
+        return tokenizer
+
+    def save(self, path: str) -> None:
+        storage.write_bytes(path, self._tokenizer.to_str(pretty=True).encode())
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of everything the tokens depend on."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()[:16]
+
+    def encode(
+        self, text: str, *, dropout: float = 0.0, seed: str | int | None = None
+    ) -> list[int]:
+        """Token ids; with dropout, each merge is passed over with that probability (2.2)."""
+        if not dropout:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            return ids
+        generator = random.Random(seed)
+        pieces = [p for word in self._words(text) for p in self._merge(word, dropout, generator)]
+        return [self._ids[piece] for piece in pieces]
+
+    def encode_padded(
+        self, text: str, length: int, *, dropout: float = 0.0, seed: str | int | None = None
+    ) -> tuple[list[int], bool]:
+        """(exactly `length` ids, PAD after the text; whether the text was cut)."""
+        ids = self.encode(text, dropout=dropout, seed=seed)
+        return ids[:length] + [PAD] * (length - len(ids)), len(ids) > length
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; specials are left out, as is the space before the first word."""
+        text: str = self._tokenizer.decode([i for i in ids if i > START])
+        return text.removeprefix(" ")
+
+    def _split(self, text: str) -> tuple[str, ...]:
+        normal = self._tokenizer.normalizer.normalize_str(text)
+        return tuple(word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(normal))
+
+    def _merge(self, word: str, dropout: float, generator: random.Random) -> list[str]:
+        """BPE-dropout (Provilkov et al. 2020): lowest rank first among the pairs not dropped."""
+        pieces = list(word)
+        while len(pieces) > 1:
+            pairs = [
+                (rank, i)
+                for i in range(len(pieces) - 1)
+                if (rank := self._ranks.get((pieces[i], pieces[i + 1]))) is not None
+                and generator.random() >= dropout
+            ]
+            if not pairs:
+                return pieces
+            _, i = min(pairs)
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+        return pieces
