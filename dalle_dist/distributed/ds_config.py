@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: ZeRO matters are the file's, all else our config's; the two may not disagree."""
+"""DeepSpeed's JSON: ZeRO matters are the file's, all else our config's; they may not disagree."""
 
 from __future__ import annotations
 

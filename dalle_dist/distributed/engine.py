@@ -119,9 +119,11 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote, bit for bit. Raises CheckpointError when it does not fit."""
+        if not (folder / FOLDER).is_dir():
+            raise CheckpointError(f"{folder}: holds no DeepSpeed state ({FOLDER}/ is missing)")
         try:
             loaded, _ = self._engine.load_checkpoint(str(folder), tag=FOLDER)
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{folder}: DeepSpeed cannot load it ({reason})") from error
         if loaded is None:

@@ -20,7 +20,7 @@ def test_rate_warms_up_linearly_and_halves_at_the_given_updates():
 
 def test_rate_halves_when_a_window_gains_too_little_and_not_right_after_a_halving():
     config = TrainConfig(lr=8.0, warmup=2, plateau_window=2, plateau_gain=0.1, halvings=2)
-    #         warm-up  windows: 10, 8 (gain), 7.9 (stalled), 7.9 (only taken down), 7.8 (stalled) ...
+    # after the warm-up: 10, 8 (gain), 7.9 (stalled), 7.9 (only noted), 7.8 (stalled), ..
     losses = [99, 98, 10, 10, 8, 8, 7.9, 7.9, 7.9, 7.9, 7.8, 7.8, 7.8, 7.8, 7.8, 7.8, 7.8]
     rates = _rates(Schedule(config), losses)
     assert rates[2:8] == [8.0] * 6
