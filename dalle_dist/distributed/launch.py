@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from dalle_dist.errors import ConfigError
+from dalle_dist.errors import ConfigError, UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -68,6 +68,20 @@ class Ranks:
         box: list[Any] = [None] * self.world
         dist.all_gather_object(box, value)
         return box
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """What `action` returns on rank 0, on every rank; its UserError is raised on all."""
+        value: T | None = None
+        failure: UserError | None = None
+        if self.rank == 0:
+            try:
+                value = action()
+            except UserError as error:
+                failure = error
+        failure = self.broadcast(failure)
+        if failure is not None:
+            raise failure
+        return cast(T, self.broadcast(value))
 
     def _reduce(self, values: list[float], op: Any) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
