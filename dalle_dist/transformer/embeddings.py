@@ -1,0 +1,62 @@
+"""Embeddings of text and image states, and the two unembeddings.
+
+Values are fp32 whatever the parameters' dtype: they start the residual stream, and logits are
+kept in fp32 (paper 2.4). Shape suffixes: B batch, T text, N image states, W width, V classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dalle_dist.tokenizer import PAD
+
+
+class TextEmbedding(nn.Module):
+    """Token, or that position's own learned pad, plus position."""
+
+    def __init__(self, vocab_size: int, positions: int, width: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocab_size, width)
+        self.pad = nn.Parameter(torch.empty(positions, width))
+        self.position = nn.Parameter(torch.empty(positions, width))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """What the text states hold (START first, PAD after the text) to x_BTW."""
+        x_BTW = self.token(tokens_BT).float()
+        x_BTW = torch.where((tokens_BT == PAD)[..., None], self.pad.float(), x_BTW)
+        return x_BTW + self.position.float()
+
+
+class ImageEmbedding(nn.Module):
+    """Code, or start-of-image, plus row and column of the cell to be predicted."""
+
+    def __init__(self, codebook_size: int, grid: int, width: int) -> None:
+        super().__init__()
+        self.start = codebook_size
+        self.code = nn.Embedding(codebook_size + 1, width)
+        self.row = nn.Parameter(torch.empty(grid, width))
+        self.column = nn.Parameter(torch.empty(grid, width))
+
+    def forward(self, codes_BN: Tensor, first: int = 0) -> Tensor:
+        """What the image states from `first` on hold to x_BNW; state 0 holds `self.start`."""
+        place_NW = (self.row[:, None] + self.column[None, :]).flatten(0, 1).float()
+        return self.code(codes_BN).float() + place_NW[first : first + codes_BN.shape[1]]
+
+
+class Unembedding(nn.Linear):
+    """fp32 logits from a linear layer of any dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(input.float(), self.weight.float(), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Statistics in fp32; the result in the parameters' dtype, in which the block computes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        out = F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
+        return out.to(self.weight.dtype)

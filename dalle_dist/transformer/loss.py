@@ -1,0 +1,34 @@
+"""Cross-entropies of text and image tokens, as sums and counts.
+
+Sums, because each is averaged over its own tokens of the whole batch (paper 2.2), and how many
+text tokens count differs from one part of a batch to another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    """fp32 scalars, nats; counts are of the targets summed over."""
+
+    text_sum: Tensor
+    text_count: Tensor
+    image_sum: Tensor
+    image_count: Tensor
+
+    def total(self, text_weight: float) -> Tensor:
+        """text_weight x mean over text targets + the rest x mean over image targets."""
+        text, image = self.text_sum / self.text_count, self.image_sum / self.image_count
+        return text_weight * text + (1 - text_weight) * image
+
+
+def cross_entropy_sum(logits_MV: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum over M targets, M) as fp32 scalars."""
+    count = torch.tensor(float(len(targets_M)), device=logits_MV.device)
+    return F.cross_entropy(logits_MV, targets_M, reduction="sum"), count

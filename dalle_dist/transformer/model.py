@@ -1,0 +1,100 @@
+"""The sparse transformer over one stream of text and image tokens (arXiv 2102.12092, 2.2).
+
+Shape suffixes: B batch, T text states, N image states, S = T + N, W width, K codebook entries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dalle_dist.config import Config
+from dalle_dist.transformer.blocks import Layer, init_layer
+from dalle_dist.transformer.cache import LayerCache
+from dalle_dist.transformer.embeddings import ImageEmbedding, LayerNorm, TextEmbedding, Unembedding
+from dalle_dist.transformer.layout import counted_text_targets, layer_masks, text_inputs
+from dalle_dist.transformer.loss import Loss, cross_entropy_sum
+
+
+class Transformer(nn.Module):
+    """Text and image tokens to the loss of predicting each from those before it.
+
+    `blocks` holds the layers; its matrices are the parameters that the paper counts (12.09e9).
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        shape = config.transformer
+        self.config = config
+        self.text_embedding = TextEmbedding(
+            config.tokenizer.vocab_size, shape.text_tokens, shape.width
+        )
+        self.image_embedding = ImageEmbedding(
+            config.dvae.codebook_size, shape.image_grid, shape.width
+        )
+        self.blocks = nn.ModuleList(Layer(shape.width, mask) for mask in layer_masks(shape))
+        self.norm = LayerNorm(shape.width)
+        self.text_unembedding = Unembedding(shape.width, config.tokenizer.vocab_size)
+        self.image_unembedding = Unembedding(shape.width, config.dvae.codebook_size)
+        self._init()
+
+    def forward(self, text_BT: Tensor, codes_BN: Tensor) -> Loss:
+        """Captions (ids, PAD after the text) and codes, int64, to the sums of both losses."""
+        x_BSW = self._states(text_BT, codes_BN)
+        text_BTW, image_BNW = x_BSW.split([text_BT.shape[1], codes_BN.shape[1]], dim=1)
+        counted_BT = counted_text_targets(text_BT)
+        # Only states whose target counts are unembedded: most text states hold pads.
+        text = cross_entropy_sum(self.text_unembedding(text_BTW[counted_BT]), text_BT[counted_BT])
+        image = cross_entropy_sum(
+            self.image_unembedding(image_BNW).flatten(0, 1), codes_BN.flatten()
+        )
+        return Loss(*text, *image)
+
+    def prefill(self, text_BT: Tensor) -> list[LayerCache]:
+        """Run the captions through all layers; the caches then take image states one by one."""
+        caches = [LayerCache(self.config.transformer.image_tokens) for _ in self.blocks]
+        x_BTW = self.text_embedding(text_inputs(text_BT))
+        for layer, cache in zip(self.blocks, caches, strict=True):
+            x_BTW = layer.prefill(x_BTW, cache)  # type: ignore[operator]
+        return caches
+
+    def step(self, held_B: Tensor, caches: list[LayerCache], state: int) -> Tensor:
+        """fp32 logits_BK of image token `state`, the state holding `held_B`.
+
+        State 0 holds `image_embedding.start`, later ones the code before theirs.
+        """
+        x_B1W = self.image_embedding(held_B[:, None], first=state)
+        for layer, cache in zip(self.blocks, caches, strict=True):
+            x_B1W = layer.step(x_B1W, cache, state)  # type: ignore[operator]
+        return self.image_unembedding(self.norm(x_B1W))[:, 0]
+
+    def logits(self, text_BT: Tensor, codes_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """All of (text_BTV, image_BNK), for tests and analysis."""
+        x_BSW = self._states(text_BT, codes_BN)
+        text_BTW, image_BNW = x_BSW.split([text_BT.shape[1], codes_BN.shape[1]], dim=1)
+        return self.text_unembedding(text_BTW), self.image_unembedding(image_BNW)
+
+    def _states(self, text_BT: Tensor, codes_BN: Tensor) -> Tensor:
+        start_B1 = torch.full_like(codes_BN[:, :1], self.image_embedding.start)
+        image_BNW = self.image_embedding(torch.cat([start_B1, codes_BN[:, :-1]], dim=1))
+        x_BSW = torch.cat([self.text_embedding(text_inputs(text_BT)), image_BNW], dim=1)
+        for layer in self.blocks:
+            if self.config.train.checkpoint_activations and self.training:
+                x_BSW = checkpoint(layer, x_BSW, use_reentrant=False)
+            else:
+                x_BSW = layer(x_BSW)
+        return self.norm(x_BSW)
+
+    @torch.no_grad()
+    def _init(self) -> None:
+        std = 0.5 * self.config.transformer.width**-0.5
+        for embedding in (self.text_embedding, self.image_embedding):
+            for parameter in embedding.parameters():
+                nn.init.normal_(parameter, std=std)
+        for layer in self.blocks:
+            init_layer(layer, len(self.blocks))  # type: ignore[arg-type]
+        for unembedding in (self.text_unembedding, self.image_unembedding):
+            # Uniform predictions at the start: the first loss is ln of the vocabulary.
+            nn.init.zeros_(unembedding.weight)
+            nn.init.zeros_(unembedding.bias)

@@ -1,0 +1,5 @@
+"""Attention under DALL-E's masks; `sparse_attention` is the one entry point."""
+
+from dalle_kernels.sparse_attention.api import BACKENDS, sparse_attention
+
+__all__ = ["BACKENDS", "sparse_attention"]
