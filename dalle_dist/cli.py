@@ -190,8 +190,10 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from dalle_dist.generate.generator import Generator, write_outputs
+    from dalle_dist.generate.generator import Generator
+    from dalle_dist.generate.outputs import refuse_foreign, write_outputs
 
+    refuse_foreign(options.out)
     generator = Generator.load(options.release)
     images = generator.generate(
         options.prompts,

@@ -1,0 +1,138 @@
+"""From prompts to pictures: a loaded release that draws.
+
+from dalle_dist.generate import Generator
+generator = Generator.load("runs/demo/release")
+generator.generate("a red heart", n=8)[0].image.save("heart.png")
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle_dist.checkpoint.release import load_release
+from dalle_dist.config import Config
+from dalle_dist.data.pictures import grid, to_image
+from dalle_dist.dvae.model import DVAE
+from dalle_dist.errors import UserError
+from dalle_dist.generate.sampler import sample_codes
+from dalle_dist.tokenizer import Tokenizer
+from dalle_dist.transformer.model import Transformer
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    prompt: str
+    index: int  # among the pictures of this prompt
+    seed: int
+    image: Image.Image
+    codes_N: Tensor
+
+
+class Generator:
+    """A transformer, the tokenizer and the dVAE it was trained with."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        dvae: DVAE,
+        config: Config,
+        fingerprint: str = "",
+    ) -> None:
+        self.model, self.tokenizer, self.dvae = model, tokenizer, dvae
+        self.config, self.fingerprint = config, fingerprint
+
+    @classmethod
+    def load(cls, release: str, device: str = "auto") -> Generator:
+        """Read a release folder, local or remote. Raises CheckpointError."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        parts = load_release(release, device)
+        return cls(parts.transformer, parts.tokenizer, parts.dvae, parts.config, parts.fingerprint)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        n: int = 1,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> list[GeneratedImage]:
+        """`n` pictures per prompt, prompt by prompt.
+
+        A picture depends on (seed, prompt, its index), not on what is drawn beside it.
+
+        Raises:
+            UserError: an option out of its range, or an empty prompt.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        _check(prompts, n, temperature, top_k, top_p, batch_size)
+        wanted = [(prompt, index) for prompt in prompts for index in range(n)]
+        drawn: list[GeneratedImage] = []
+        for start in range(0, len(wanted), batch_size):
+            part = wanted[start : start + batch_size]
+            seeds = [sample_seed(seed, prompt, index) for prompt, index in part]
+            codes_BN = sample_codes(
+                self.model,
+                self._text([prompt for prompt, _ in part]),
+                seeds,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+            )
+            pictures = zip(part, seeds, self._decode(codes_BN), codes_BN.cpu(), strict=True)
+            drawn += [GeneratedImage(p, i, s, image, codes) for (p, i), s, image, codes in pictures]
+        return drawn
+
+    def _text(self, prompts: list[str]) -> Tensor:
+        length = self.config.transformer.text_tokens
+        ids = [self.tokenizer.encode_padded(prompt, length)[0] for prompt in prompts]
+        return torch.tensor(ids, device=next(self.model.parameters()).device)
+
+    def _decode(self, codes_BN: Tensor) -> Iterator[Image.Image]:
+        side = self.config.dvae.grid
+        with torch.no_grad():
+            pictures_BCHW = self.dvae.decode(codes_BN.unflatten(1, (side, side)))
+        return map(to_image, pictures_BCHW)
+
+
+def sample_grid(generator: Generator, prompts: Sequence[str], n: int, seed: int) -> Image.Image:
+    """One row of `n` pictures per prompt, for looking at a model in training."""
+    training = generator.model.training
+    generator.model.eval()
+    try:
+        drawn = generator.generate(prompts, n=n, seed=seed)
+    finally:
+        generator.model.train(training)
+    rows = [drawn[i : i + n] for i in range(0, len(drawn), n)]
+    return grid([[picture.image for picture in row] for row in rows])
+
+
+def sample_seed(seed: int, prompt: str, index: int) -> int:
+    """32 bits that differ from prompt to prompt and from picture to picture."""
+    digest = hashlib.blake2b(f"{seed}\n{prompt}\n{index}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
+
+
+def _check(
+    prompts: list[str], n: int, temperature: float, top_k: int, top_p: float, batch_size: int
+) -> None:
+    for wrong, message in (
+        (not prompts or not all(p.strip() for p in prompts), "a prompt is empty; say what to draw"),
+        (n < 1, f"-n: {n} is below 1"),
+        (temperature < 0, f"--temperature: {temperature} is below 0"),
+        (top_k < 0, f"--top-k: {top_k} is below 0 (0 keeps all)"),
+        (not 0 < top_p <= 1, f"--top-p: {top_p} is not in (0, 1]"),
+        (batch_size < 1, f"--batch-size: {batch_size} is below 1"),
+    ):
+        if wrong:
+            raise UserError(message)

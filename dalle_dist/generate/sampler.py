@@ -1,0 +1,71 @@
+"""Draw image tokens one after another.
+
+Shape suffixes: B samples, T text positions, N image tokens, K codebook entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dalle_dist.transformer.model import Transformer
+
+
+@torch.no_grad()
+def sample_codes(
+    model: Transformer,
+    text_BT: Tensor,
+    seeds: Sequence[int],
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    prefix_codes: Tensor | None = None,
+) -> Tensor:
+    """codes_BN, int64. `prefix_codes` [B, n] fixes the first n tokens (paper 3.3).
+
+    Each sample has one uniform number per token from its own seed, turned into a token by the
+    inverse of the cumulated probabilities: what else is in the batch does not matter.
+    """
+    tokens, device = model.config.transformer.image_tokens, text_BT.device
+    uniform_BN = torch.stack([_uniforms(seed, tokens) for seed in seeds]).to(device)
+    prefix = 0 if prefix_codes is None else prefix_codes.shape[1]
+    caches = model.prefill(text_BT)
+    codes_BN = torch.empty(len(seeds), tokens, dtype=torch.long, device=device)
+    held_B = torch.full_like(codes_BN[:, 0], model.image_embedding.start)
+    for state in range(tokens):
+        logits_BK = model.step(held_B, caches, state)
+        if prefix_codes is not None and state < prefix:
+            held_B = prefix_codes[:, state]
+        else:
+            held_B = choose(logits_BK, uniform_BN[:, state], temperature, top_k, top_p)
+        codes_BN[:, state] = held_B
+    return codes_BN
+
+
+def choose(
+    logits_BK: Tensor, uniform_B: Tensor, temperature: float, top_k: int, top_p: float
+) -> Tensor:
+    """One token per row. Temperature 0 takes the likeliest; top_k 0 and top_p 1 cut nothing.
+
+    The nucleus is the fewest likeliest tokens whose probabilities reach top_p.
+    """
+    if temperature == 0:
+        return logits_BK.argmax(dim=-1)
+    probabilities_BK = (logits_BK.double() / temperature).softmax(dim=-1)
+    ordered_BK, order_BK = probabilities_BK.sort(dim=-1, descending=True, stable=True)
+    kept_BK = ordered_BK.cumsum(dim=-1) - ordered_BK < top_p
+    if top_k:
+        kept_BK[:, top_k:] = False
+    cumulated_BK = (ordered_BK * kept_BK).cumsum(dim=-1)
+    threshold_B1 = uniform_B[:, None] * cumulated_BK[:, -1:]
+    place_B1 = torch.searchsorted(cumulated_BK, threshold_B1, right=True)
+    # Rounding may put the threshold on the very end, where only cut tokens lie.
+    place_B1 = torch.minimum(place_B1, kept_BK.sum(dim=-1, keepdim=True) - 1)
+    return order_BK.gather(1, place_B1)[:, 0]
+
+
+def _uniforms(seed: int, count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
