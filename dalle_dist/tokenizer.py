@@ -6,7 +6,6 @@ sample's tokens must depend on (seed, epoch, sample) alone.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import random
@@ -20,6 +19,7 @@ from dalle_dist.errors import DataError
 
 PAD, START = 0, 1
 SPECIAL = ["<pad>", "<start>"]
+CACHED_CAPTIONS = 100_000
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -51,12 +51,14 @@ class Tokenizer:
     """Ids 0 (`<pad>`) and 1 (`<start>`) never come out of `encode`."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        # A caption that spells "<pad>" is text like any other.
+        tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         tree = json.loads(tokenizer.to_str())["model"]
         merges = (m.split(" ") if isinstance(m, str) else m for m in tree["merges"])
         self._ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
         self._ids: dict[str, int] = tree["vocab"]
-        self._words = functools.lru_cache(maxsize=100_000)(self._split)
+        self._words: dict[str, tuple[str, ...]] = {}
 
     @classmethod
     def load(cls, path: str) -> Tokenizer:
@@ -75,6 +77,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Classes in use: at most those of the config, which a model must have."""
         return self._tokenizer.get_vocab_size()
 
     @property
@@ -90,7 +93,7 @@ class Tokenizer:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
             return ids
         generator = random.Random(seed)
-        pieces = [p for word in self._words(text) for p in self._merge(word, dropout, generator)]
+        pieces = [p for word in self._split(text) for p in self._merge(word, dropout, generator)]
         return [self._ids[piece] for piece in pieces]
 
     def encode_padded(
@@ -106,8 +109,14 @@ class Tokenizer:
         return text.removeprefix(" ")
 
     def _split(self, text: str) -> tuple[str, ...]:
-        normal = self._tokenizer.normalizer.normalize_str(text)
-        return tuple(word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(normal))
+        words = self._words.get(text)
+        if words is None:
+            normal = self._tokenizer.normalizer.normalize_str(text)
+            split = self._tokenizer.pre_tokenizer.pre_tokenize_str(normal)
+            words = tuple(word for word, _ in split)
+            if len(self._words) < CACHED_CAPTIONS:
+                self._words[text] = words
+        return words
 
     def _merge(self, word: str, dropout: float, generator: random.Random) -> list[str]:
         """BPE-dropout (Provilkov et al. 2020): lowest rank first among the pairs not dropped."""

@@ -12,7 +12,8 @@ from PIL import Image
 class Augmentation:
     """The dVAE's augmentation (paper, Listing 1), with its bounds as multiples of `size`.
 
-    A picture too small for the bounds is enlarged within them: the paper's pictures never are.
+    A picture no larger than the lower bound is enlarged into the bounds, so that its crop moves
+    too; in the paper, where pictures are larger, it would stay as it is.
     """
 
     size: int
@@ -26,8 +27,8 @@ class Augmentation:
         side = min(image.size)
         image = _crop(image, side, generator.random(), generator.random())
         low, high = round(self.crop_min * self.size), round(self.crop_max * self.size)
-        side = generator.randint(low, max(low, high if side < low else min(side, high)))
-        image = image.resize((side, side), Image.Resampling.BOX)
+        side = generator.randint(low, high if side <= low else min(side, high))
+        image = _resize(image, side)
         image = _crop(image, self.size, generator.random(), generator.random())
         if self.flip and generator.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -37,11 +38,19 @@ class Augmentation:
 def centre(image: Image.Image, size: int) -> Image.Image:
     """The centred square of a picture, area-averaged to size x size."""
     square = _crop(image, min(image.size), 0.5, 0.5)
-    return square if square.width == size else square.resize((size, size), Image.Resampling.BOX)
+    return _resize(square, size)
+
+
+def _resize(square: Image.Image, side: int) -> Image.Image:
+    if square.width == side:
+        return square
+    # A box of less than one pixel would repeat pixels.
+    filter_ = Image.Resampling.BOX if side < square.width else Image.Resampling.BICUBIC
+    return square.resize((side, side), filter_)
 
 
 def _crop(image: Image.Image, side: int, x: float, y: float) -> Image.Image:
     if image.size == (side, side):
         return image
-    left, top = round(x * (image.width - side)), round(y * (image.height - side))
+    left, top = int(x * (image.width - side + 1)), int(y * (image.height - side + 1))
     return image.crop((left, top, left + side, top + side))

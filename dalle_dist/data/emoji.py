@@ -6,7 +6,6 @@ import io
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import tempfile
@@ -18,14 +17,15 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, features
 
 from dalle_dist.data import storage
-from dalle_dist.data.shards import ShardWriter
+from dalle_dist.data.shards import ShardWriter, refuse_used
 from dalle_dist.errors import DataError
 
 FONT = "NotoColorEmoji.ttf"
 PACKAGE = "fonts-noto-color-emoji"
 FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts")
 STRIKE = 109  # the one size of the font's bitmaps, which are 136 pixels wide
-CELL = 136
+CELL, ORIGIN = 136, (0, 4)  # a square cell, and where its text starts to stand in its middle
+PARTS = ("train", "held-out")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Emoji:
 
     @property
     def words(self) -> frozenset[str]:
-        return frozenset(re.findall(r"\w+", self.name.lower()))
+        return frozenset(self.name.lower().split())
 
 
 def build_emoji(out: str, size: int, seed: int, held_out: float) -> None:
@@ -46,15 +46,17 @@ def build_emoji(out: str, size: int, seed: int, held_out: float) -> None:
     """
     if not 0 < held_out < 0.5 or size < 1:
         raise DataError(f"--held-out {held_out} is not in (0, 0.5), or --size {size} below 1")
+    refuse_used(*(storage.join(out, part) for part in PARTS))
     font = _load_font(find_font())
     known = list(fully_qualified())
-    drawn = [emoji for emoji in known if in_font(font, emoji)]
+    pictures = {emoji: picture for emoji in known if (picture := render(font, emoji, size))}
+    drawn = list(pictures)
     chosen = choose_held_out(drawn, held_out, seed)
-    for part in ("train", "held-out"):
+    for part in PARTS:
         with ShardWriter(storage.join(out, part), "images", {"source": FONT, "size": size}) as w:
-            for i, emoji in enumerate(drawn):
+            for i, (emoji, picture) in enumerate(pictures.items()):
                 if (emoji in chosen) == (part == "held-out"):
-                    w.write(f"{i:06d}", _files(font, emoji, size))
+                    w.write(f"{i:06d}", _files(emoji, picture))
     print(
         f"{out}: {len(drawn)} of {len(known)} fully-qualified emoji are in the font; "
         f"{len(drawn) - len(chosen)} to train on, {len(chosen)} held out"
@@ -67,8 +69,7 @@ def fully_qualified() -> Iterator[Emoji]:
 
     for text, data in emoji.EMOJI_DATA.items():
         if data["status"] == emoji.STATUS["fully_qualified"]:
-            name = re.sub(r"[_\s]+", " ", data["en"].strip(":"))
-            yield Emoji(text, name.replace("-", " ").strip())
+            yield Emoji(text, data["en"].strip(":").replace("_", " "))
 
 
 def choose_held_out(emoji: list[Emoji], share: float, seed: int) -> set[Emoji]:
@@ -110,10 +111,20 @@ def find_font() -> Path:
     return unpacked
 
 
-def in_font(font: ImageFont.FreeTypeFont, emoji: Emoji) -> bool:
-    """A sequence that the font joins renders one glyph wide; any other falls apart."""
-    one = font.getlength("\N{GRINNING FACE}")
-    return abs(font.getlength(emoji.text) - one) < 1 and _render(font, emoji).getbbox() is not None
+def render(font: ImageFont.FreeTypeFont, emoji: Emoji, size: int) -> Image.Image | None:
+    """The emoji on white, size x size; None when the font lacks it.
+
+    A sequence that the font joins is one glyph wide, any other falls apart; and an emoji newer
+    than the font is one glyph wide but blank.
+    """
+    if abs(font.getlength(emoji.text) - font.getlength("\N{GRINNING FACE}")) >= 1:
+        return None
+    glyph = Image.new("RGBA", (CELL, CELL), (255, 255, 255, 0))
+    ImageDraw.Draw(glyph).text(ORIGIN, emoji.text, font=font, embedded_color=True)
+    if glyph.getbbox() is None:
+        return None
+    picture = Image.alpha_composite(Image.new("RGBA", glyph.size, "white"), glyph).convert("RGB")
+    return picture.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _unpack_package(target: Path) -> Path | None:
@@ -128,9 +139,11 @@ def _unpack_package(target: Path) -> Path | None:
             subprocess.run(command, cwd=folder, capture_output=True, check=False)
             package = next(Path(folder).glob("*.deb"), None)
             if package is not None:
-                target.mkdir(parents=True, exist_ok=True)
-                subprocess.run(["dpkg-deb", "-x", package, target], check=False)
-                return next(target.rglob(FONT), None)
+                subprocess.run(["dpkg-deb", "-x", package, folder], check=False)
+                unpacked = next(Path(folder).rglob(FONT), None)
+                if unpacked is not None:
+                    storage.write_bytes(str(target / FONT), unpacked.read_bytes())
+                    return target / FONT
     return None
 
 
@@ -140,20 +153,11 @@ def _load_font(path: Path) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(path), STRIKE, layout_engine=ImageFont.Layout.RAQM)
 
 
-def _render(font: ImageFont.FreeTypeFont, emoji: Emoji) -> Image.Image:
-    """The glyph on transparent ground, in the font's own cell."""
-    canvas = Image.new("RGBA", (CELL, CELL), (255, 255, 255, 0))
-    ImageDraw.Draw(canvas).text((0, 4), emoji.text, font=font, embedded_color=True)
-    return canvas
-
-
-def _files(font: ImageFont.FreeTypeFont, emoji: Emoji, size: int) -> dict[str, bytes]:
-    glyph = _render(font, emoji)
-    white = Image.new("RGBA", glyph.size, "white")
-    picture = Image.alpha_composite(white, glyph).convert("RGB")
+def _files(emoji: Emoji, picture: Image.Image) -> dict[str, bytes]:
     buffer = io.BytesIO()
-    picture.resize((size, size), Image.Resampling.LANCZOS).save(buffer, format="PNG")
-    about = {"emoji": emoji.text, "name": emoji.name, "width": size, "height": size}
+    picture.save(buffer, format="PNG")
+    width, height = picture.size
+    about = {"emoji": emoji.text, "name": emoji.name, "width": width, "height": height}
     return {
         "png": buffer.getvalue(),
         "txt": emoji.name.encode(),

@@ -5,69 +5,80 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dalle_dist.data import storage
-from dalle_dist.data.shards import ShardWriter
+from dalle_dist.data.decode import EXTENSIONS, decode
+from dalle_dist.data.shards import ShardWriter, refuse_used
 from dalle_dist.errors import DataError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+Sample = tuple[str, dict[str, bytes]]
 
 
 def build_folder(folder: str, out: str, size: int | None, seed: int, held_out: float) -> None:
     """Write OUT/train and OUT/held-out; pictures shrunk to `size` on the shorter side, if given.
 
-    Corrupt pictures, and those without a caption, are counted, named and skipped. Which pictures
-    are held out depends on (seed, name) alone.
+    Corrupt pictures, those without a caption and those whose name another one has are named,
+    counted and skipped. Which pictures are held out depends on (seed, name) alone.
 
     Raises:
-        DataError: no pictures, none of them usable, or OUT holds shards already.
+        DataError: no pictures, none of them usable, none to hold out, or OUT holds shards already.
     """
-    root = storage_root(folder)
-    pictures = sorted(p for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS)
-    if not pictures:
+    if not 0 < held_out < 1 or (size is not None and size < 1):
+        raise DataError(f"--held-out {held_out} is not in (0, 1), or --size {size} below 1")
+    outs = {part: storage.join(out, part) for part in ("train", "held-out")}
+    refuse_used(*outs.values())
+    root = storage.fetch_folder(folder)
+    found = sorted(p for p in root.rglob("*") if p.suffix.lower().lstrip(".") in EXTENSIONS)
+    if not found:
         raise DataError(f"{folder}: no pictures (NAME.jpg, .png or .webp) in this folder")
-    parts: dict[str, list[Path]] = {"train": [], "held-out": []}
-    for path in pictures:
-        parts["held-out" if _share(path, root, seed) < held_out else "train"].append(path)
-    counts = {part: _write_part(root, out, part, paths, size) for part, paths in parts.items()}
-    if not sum(counts.values()):
-        raise DataError(f"{folder}: none of {len(pictures)} pictures can be used")
-    print(f"{out}: {counts['train']} pictures to train on, {counts['held-out']} held out")
+    shares = {path: _share(_key(root, path), seed) for path in found}
+    # A small folder has at least one picture to hold out.
+    most = max(held_out, min(shares.values()))
+    parts = {
+        "train": [path for path in found if shares[path] > most],
+        "held-out": [path for path in found if shares[path] <= most],
+    }
+    skipped: Counter[str] = Counter()
+    counts = {p: _write_part(root, outs[p], paths, size, skipped) for p, paths in parts.items()}
+    _conclude(folder, out, outs, counts, skipped)
 
 
-def storage_root(folder: str) -> Path:
-    """Local folder of a path, downloaded when remote. Raises DataError when absent."""
-    if storage.is_remote(folder):
-        files = [storage.fetch(storage.join(folder, n)) for n in storage.list_files(folder)]
-        return _link(files, folder)
-    if not Path(folder).is_dir():
-        raise DataError(f"{folder}: no such folder")
-    return Path(folder)
+def _conclude(
+    folder: str, out: str, outs: dict[str, str], counts: dict[str, int], skipped: Counter[str]
+) -> None:
+    why = "".join(f"; {count} skipped: {reason}" for reason, count in skipped.items())
+    if not all(counts.values()):
+        for part in outs.values():
+            _remove_shards(part)
+        usable = sum(counts.values())
+        mend = "choose another --held-out or --seed" if usable > 1 else "add pictures"
+        raise DataError(
+            f"{folder}: {usable} pictures can be used, {counts['train']} to train on and "
+            f"{counts['held-out']} to hold out{why}; {mend}"
+        )
+    print(f"{out}: {counts['train']} pictures to train on, {counts['held-out']} held out{why}")
 
 
-def _link(files: list[Path], folder: str) -> Path:
-    """The cached objects under their own names, since pictures and captions pair by name."""
-    digest = hashlib.sha256(folder.encode()).hexdigest()[:16]
-    root = storage.cache_folder() / "folders" / digest
-    for file, name in zip(files, storage.list_files(folder), strict=True):
-        target = root / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        target.symlink_to(file)
-    return root
+def _remove_shards(folder: str) -> None:
+    """Index first, so that the rest is never taken for whole."""
+    for name in sorted(storage.list_files(folder), key=lambda name: name not in storage.LAST):
+        storage.remove(storage.join(folder, name))
 
 
-def _write_part(root: Path, out: str, part: str, paths: list[Path], size: int | None) -> int:
-    samples = _samples(root, paths, size)
+def _write_part(
+    root: Path, out: str, paths: list[Path], size: int | None, skipped: Counter[str]
+) -> int:
+    samples = _samples(root, paths, size, skipped)
     first = next(samples, None)
     if first is None:
         return 0
     count = 1
-    with ShardWriter(storage.join(out, part), "images", {"source": root.name}) as writer:
+    with ShardWriter(out, "images", {"source": root.name, "size": size}) as writer:
         writer.write(*first)
         for key, files in samples:
             writer.write(key, files)
@@ -76,45 +87,58 @@ def _write_part(root: Path, out: str, part: str, paths: list[Path], size: int | 
 
 
 def _samples(
-    root: Path, paths: list[Path], size: int | None
-) -> Iterator[tuple[str, dict[str, bytes]]]:
+    root: Path, paths: list[Path], size: int | None, skipped: Counter[str]
+) -> Iterator[Sample]:
+    keys: set[str] = set()
     for path in paths:
-        caption = path.with_suffix(".txt")
-        text = caption.read_text(errors="replace").strip() if caption.is_file() else ""
-        if not text:
-            print(f"skipped {path}: no caption in {caption.name}")
-            continue
-        picture = _encode(path, size)
-        if picture is None:
-            print(f"skipped {path}: cannot be decoded")
-            continue
-        extension, data, (width, height) = picture
-        name = str(path.relative_to(root).with_suffix(""))
-        about = {"source": str(path.relative_to(root)), "width": width, "height": height}
-        files = {extension: data, "txt": text.encode(), "json": json.dumps(about).encode()}
-        # WebDataset splits names at the first dot and treats slashes as folders.
-        yield name.replace("/", "__").replace(".", "_"), files
+        sample = _sample(root, path, size, keys)
+        if isinstance(sample, str):
+            skipped[sample] += 1
+            print(f"skipped {path.relative_to(root)}: {sample}")
+        else:
+            keys.add(sample[0])
+            yield sample
 
 
-def _encode(path: Path, size: int | None) -> tuple[str, bytes, tuple[int, int]] | None:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if size is None or min(image.size) <= size:
-                extension = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(image.format or "")
-                return (extension, path.read_bytes(), image.size) if extension else None
-            scale = size / min(image.size)
-            small = image.convert("RGB").resize(
-                (round(image.width * scale), round(image.height * scale)), Image.Resampling.BOX
-            )
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        return None
+def _sample(root: Path, path: Path, size: int | None, keys: set[str]) -> Sample | str:
+    """Key and files of a picture, or why there are none."""
+    key = _key(root, path)
+    if key in keys:
+        return "another picture has this name"
+    beside = path.with_suffix(".txt")
+    caption = beside.read_text("utf-8", "replace").strip() if beside.is_file() else ""
+    if not caption:
+        return "no caption"
+    data = path.read_bytes()
+    image = decode(data)
+    if image is None:
+        return "cannot be decoded"
+    extension = path.suffix.lower().lstrip(".").replace("jpeg", "jpg")
+    if size is not None and min(image.size) > size:
+        image = _shrink(image, size)
+        extension, data = "png", _png(image)
+    about = {"source": str(path.relative_to(root)), "width": image.width, "height": image.height}
+    return key, {extension: data, "txt": caption.encode(), "json": json.dumps(about).encode()}
+
+
+def _shrink(image: Image.Image, size: int) -> Image.Image:
+    scale = size / min(image.size)
+    shape = (round(image.width * scale), round(image.height * scale))
+    return image.resize(shape, Image.Resampling.BOX)
+
+
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    small.save(buffer, format="PNG")
-    return "png", buffer.getvalue(), small.size
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
-def _share(path: Path, root: Path, seed: int) -> float:
-    """A number in [0, 1) that depends on (seed, name) alone."""
-    name = f"{seed} {path.relative_to(root).with_suffix('')}"
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+def _key(root: Path, path: Path) -> str:
+    """WebDataset splits names at the first dot and takes slashes for folders."""
+    return str(path.relative_to(root).with_suffix("")).replace("/", "__").replace(".", "_")
+
+
+def _share(key: str, seed: int) -> float:
+    """A number in [0, 1) that depends on (seed, key) alone."""
+    digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

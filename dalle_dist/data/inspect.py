@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from dalle_dist.data import storage
-from dalle_dist.data.loader import IMAGE_EXTENSIONS
+from dalle_dist.data.decode import decode_sample
 from dalle_dist.data.pictures import grid
 from dalle_dist.data.shards import ShardIndex, ShardSet
 from dalle_dist.errors import DataError
 
 SHEET = 12  # pictures per side of a contact sheet
+SIZES = 5  # picture sizes named, the most frequent first
+DAMAGED = "cannot be decoded"
 
 
 def inspect(folder: str, contact_sheet: Path | None) -> None:
@@ -39,18 +39,25 @@ def _index(folder: str, part: str) -> str:
 
 
 def _describe(folder: str, shards: ShardSet) -> None:
-    samples = [shards.read(i) for i in range(len(shards))]
-    captions = [sample.get("txt", b"").decode() for sample in samples]
+    captions, sizes = [], Counter[str]()
+    for sample in map(shards.read, range(len(shards))):
+        captions.append(sample.get("txt", b"").decode(errors="replace"))
+        if shards.index.kind == "images":
+            sizes[_size(sample)] += 1
     size = sum(info.bytes for info in shards.index.shards)
     print(
         f"{folder}: {len(shards)} {shards.index.kind} in {len(shards.sizes)} shards, {size} bytes"
     )
     print(f"  caption characters  {_range([len(caption) for caption in captions])}")
     print(f"  caption words       {_range([len(caption.split()) for caption in captions])}")
-    if shards.index.kind == "images":
-        sizes = Counter(_size(sample) for sample in samples)
-        for name, count in sizes.most_common(5):
-            print(f"  {name:18}  {count} pictures")
+    print(f"  empty captions      {sum(not caption.strip() for caption in captions)}")
+    damaged = sizes.pop(DAMAGED, 0)
+    for name, count in sizes.most_common(SIZES):
+        print(f"  {name:18}  {count} pictures")
+    if len(sizes) > SIZES:
+        print(f"  {len(sizes) - SIZES} other sizes")
+    if damaged:
+        print(f"  {DAMAGED:18}  {damaged} pictures")
 
 
 def _range(numbers: Sequence[int]) -> str:
@@ -59,27 +66,19 @@ def _range(numbers: Sequence[int]) -> str:
 
 
 def _size(sample: dict[str, bytes]) -> str:
-    image = _open(sample)
-    return f"{image.width}x{image.height}" if image else "cannot be decoded"
-
-
-def _open(sample: dict[str, bytes]) -> Image.Image | None:
-    data = next((sample[e] for e in IMAGE_EXTENSIONS if e in sample), b"")
-    try:
-        return Image.open(io.BytesIO(data))
-    except OSError:
-        return None
+    image = decode_sample(sample)
+    return f"{image.width}x{image.height}" if image else DAMAGED
 
 
 def _sheet(folder: str, path: Path) -> None:
     shards = ShardSet(folder, "images")
-    if shards.index.kind != "images":
-        raise DataError(f"{folder}: a contact sheet needs pictures")
     count = min(len(shards), SHEET * SHEET)
-    chosen = [_open(shards.read(i * len(shards) // count)) for i in range(count)]
+    chosen = [decode_sample(shards.read(i * len(shards) // count)) for i in range(count)]
     pictures = [image for image in chosen if image is not None]
     if not pictures:
         raise DataError(f"{folder}: none of its pictures can be decoded")
     rows = [pictures[i : i + SHEET] for i in range(0, len(pictures), SHEET)]
-    grid(rows, cell=64).save(path)
+    buffer = io.BytesIO()
+    grid(rows, cell=64).save(buffer, format="PNG")
+    storage.write_bytes(str(path), buffer.getvalue())
     print(f"{path}: contact sheet of {len(pictures)} pictures")

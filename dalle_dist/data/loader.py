@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dalle_dist.data.augment import Augmentation, centre
+from dalle_dist.data.decode import decode_sample
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardSet
-from dalle_dist.errors import DataError
+from dalle_dist.errors import ConfigError, DataError
 from dalle_dist.tokenizer import Tokenizer
 
-IMAGE_EXTENSIONS = ("png", "jpg", "webp")
 CACHE_BYTES = 256 << 20  # decoded pictures kept per process, for data sets that fit
 
 
@@ -43,6 +43,22 @@ class ImageBatch:
     positions: Tensor  # int64
 
 
+class _Marks:
+    """A set of sample indices that all loader processes share, so that their counts are one."""
+
+    def __init__(self, samples: int) -> None:
+        self._marked = torch.zeros(samples, dtype=torch.bool).share_memory_()
+
+    def add(self, index: int) -> bool:
+        """Whether the index was not in the set before."""
+        new = not self._marked[index]
+        self._marked[index] = True
+        return new
+
+    def __len__(self) -> int:
+        return int(self._marked.sum())
+
+
 class ImageDataset(Dataset):
     """Pictures of a folder of image shards; with an order, by position in the endless stream.
 
@@ -60,13 +76,13 @@ class ImageDataset(Dataset):
     ) -> None:
         self.shards, self.order, self.image_size = ShardSet(folder, "images"), order, image_size
         self.augment, self.seed = augment, seed
-        self._corrupt: set[str] = set()
+        self._corrupt = _Marks(len(self.shards))
         self._decoded: dict[int, tuple[str, str, Image.Image]] = {}
         self._room = CACHE_BYTES
 
     @property
     def corrupt(self) -> int:
-        """Pictures found undecodable so far, by this process."""
+        """Pictures found undecodable so far, by any of the loader's processes."""
         return len(self._corrupt)
 
     def __len__(self) -> int:
@@ -97,14 +113,13 @@ class ImageDataset(Dataset):
         if index in self._decoded:
             return self._decoded[index]
         files = self.shards.read(index)
-        key, caption = files["__key__"].decode(), files.get("txt", b"").decode()
-        try:
-            data = next(files[e] for e in IMAGE_EXTENSIONS if e in files)
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-        except (StopIteration, UnidentifiedImageError, OSError, ValueError, SyntaxError):
-            if key not in self._corrupt:
-                self._corrupt.add(key)
-                warnings.warn(f"{self.shards.folder}: {key} cannot be decoded", stacklevel=2)
+        key, caption = files["__key__"].decode(), files.get("txt", b"").decode(errors="replace")
+        image = decode_sample(files)
+        if image is None:
+            if self._corrupt.add(index):
+                warnings.warn(
+                    f"{self.shards.folder}: {key} cannot be decoded, skipped", stacklevel=2
+                )
             return None
         decoded = (key, caption, image)
         size = 3 * image.width * image.height
@@ -117,8 +132,8 @@ class ImageDataset(Dataset):
 class TokenDataset(Dataset):
     """(text_T int64, codes_N int64) of a folder of token shards.
 
-    Captions longer than the text block are cut and counted in `captions_cut`, empty ones in
-    `captions_empty`.
+    Captions longer than the text block are cut; `captions_cut` and `captions_empty` count the
+    samples met so far, by any of the loader's processes.
 
     Raises:
         DataError: the shards were made by another dVAE, or have another grid.
@@ -137,7 +152,7 @@ class TokenDataset(Dataset):
     ) -> None:
         self.shards, self.order, self.tokenizer = ShardSet(folder, "tokens"), order, tokenizer
         self.text_tokens, self.dropout, self.seed = text_tokens, dropout, seed
-        self.captions_cut, self.captions_empty = 0, 0
+        self._cut, self._empty = _Marks(len(self.shards)), _Marks(len(self.shards))
         meta = self.shards.index.meta
         for name, wanted in (("dvae", dvae_fingerprint), ("grid", grid)):
             if meta.get(name) != wanted:
@@ -149,6 +164,14 @@ class TokenDataset(Dataset):
     def __len__(self) -> int:
         return len(self.shards)
 
+    @property
+    def captions_cut(self) -> int:
+        return len(self._cut)
+
+    @property
+    def captions_empty(self) -> int:
+        return len(self._empty)
+
     def key(self, index: int) -> str:
         """Key of the picture that sample `index` was made from."""
         return self.shards.read(index)["__key__"].decode()
@@ -156,12 +179,14 @@ class TokenDataset(Dataset):
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         epoch, index = self.order.at(position) if self.order else (0, position)
         files = self.shards.read(index)
-        caption = files["txt"].decode()
+        caption = files.get("txt", b"").decode(errors="replace")
         ids, cut = self.tokenizer.encode_padded(
             caption, self.text_tokens, dropout=self.dropout, seed=f"{self.seed} {epoch} {index}"
         )
-        self.captions_cut += cut
-        self.captions_empty += not caption.strip()
+        if cut:
+            self._cut.add(index)
+        if not caption.strip():
+            self._empty.add(index)
         codes_N = np.load(io.BytesIO(files["npy"]), allow_pickle=False).astype(np.int64)
         return torch.tensor(ids), torch.from_numpy(codes_N)
 
@@ -196,7 +221,15 @@ def batches(
     Update u takes the positions u * batch_size ... of the stream; its micro-batch a of rank r is
     the r-th run of `micro_batch` positions in the a-th stretch of world * micro_batch. The union
     over ranks is therefore the same for any number of ranks or workers.
+
+    Raises:
+        ConfigError: batch_size is not a multiple of world * micro_batch.
     """
+    if batch_size % (world * micro_batch):
+        raise ConfigError(
+            f"batch size {batch_size} is not a multiple of {world} ranks x micro-batch "
+            f"{micro_batch} = {world * micro_batch}"
+        )
     sampler = _Positions(batch_size, micro_batch, rank, world, start)
     return iter(
         DataLoader(

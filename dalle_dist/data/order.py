@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import hashlib
 
 import numpy as np
 
@@ -16,15 +16,18 @@ class SampleOrder:
     def __init__(self, seed: int, shard_sizes: list[int], shuffle_shards: int) -> None:
         self.seed, self.shard_sizes, self.shuffle_shards = seed, shard_sizes, shuffle_shards
         self.samples = sum(shard_sizes)
-        self._permutation = lru_cache(maxsize=2)(self._epoch)
+        self._known: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def at(self, position: int) -> tuple[int, int]:
         """(epoch, sample index) of a position in the endless stream of samples."""
         epoch, place = divmod(position, self.samples)
-        return epoch, int(self._permutation(epoch)[place])
+        if epoch != self._known[0]:
+            self._known = (epoch, self._permutation(epoch))
+        return epoch, int(self._known[1][place])
 
-    def _epoch(self, epoch: int) -> np.ndarray:
-        random = np.random.default_rng([self.seed, epoch])
+    def _permutation(self, epoch: int) -> np.ndarray:
+        digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
+        random = np.random.default_rng(int.from_bytes(digest, "big"))
         starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         shards = random.permutation(len(self.shard_sizes))
         groups = []

@@ -6,7 +6,10 @@ lies `index.json`, written last, with the size, sha256 and sample count of each.
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 import tarfile
@@ -63,8 +66,17 @@ class ShardIndex:
         return index
 
 
+def refuse_used(*folders: str) -> None:
+    """Raises DataError when one of the folders holds shards."""
+    for folder in folders:
+        if storage.exists(storage.join(folder, INDEX)):
+            raise DataError(f"{folder}: in use, it holds shards; delete it or choose another")
+
+
 class ShardWriter:
     """Context manager: writes samples into `folder`, local or remote, and the index at its end.
+
+    When writing fails, what was written so far is removed again.
 
     Raises:
         DataError: the folder holds shards already, nothing was written, or the disk is full.
@@ -73,8 +85,7 @@ class ShardWriter:
     def __init__(
         self, folder: str, kind: str, meta: dict[str, Any], samples_per_shard: int = 1000
     ) -> None:
-        if storage.exists(storage.join(folder, INDEX)):
-            raise DataError(f"{folder}: holds shards already; delete it or choose another folder")
+        refuse_used(folder)
         self.folder, self.kind, self.meta = folder, kind, meta
         self.samples_per_shard = samples_per_shard
         self._shards: list[ShardInfo] = []
@@ -92,34 +103,54 @@ class ShardWriter:
 
     def write(self, key: str, files: dict[str, bytes]) -> None:
         """One sample: `files` maps extensions to contents. `key` has no dot and no slash."""
+        try:
+            self._add({"__key__": key, **files})
+        except OSError as error:
+            raise storage.not_written(self._path, error) from None
+        if self._count == self.samples_per_shard:
+            self._close_shard()
+
+    def _add(self, sample: dict[str, Any]) -> None:
         if self._tar is None:
             self._path = self._staging / f"{len(self._shards):05d}.tar"
             # Without names and times a shard's bytes depend on its samples only.
             self._tar = webdataset.TarWriter(str(self._path), mtime=0, user="root", group="root")
-        try:
-            self._tar.write({"__key__": key, **files})
-        except OSError as error:
-            raise DataError(f"{self._path}: could not be written ({error.strerror})") from None
+        self._tar.write(sample)
         self._count += 1
-        if self._count == self.samples_per_shard:
-            self._close_shard()
 
     def __exit__(
         self, kind: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None
     ) -> None:
+        whole = False
         try:
-            if self._tar is not None:
-                self._close_shard()
             if kind is None:
-                self._write_index()
+                self._finish()
+                whole = True
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
+            if not whole:
+                self._remove_all()
+
+    def _finish(self) -> None:
+        if self._tar is not None:
+            self._close_shard()
+        self._write_index()
+
+    def _remove_all(self) -> None:
+        if self._tar is not None:
+            with contextlib.suppress(OSError):
+                self._tar.close()
+        for shard in self._shards:
+            storage.remove(storage.join(self.folder, shard.name))
+        if not storage.is_remote(self.folder):
+            with contextlib.suppress(OSError):  # other files may lie there
+                Path(self.folder).rmdir()
 
     def _close_shard(self) -> None:
         try:
             self._tar.close()
         except OSError as error:
-            raise DataError(f"{self._path}: could not be written ({error.strerror})") from None
+            raise storage.not_written(self._path, error) from None
         self._tar = None
         info = ShardInfo(
             self._path.name, self._path.stat().st_size, _sha256(self._path), self._count
@@ -149,6 +180,7 @@ class ShardSet:
         if self.index.kind != kind:
             raise DataError(f"{folder}: holds shards of {self.index.kind}, wanted {kind}")
         self.sizes = [shard.samples for shard in self.index.shards]
+        self._ends = list(itertools.accumulate(self.sizes))
         self._open: OrderedDict[int, tuple[Path, list[tuple[str, Members]]]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -158,12 +190,9 @@ class ShardSet:
         """Sample `i`: contents by extension, and its key under "__key__"."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        shard = 0
-        while i >= self.sizes[shard]:
-            i -= self.sizes[shard]
-            shard += 1
+        shard = bisect.bisect_right(self._ends, i)
         path, samples = self._shard(shard)
-        key, members = samples[i]
+        key, members = samples[i - self._ends[shard]]
         sample = {"__key__": key.encode()}
         with path.open("rb") as file:
             for extension, (offset, size) in members.items():

@@ -55,9 +55,34 @@ def fetch(path: str) -> Path:
         raise DataError(f"{path}: no such object")
     key = hashlib.sha256(f"{path} {head['ETag']} {head['ContentLength']}".encode()).hexdigest()
     local = cache_folder() / "objects" / key[:2] / f"{key[:32]}-{Path(path).name}"
-    if not local.exists():
+    if not local.exists() or local.stat().st_size != head["ContentLength"]:
         _write(local, lambda temporary: _download(path, head, temporary))
     return local
+
+
+def fetch_folder(path: str) -> Path:
+    """A local folder with the files of `path`: itself, or links into the cache, made anew.
+
+    Raises:
+        DataError: no such folder, or an object did not arrive whole.
+    """
+    if not is_remote(path):
+        if not Path(path).is_dir():
+            raise DataError(f"{path}: no such folder")
+        return Path(path)
+    names = list_files(path)
+    if not names:
+        raise DataError(f"{path}: no such folder")
+    digest = hashlib.sha256(path.encode()).hexdigest()[:32]
+    parent = cache_folder() / "folders"
+    parent.mkdir(parents=True, exist_ok=True)
+    # One folder per call: another process may be reading an earlier one.
+    root = Path(tempfile.mkdtemp(dir=parent, prefix=f"{digest}-"))
+    for name in names:
+        target = root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(fetch(join(path, name)).absolute())
+    return root
 
 
 def read_bytes(path: str) -> bytes:
@@ -72,7 +97,8 @@ def list_files(folder: str) -> list[str]:
         return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
     bucket, prefix = _split(join(folder, ""))
     pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+    listed = _call(folder, lambda: list(pages))
+    keys = [entry["Key"] for page in listed for entry in page.get("Contents", [])]
     return sorted(key[len(prefix) :] for key in keys)
 
 
@@ -92,9 +118,28 @@ def publish(local: Path, path: str) -> None:
         _call(path, lambda: _client().upload_file(str(local), bucket, key))
         local.unlink()
     else:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        _flush(local)
-        local.replace(path)
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            _flush(local)
+            local.replace(path)
+        except OSError as error:
+            raise not_written(path, error) from None
+
+
+def remove(path: str) -> None:
+    """Delete a file; nothing happens when there is none. Raises DataError for remote trouble."""
+    if is_remote(path):
+        bucket, key = _split(path)
+        _call(path, lambda: _client().delete_object(Bucket=bucket, Key=key))
+    else:
+        Path(path).unlink(missing_ok=True)
+
+
+def not_written(path: Path | str, error: OSError) -> DataError:
+    """The one line for a write that failed."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    why = "the disk is full; free some space" if full else error.strerror or str(error)
+    return DataError(f"{path}: could not be written ({why})")
 
 
 def publish_folder(local: Path, path: str) -> None:
@@ -132,9 +177,7 @@ def _write(target: Path, fill: Callable[[Path], Any]) -> None:
         temporary.chmod(0o644)
         temporary.replace(target)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        why = "the disk is full; free some space" if full else error.strerror or str(error)
-        raise DataError(f"{target}: could not be written ({why})") from None
+        raise not_written(target, error) from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -157,13 +200,18 @@ def _head(path: str) -> dict[str, Any] | None:
     from botocore.exceptions import ClientError
 
     bucket, key = _split(path)
-    try:
-        head: dict[str, Any] = _client().head_object(Bucket=bucket, Key=key)
-        return head
-    except ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
-            return None
-        raise DataError(f"{path}: {error}") from None
+
+    def request() -> dict[str, Any] | None:
+        try:
+            head: dict[str, Any] = _client().head_object(Bucket=bucket, Key=key)
+            return head
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+                return None
+            raise
+
+    found: dict[str, Any] | None = _call(path, request)
+    return found
 
 
 def _call(path: str, request: Callable[[], Any]) -> Any:
