@@ -25,11 +25,12 @@ from dalle_dist.distributed import launch
 from dalle_dist.distributed.engine import build_engine
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.errors import ConfigError, UserError
-from dalle_dist.tokenizer import PAD, Tokenizer
-from dalle_dist.train.held_out import held_out_losses, sample_grid
+from dalle_dist.tokenizer import Tokenizer
+from dalle_dist.train.held_out import LossTransformer, held_out_losses, sample_grid
 from dalle_dist.train.run import Run
 from dalle_dist.train.state import SHAPE, State, find
 from dalle_dist.train.stop import StopRequest
+from dalle_dist.transformer.layout import counted_text_targets
 from dalle_dist.transformer.model import Transformer
 
 
@@ -101,7 +102,7 @@ class _Trainer:
         self.config, self.settings, self.ranks, self.run = config, config.train, ranks, run
         self.setup = setup
         torch.manual_seed(config.seed)
-        self.engine = build_engine(Transformer(config), config, ranks)
+        self.engine = build_engine(LossTransformer(config), config, ranks)
         self.state = State(config, ranks, self.engine, setup.fingerprints)
 
     def train(self, resume: str | None) -> None:
@@ -142,13 +143,14 @@ class _Trainer:
         Captions differ in length, so each micro-batch is weighted by its share of all the text
         targets, which the ranks count before the first forward pass.
         """
-        texts = self.ranks.sum([float(sum(text_targets(text) for text, _ in micro_batches))])[0]
+        counted = sum(int(counted_text_targets(text).sum()) for text, _ in micro_batches)
+        texts = self.ranks.sum([float(counted)])[0]
         images = self.settings.batch_size * self.config.transformer.image_tokens
         share, device = self.settings.text_loss, self.ranks.device
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for text_BT, codes_BN in micro_batches:
-            loss = self.engine(text_BT.to(device), codes_BN.to(device))
-            text, image = loss.text_sum / texts, loss.image_sum / images
+            text, _, image, _ = self.engine(text_BT.to(device), codes_BN.to(device))
+            text, image = text / texts, image / images
             self.engine.backward(share * text + (1 - share) * image)
             sums += torch.stack([text, image]).detach()
         lr = self.state.schedule.rate(self.state.update + 1)
@@ -223,7 +225,7 @@ class _Trainer:
         self.run.rewind(self.state.update)
 
     def _finish(self) -> None:
-        """The release folder, from the newest checkpoint; made again if a longer run made it old."""
+        """The release folder, from the newest checkpoint; made anew when it has become old."""
         made = self.ranks.on_main(self._release)
         self._say(f"complete at update {self.state.update}; {made}")
 
@@ -240,12 +242,6 @@ class _Trainer:
     def _say(self, line: str) -> None:
         if self.ranks.rank == 0:
             print(f"{self.run.path}: {line}", flush=True)
-
-
-def text_targets(text_BT: Tensor) -> int:
-    """Text tokens that the loss counts: each caption and, where there is room, the pad after it."""
-    lengths_B = (text_BT != PAD).sum(dim=1)
-    return int((lengths_B + 1).clamp(max=text_BT.shape[1]).sum())
 
 
 def _refuse_other_dvae(config: Config, release: DVAERelease) -> None:
