@@ -175,8 +175,14 @@ def build_engine(model: nn.Module, config: Config, ranks: Ranks) -> Engine:
         eps=train.eps,
         fused=True,
     )
+    if tree["zero_optimization"].get("stage") == 3:
+        # Weight by weight from the host to shards on the devices: whole, it may fit none of them.
+        dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        deepspeed.zero.Init(module=model.to(dtype), config_dict_or_path=tree, dtype=dtype)
+    else:
+        model.to(ranks.device)
     engine, *_ = deepspeed.initialize(
-        model=model.to(ranks.device), optimizer=optimizer, config=tree, dist_init_required=False
+        model=model, optimizer=optimizer, config=tree, dist_init_required=False
     )
     for state in engine.basic_optimizer.state.values():
         state["step"].zero_()
