@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle_dist.checkpoint.convert import convert
+from dalle_dist.checkpoint.convert import convert, find_checkpoint
 from dalle_dist.checkpoint.release import DVAERelease, load_dvae
 from dalle_dist.config import Config, difference, to_dict
 from dalle_dist.data import storage
@@ -22,6 +22,7 @@ from dalle_dist.data.loader import TokenDataset, batches, collate_tokens
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed import launch
+from dalle_dist.distributed.ds_config import deepspeed_config
 from dalle_dist.distributed.engine import build_engine
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.errors import ConfigError, UserError
@@ -50,6 +51,8 @@ def train(config: Config, resume: str | None = None) -> None:
     """
     ranks = launch.init()
     setup = _Setup(config, ranks)
+    if resume is not None and resume != "auto":
+        find_checkpoint(resume)
     run = Run(config.paths.run, config, ranks, resume=resume is not None, shape=SHAPE)
     try:
         _Trainer(config, ranks, run, setup).train(resume)
@@ -61,6 +64,7 @@ class _Setup:
     """The inputs of a run, checked before anything is written."""
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
+        deepspeed_config(config.train, ranks.world)
         self.tokenizer = Tokenizer.load(config.paths.tokenizer)
         self.dvae = load_dvae(storage.join(config.paths.dvae_run, "release"), ranks.device)
         _refuse_other_dvae(config, self.dvae)

@@ -1,0 +1,256 @@
+"""Stage 2 as a whole, on real processes; each launch of two ranks proves several things."""
+
+import dataclasses
+import errno
+import os
+import signal
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import tiny_run
+import torch
+
+from dalle_dist.checkpoint.release import load_release, save_dvae_release
+from dalle_dist.checkpoint.weights import load_fragments
+from dalle_dist.config import Config
+from dalle_dist.data.loader import collate_tokens
+from dalle_dist.dvae.model import DVAE
+from dalle_dist.errors import CheckpointError, ConfigError, DataError, UserError
+from dalle_dist.testing import run_distributed
+from dalle_dist.tokenizer import train_tokenizer
+from dalle_dist.train import state
+from dalle_dist.train import train as program
+from dalle_dist.train.run import read_log
+from dalle_dist.transformer.layout import counted_text_targets
+
+CURVE = ("loss", "loss_text", "loss_image", "grad_norm", "lr")
+HELD_OUT = ("held_out_text", "held_out_image")
+
+
+def in_folder(config: Config, name: str, **train: object) -> Config:
+    """The same inputs, another run folder and other train options."""
+    folder = Path(config.paths.run).parent / name
+    return dataclasses.replace(
+        config,
+        paths=dataclasses.replace(config.paths, run=str(folder)),
+        train=dataclasses.replace(config.train, **train),
+    )
+
+
+def curve(config: Config, names: tuple[str, ...] = CURVE) -> list[list[float]]:
+    """The logged numbers of each update that has them."""
+    lines = [line for line in read_log(Path(config.paths.run)) if names[0] in line]
+    return [[line[name] for name in names] for line in lines]
+
+
+def zero(stage: int, precision: str = "fp32") -> dict[str, object]:
+    return {"deepspeed": f"ds_configs/zero{stage}.json", "precision": precision}
+
+
+def train_all(ranks, configs):
+    warnings.simplefilter("ignore")
+    for config in configs:
+        program.train(config)
+    return [curve(config) for config in configs], [curve(config, HELD_OUT) for config in configs]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Config:
+    return tiny_run.make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def alone(inputs) -> tuple[Config, list[list[float]], list[list[float]]]:
+    """A run of one process without ZeRO, all in micro-batches of two."""
+    config = in_folder(inputs, "alone", **zero(0))
+    (curves,), (held_out,) = run_distributed(train_all, 1, [config])[0]
+    return config, curves, held_out
+
+
+class TestOneProcess:
+    def test_loss_falls_and_the_release_holds_the_average(self, alone):
+        config, curves, held_out = alone
+        assert len(curves) == config.train.updates
+        assert curves[-1][0] < curves[0][0] - 0.3
+        assert [row[4] for row in curves] == [2.5e-3] + [5e-3] * 5
+        assert len(held_out) == 1
+        run = Path(config.paths.run)
+        release = load_release(str(run / "release"))
+        step = run / "checkpoints" / "step-00000006"
+        average, raw = (load_fragments(step, kind, 0) for kind in ("ema", "raw"))
+        weights = dict(release.transformer.named_parameters())
+        for key, values in average.items():
+            torch.testing.assert_close(weights[key[:-2]].flatten(), values, rtol=0, atol=0)
+        assert any(not torch.equal(values, raw[key]) for key, values in average.items())
+        assert (run / "samples" / "step-00000006-samples.png").is_file()
+
+    def test_first_loss_is_the_mean_over_all_tokens_of_the_batch(self, alone):
+        """Uniform predictions at the start give ln of the vocabularies, whatever the lengths."""
+        _, curves, _ = alone
+        assert curves[0][1] == pytest.approx(torch.tensor(300.0).log().item(), rel=1e-6)
+        assert curves[0][2] == pytest.approx(torch.tensor(16.0).log().item(), rel=1e-6)
+        assert curves[0][0] == pytest.approx(curves[0][1] / 8 + curves[0][2] * 7 / 8, rel=1e-6)
+
+    def test_text_loss_weighs_every_counted_target_alike(self, inputs):
+        """Micro-batches with few and with many text targets: means of means would differ."""
+        config = in_folder(inputs, "lengths", micro_batch=1, updates=2, **zero(0))
+        whole = in_folder(inputs, "whole", micro_batch=8, updates=2, **zero(0))
+        curves, _ = run_distributed(train_all, 1, [config, whole])[0]
+        assert curves[0] == [pytest.approx(row, rel=1e-5) for row in curves[1]]
+        setup_counts = _counts(config)
+        assert len(set(setup_counts)) > 1
+
+
+def _counts(config: Config) -> list[int]:
+    from dalle_dist.distributed import launch
+
+    dataset = program._Setup(config, launch.init()).train_set
+    texts = [collate_tokens([dataset[i]])[0] for i in range(config.train.batch_size)]
+    return [int(counted_text_targets(text).sum()) for text in texts]
+
+
+def train_and_stop(ranks, config):
+    """Rank 1 alone gets a signal after update 4; the run goes on in the same processes."""
+    warnings.simplefilter("ignore")
+    finished = program._Trainer._finished
+
+    def with_signal(self, total, norm):
+        finished(self, total, norm)
+        if self.state.update == 4 and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    program._Trainer._finished = with_signal
+    program.train(config)
+    stopped = sorted(p.name for p in (Path(config.paths.run) / "checkpoints").iterdir())
+    program._Trainer._finished = finished
+    program.train(config, "auto")
+    return stopped
+
+
+def train_on_a_full_disk(ranks, by_deepspeed, by_us):
+    """Rank 1 alone cannot write: first DeepSpeed's files, then ours."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch.object(torch, "save", side_effect=full if ranks.rank == 1 else None):
+        first = refused(ranks, by_deepspeed)
+    with mock.patch.object(state, "save_fragments", side_effect=full if ranks.rank == 1 else None):
+        return first, refused(ranks, by_us)
+
+
+class TestTwoRanks:
+    @pytest.fixture(scope="class")
+    def outcomes(self, inputs):
+        configs = [in_folder(inputs, f"zero{stage}", **zero(stage)) for stage in range(4)]
+        configs.append(in_folder(inputs, "bf16-zero1", **zero(1, "bf16")))
+        curves, held_out = run_distributed(train_all, 2, configs)[0]
+        return dict(zip(range(5), zip(configs, curves, held_out, strict=True), strict=True))
+
+    @pytest.mark.parametrize("stage", range(4))
+    def test_zero_stages_follow_the_curve_of_one_process(self, alone, outcomes, stage):
+        config, curves, held_out = outcomes[stage]
+        assert curves == [pytest.approx(row, rel=2e-5) for row in alone[1]]
+        assert held_out == [pytest.approx(row, rel=2e-5) for row in alone[2]]
+        assert (Path(config.paths.run) / "samples" / "step-00000006-samples.png").is_file()
+        assert load_release(str(Path(config.paths.run) / "release")).fingerprint
+
+    def test_bf16_under_zero1_counts_each_micro_batch_once(self, alone, outcomes):
+        """With a dataclass as the module's output, the norm came out three times as large."""
+        _, curves, _ = outcomes[4]
+        assert [row[0] for row in curves] == pytest.approx([row[0] for row in alone[1]], rel=5e-3)
+        assert curves[0][3] == pytest.approx(alone[1][0][3], rel=1e-2)
+
+    def test_disk_full_on_one_rank_is_one_line_on_all_and_leaves_nothing(self, inputs):
+        configs = [in_folder(inputs, f"full-{i}", updates=1, **zero(2)) for i in range(2)]
+        for messages in run_distributed(train_on_a_full_disk, 2, *configs, timeout=60):
+            for message in messages:
+                assert "step-00000001: not saved (rank 1: disk full)" in message
+                assert "\n" not in message
+        for config in configs:
+            assert list((Path(config.paths.run) / "checkpoints").iterdir()) == []
+
+    def test_stopped_by_a_signal_to_one_rank_and_resumed_is_bit_for_bit_the_same(
+        self, inputs, outcomes
+    ):
+        config = in_folder(inputs, "stopped", **zero(2))
+        stopped = run_distributed(train_and_stop, 2, config)
+        assert stopped[0] == ["step-00000003", "step-00000004"]
+        whole = outcomes[2][0]
+        assert curve(config) == curve(whole)
+        assert curve(config, HELD_OUT) == curve(whole, HELD_OUT)
+        for name in ("ema-rank-00000", "ema-rank-00001", "raw-rank-00000", "raw-rank-00001"):
+            files = [
+                Path(c.paths.run) / f"checkpoints/step-00000006/weights/{name}.safetensors"
+                for c in (config, whole)
+            ]
+            assert files[0].read_bytes() == files[1].read_bytes()
+        releases = [load_release(str(Path(c.paths.run) / "release")) for c in (config, whole)]
+        assert releases[0].fingerprint == releases[1].fingerprint
+
+
+def refused(ranks, config, resume=None):
+    with pytest.raises(UserError) as caught:
+        program.train(config, resume)
+    return str(caught.value)
+
+
+class TestRefusals:
+    """None of them may change the finished run, or leave a folder behind."""
+
+    @pytest.fixture(autouse=True)
+    def untouched(self, alone):
+        run = Path(alone[0].paths.run)
+        before = {p: p.stat().st_mtime_ns for p in (run / "checkpoints").rglob("*")}
+        yield
+        assert before == {p: p.stat().st_mtime_ns for p in (run / "checkpoints").rglob("*")}
+
+    def test_a_complete_run_says_so(self, alone, capsys):
+        program.train(alone[0], "auto")
+        assert "complete at update 6; nothing to do" in capsys.readouterr().out
+        assert len(curve(alone[0])) == 6
+
+    def test_a_used_folder_needs_resume(self, alone):
+        with pytest.raises(UserError, match="--resume auto"):
+            program.train(alone[0])
+
+    def test_another_shape(self, alone):
+        tree = dataclasses.replace(alone[0].transformer, conv_kernel=5)
+        with pytest.raises(ConfigError, match=r"transformer\.conv_kernel: 3 -> 5"):
+            program.train(dataclasses.replace(alone[0], transformer=tree), "auto")
+
+    def test_another_tokenizer(self, alone, tmp_path):
+        other = train_tokenizer(["a lazy dog", "a quick fox"] * 5, 300)
+        other.save(str(tmp_path / "other.json"))
+        paths = dataclasses.replace(alone[0].paths, tokenizer=str(tmp_path / "other.json"))
+        with pytest.raises((CheckpointError, ConfigError), match="tokenizer") as caught:
+            program.train(dataclasses.replace(alone[0], paths=paths), "auto")
+        assert "\n" not in str(caught.value)
+
+    def test_another_zero_stage(self, alone):
+        train = dataclasses.replace(alone[0].train, updates=9, **zero(2))
+        config = dataclasses.replace(alone[0], train=train)
+        (message,) = run_distributed(refused, 1, config, "auto")
+        assert "zero_stage: 0 -> 2; start with the same number of ranks" in message
+
+    def test_batch_that_does_not_divide(self, inputs):
+        config = in_folder(inputs, "odd", batch_size=8, micro_batch=8)
+        for message in run_distributed(refused, 2, config):
+            assert "train.batch_size: 8 is not a multiple of train.micro_batch 8 x 2" in message
+        assert not Path(config.paths.run).exists()
+
+    def test_nothing_to_resume_from_at_a_path(self, inputs, tmp_path):
+        config = in_folder(inputs, "nowhere")
+        with pytest.raises(CheckpointError, match="no whole checkpoint"):
+            program.train(config, str(tmp_path))
+        assert not Path(config.paths.run).exists()
+
+    def test_tokens_of_another_dvae(self, inputs, tmp_path):
+        """A dVAE trained anew gives other codes: same shape, other fingerprint."""
+        torch.manual_seed(2)
+        weights = DVAE(inputs.dvae).state_dict()
+        save_dvae_release(str(tmp_path / "release"), inputs, weights)
+        config = in_folder(inputs, "other-dvae")
+        paths = dataclasses.replace(config.paths, dvae_run=str(tmp_path))
+        with pytest.raises(DataError, match="encode the pictures again"):
+            program.train(dataclasses.replace(config, paths=paths))
+        assert not Path(config.paths.run).exists()
