@@ -1,0 +1,180 @@
+"""The dVAE against the released shapes, a plain re-statement, and numerical integrals."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dalle_dist.config import DVAEConfig, DVAETrainConfig
+from dalle_dist.dvae.loss import (
+    elb_terms,
+    kl_to_uniform,
+    logit_laplace_nll,
+    map_pixels,
+    unmap_pixels,
+)
+from dalle_dist.dvae.metrics import psnr, reconstruct, share_in_use
+from dalle_dist.dvae.model import DVAE
+from dalle_dist.dvae.schedules import cosine, rates
+
+SMALL = DVAEConfig(
+    image_size=16, codebook_size=12, width=8, decoder_stem=6, downsamplings=2, blocks_per_group=2
+)
+
+
+def test_parameter_counts_of_the_released_networks():
+    with torch.device("meta"):
+        dvae = DVAE(DVAEConfig())
+    counts = [sum(p.numel() for p in part.parameters()) for part in (dvae.encoder, dvae.decoder)]
+    assert counts == [53_786_240, 43_829_766]
+
+
+def released_shapes():
+    """Shapes of OpenAI's encoder.pkl and decoder.pkl, from the published description."""
+
+    def block(n_in, n_out, kernels):
+        widths = [n_in, n_out // 4, n_out // 4, n_out // 4, n_out]
+        for i, k in enumerate(kernels):
+            yield from ((widths[i + 1], widths[i], k, k), (widths[i + 1],))
+        if n_in != n_out:
+            yield from ((n_out, n_in, 1, 1), (n_out,))
+
+    def groups(n_in, widths, kernels):
+        for width in widths:
+            for _ in range(2):
+                yield from block(n_in, width, kernels)
+                n_in = width
+
+    yield from ((256, 3, 7, 7), (256,))
+    yield from groups(256, (256, 512, 1024, 2048), (3, 3, 3, 1))
+    yield from ((8192, 2048, 1, 1), (8192,))
+    yield from ((128, 8192, 1, 1), (128,))
+    yield from groups(128, (2048, 1024, 512, 256), (1, 3, 3, 3))
+    yield from ((6, 256, 1, 1), (6,))
+
+
+def test_every_tensor_has_its_released_shape_in_order():
+    with torch.device("meta"):
+        found = [tuple(tensor.shape) for tensor in DVAE(DVAEConfig()).state_dict().values()]
+    assert found == list(released_shapes())
+
+
+def plain(state, x, widths, encoder):
+    """Encoder or decoder from its tensors in order, with nothing but functional calls."""
+    tensors = iter(state)
+
+    def conv(x):
+        weight, bias = next(tensors), next(tensors)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+
+    x, gain = conv(x), 1 / (len(widths) * 2) ** 2
+    for g, width in enumerate(widths):
+        if g and encoder:
+            x = F.max_pool2d(x, 2)
+        elif g:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        for _ in range(2):
+            y = x
+            for _ in range(4):
+                y = conv(y.relu())
+            x = (conv(x) if x.shape[1] != width else x) + gain * y
+    return conv(x.relu())
+
+
+def test_function_equals_a_plain_restatement():
+    torch.manual_seed(0)
+    dvae = DVAE(SMALL)
+    for parameter in dvae.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    images, z = torch.rand(2, 3, 16, 16), torch.rand(2, 12, 4, 4)
+    encoded = plain(dvae.encoder.state_dict().values(), 0.8 * images + 0.1, [8, 16, 32], True)
+    decoded = plain(dvae.decoder.state_dict().values(), z, [32, 16, 8], False)
+    torch.testing.assert_close(dvae.encode_logits(images), encoded, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dvae.decode_soft(z), decoded, rtol=1e-4, atol=1e-4)
+    assert dvae.codes(images).equal(encoded.argmax(1))
+
+
+def test_initial_deviations():
+    torch.manual_seed(0)
+    weight = DVAE(DVAEConfig(width=64, image_size=64)).encoder.input.weight
+    assert weight.std().item() == pytest.approx(1 / math.sqrt(3 * 49), rel=0.05)
+
+
+def test_decode_ignores_the_spread():
+    torch.manual_seed(0)
+    dvae = DVAE(SMALL)
+    codes = torch.randint(0, 12, (2, 4, 4))
+    before = dvae.decode(codes)
+    with torch.no_grad():
+        dvae.decoder.output.bias[3:] += 5
+    assert dvae.decode(codes).equal(before)
+    assert before.shape == (2, 3, 16, 16) and 0 <= before.min() <= before.max() <= 1
+
+
+@pytest.mark.parametrize("mu", [-2.0, 0.0, 1.5])
+@pytest.mark.parametrize("log_b", [-2.0, -0.5, 0.5])
+def test_likelihood_integrates_to_one(mu, log_b):
+    # The density has steep flanks near 0 and 1, so the grid is even in logit(x), not in x.
+    y = torch.linspace(-60, 60, 400_001, dtype=torch.double)
+    x = torch.sigmoid(y).clamp(1e-15, 1 - 1e-15)
+    nll = logit_laplace_nll(x, torch.tensor(mu).double(), torch.tensor(log_b).double())
+    inside = y.abs() < 30
+    integral = torch.trapezoid((torch.exp(-nll) * x * (1 - x))[inside], y[inside])
+    assert integral.item() == pytest.approx(1, abs=1e-5)
+
+
+def test_kl_equals_a_slow_loop_in_double():
+    logits = torch.randn(2, 5, 3, 3, generator=torch.Generator().manual_seed(0)).double()
+    for b in range(2):
+        total = 0.0
+        for cell in logits[b].flatten(1).T:
+            q = [math.exp(v) / sum(math.exp(w) for w in cell.tolist()) for v in cell.tolist()]
+            total += sum(p * math.log(p * 5) for p in q)
+        assert kl_to_uniform(logits)[b].item() == pytest.approx(total, rel=1e-12)
+
+
+def test_both_terms_are_per_colour_value():
+    images, stats = torch.rand(2, 3, 4, 4), torch.randn(2, 6, 4, 4)
+    logits = torch.randn(2, 5, 2, 2)
+    nll, kl = elb_terms(images, logits, stats)
+    slow = logit_laplace_nll(map_pixels(images), stats[:, :3], stats[:, 3:]).sum() / 2 / 48
+    assert nll.item() == pytest.approx(slow.item(), rel=1e-5)
+    assert kl.item() == pytest.approx(kl_to_uniform(logits).sum().item() / 2 / 48, rel=1e-5)
+
+
+def test_pixel_map_and_its_inverse():
+    x = torch.linspace(0, 1, 11)
+    assert map_pixels(x)[[0, -1]].tolist() == pytest.approx([0.1, 0.9])
+    torch.testing.assert_close(unmap_pixels(map_pixels(x)), x)
+    assert unmap_pixels(torch.tensor([0.0, 1.0])).tolist() == [0, 1]
+
+
+def test_schedules_at_their_ends_and_middle():
+    assert [cosine(1.0, 0.0, u, 100) for u in (0, 50, 100, 1000)] == pytest.approx([1, 0.5, 0, 0])
+    paper = DVAETrainConfig()
+    first, last = rates(paper, 0), rates(paper, 3_000_000)
+    assert (first.lr, first.temperature, first.kl_weight) == pytest.approx((1e-4, 1, 0))
+    assert (last.lr, last.temperature, last.kl_weight) == pytest.approx((1.25e-6, 1 / 16, 6.6))
+    assert rates(paper, 2500).kl_weight == pytest.approx(3.3)
+    warm = DVAETrainConfig(lr_warmup=10)
+    assert rates(warm, 0).lr == pytest.approx(1e-5, rel=1e-3)
+
+
+def test_relaxation_tends_to_hard_samples():
+    torch.manual_seed(0)
+    dvae, images = DVAE(SMALL), torch.rand(2, 3, 16, 16)
+    noise = -torch.rand(2, 12, 4, 4).log().neg().log()
+    logits, stats = dvae(images, noise, temperature=1e-4)
+    hard = F.one_hot((logits + noise).argmax(1), 12).permute(0, 3, 1, 2).float()
+    torch.testing.assert_close(stats, dvae.decode_soft(hard), rtol=1e-3, atol=1e-3)
+
+
+def test_metrics():
+    images = torch.zeros(2, 3, 4, 4)
+    other = images.clone()
+    other[1] += 0.1
+    assert psnr(images, other).tolist() == pytest.approx([100, 20])
+    assert share_in_use(torch.tensor([1, 1, 3]), 8) == 0.25
+    codes, pictures = reconstruct(DVAE(SMALL), torch.rand(3, 3, 16, 16), batch_size=2)
+    assert codes.shape == (3, 4, 4) and pictures.shape == (3, 3, 16, 16)

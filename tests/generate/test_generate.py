@@ -1,0 +1,148 @@
+import json
+
+import pytest
+import torch
+
+from dalle_dist.config import load
+from dalle_dist.dvae.model import DVAE
+from dalle_dist.errors import UserError
+from dalle_dist.generate.generator import Generator, sample_grid, sample_seed
+from dalle_dist.generate.outputs import write_outputs
+from dalle_dist.generate.sampler import choose, sample_codes
+from dalle_dist.tokenizer import PAD, train_tokenizer
+from dalle_dist.transformer.model import Transformer
+
+TINY = [
+    "transformer.layers=4", "transformer.width=64", "transformer.heads=1",
+    "transformer.text_tokens=6", "transformer.image_grid=4", "transformer.conv_kernel=3",
+    "tokenizer.vocab_size=300", "dvae.image_size=8", "dvae.downsamplings=1", "dvae.width=8",
+    "dvae.decoder_stem=8", "dvae.codebook_size=20",
+]  # fmt: skip
+
+
+def build(*overrides, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = load("emoji", [*TINY, *overrides])
+    model = Transformer(config).eval().requires_grad_(False).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokenizer = train_tokenizer(["a red heart", "a blue car"], 300)
+    return Generator(model, tokenizer, DVAE(config.dvae).eval(), config, "f" * 16)
+
+
+def text(size=3):
+    text_BT = torch.randint(2, 250, (size, 6), generator=torch.Generator().manual_seed(5))
+    text_BT[0, 2:] = PAD
+    return text_BT
+
+
+@pytest.mark.parametrize("masks", ["paper", "causal"])
+@pytest.mark.parametrize("dialect", ["paper", "clamp", "torus", "dalle-pytorch"])
+def test_decoding_step_by_step_equals_the_full_forward(masks, dialect):
+    model = build(f"transformer.masks={masks}", f"transformer.mask_dialect={dialect}").model
+    codes_BN = torch.randint(0, 20, (3, 16), generator=torch.Generator().manual_seed(6))
+    _, expected = model.logits(text(), codes_BN)
+    caches = model.prefill(text())
+    held_B = torch.full((3,), model.image_embedding.start)
+    for state in range(16):
+        logits_BK = model.step(held_B, caches, state)
+        torch.testing.assert_close(logits_BK, expected[:, state], rtol=1e-4, atol=1e-4)
+        held_B = codes_BN[:, state]
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    model = build().model
+    together = sample_codes(model, text(), [1, 2, 3])
+    alone = [sample_codes(model, text()[i : i + 1], [i + 1])[0] for i in range(3)]
+    assert together.equal(torch.stack(alone))
+    assert not together.equal(sample_codes(model, text(), [1, 2, 4]))
+
+
+def test_prefix_is_kept_and_the_rest_follows_it():
+    model = build().model
+    prefix = torch.randint(0, 20, (3, 7), generator=torch.Generator().manual_seed(1))
+    codes_BN = sample_codes(model, text(), [1, 2, 3], prefix_codes=prefix)
+    assert codes_BN[:, :7].equal(prefix)
+    free = sample_codes(model, text(), [1, 2, 3])
+    again = sample_codes(model, text(), [1, 2, 3], prefix_codes=free[:, :7])
+    assert again.equal(free)
+
+
+def test_samples_follow_the_probabilities():
+    logits_BK = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).expand(30_000, 3)
+    uniform_B = torch.rand(30_000, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+
+    def shares(**options):
+        defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        drawn = choose(logits_BK, uniform_B, **(defaults | options))
+        return (torch.bincount(drawn, minlength=3) / 30_000).tolist()
+
+    assert shares() == pytest.approx([0.5, 0.3, 0.2], abs=0.01)
+    assert shares(temperature=0.5) == pytest.approx([25 / 38, 9 / 38, 4 / 38], abs=0.01)
+    assert shares(top_k=2) == pytest.approx([5 / 8, 3 / 8, 0], abs=0.01)
+    assert shares(top_p=0.5) == [1, 0, 0]
+    assert shares(top_p=0.6) == pytest.approx([5 / 8, 3 / 8, 0], abs=0.01)
+    assert shares(temperature=0) == [1, 0, 0]
+
+
+def test_pictures_depend_on_seed_prompt_and_index_alone():
+    generator = build()
+    one = generator.generate("a red heart", n=3, seed=1)
+    many = generator.generate(["a blue car", "a red heart"], n=3, seed=1, batch_size=2)
+    assert [p.prompt for p in many] == ["a blue car"] * 3 + ["a red heart"] * 3
+    for a, b in zip(one, many[3:], strict=True):
+        assert a.codes_N.equal(b.codes_N) and a.image.tobytes() == b.image.tobytes()
+    assert len({sample_seed(s, p, i) for s in (0, 1) for p in "ab" for i in (0, 1)}) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": ""}, "a prompt is empty"),
+        ({"prompts": []}, "a prompt is empty"),
+        ({"n": 0}, "-n: 0 is below 1"),
+        ({"temperature": -1.0}, "--temperature"),
+        ({"top_k": -1}, "--top-k"),
+        ({"top_p": 0.0}, "--top-p"),
+        ({"batch_size": 0}, "--batch-size"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    options = {"prompts": "a red heart"} | options
+    with pytest.raises(UserError, match=message):
+        build().generate(options.pop("prompts"), **options)
+
+
+def test_outputs_are_pictures_a_grid_and_a_manifest(tmp_path):
+    generator = build()
+    drawn = generator.generate(["a red heart", "a blue car"], n=2, seed=3)
+    out = tmp_path / "out"
+    for _ in range(2):  # a second call may replace its own files
+        write_outputs(drawn, str(out), fingerprint=generator.fingerprint)
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [
+        "00-a-red-heart-00.png", "00-a-red-heart-01.png", "01-a-blue-car-00.png",
+        "01-a-blue-car-01.png", "grid.png", "manifest.json",
+    ]  # fmt: skip
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["model"] == "f" * 16
+    assert manifest["pictures"][3] == {
+        "file": "01-a-blue-car-01.png", "prompt": "a blue car",
+        "seed": sample_seed(3, "a blue car", 1),
+    }  # fmt: skip
+
+
+def test_a_foreign_folder_is_not_written_to(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    drawn = build().generate("a red heart")
+    with pytest.raises(UserError, match="not empty and not generated pictures"):
+        write_outputs(drawn, str(tmp_path), fingerprint="")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_sample_grid_leaves_the_model_in_training():
+    generator = build()
+    generator.model.train()
+    picture = sample_grid(generator, ["a red heart", "a blue car"], 3, seed=0)
+    assert generator.model.training
+    assert picture.width > picture.height > 100

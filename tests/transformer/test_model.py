@@ -1,0 +1,177 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from dalle_kernels.masks import AttentionMask
+
+from dalle_dist.config import load, preset_names
+from dalle_dist.tokenizer import PAD
+from dalle_dist.transformer.layout import counted_text_targets, layer_masks, text_inputs
+from dalle_dist.transformer.model import Transformer
+
+TINY = [
+    "transformer.layers=4", "transformer.width=64", "transformer.heads=1",
+    "transformer.text_tokens=6", "transformer.image_grid=4", "transformer.conv_kernel=3",
+    "tokenizer.vocab_size=300", "dvae.image_size=32", "dvae.downsamplings=3",
+    "dvae.codebook_size=20", "train.checkpoint_activations=false",
+]  # fmt: skip
+
+
+def tiny(*overrides, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = Transformer(load("emoji", [*TINY, *overrides])).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # the unembeddings start at zero
+    return model
+
+
+def batch(size=3):
+    generator = torch.Generator().manual_seed(5)
+    text_BT = torch.randint(2, 300, (size, 6), generator=generator)
+    text_BT[0, 2:] = PAD
+    text_BT[1, 5:] = PAD
+    return text_BT, torch.randint(0, 20, (size, 16), generator=generator)
+
+
+def test_layers_follow_the_papers_pattern():
+    kinds = [mask.kind for mask in layer_masks(load("12b").transformer)]
+    assert kinds[:4] == ["row", "column", "row", "row"]
+    assert [i + 1 for i, kind in enumerate(kinds) if kind == "column"] == list(range(2, 63, 4))
+    assert kinds[-1] == "conv" and kinds.count("conv") == 1 and kinds.count("row") == 47
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_builds(name):
+    config = load(name)
+    with torch.device("meta"):
+        model = Transformer(config)
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
+    assert matrices == 12 * config.transformer.layers * config.transformer.width**2
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("12b", 12.09), ("5.6b", 5.55), ("2.8b", 2.83), ("1b", 1.21)]
+)
+def test_parameter_counts(name, billions):
+    with torch.device("meta"):
+        blocks = Transformer(load(name)).blocks
+    matrices = sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
+    assert round(matrices / 1e9, 2) == billions
+
+
+def test_text_layout():
+    text_BT = torch.tensor([[5, 6, PAD, PAD], [5, 6, 7, 8], [PAD, PAD, PAD, PAD]])
+    assert text_inputs(text_BT).tolist() == [[1, 5, 6, 0], [1, 5, 6, 7], [1, 0, 0, 0]]
+    counted = counted_text_targets(text_BT).int().tolist()
+    assert counted == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+
+
+def test_loss_equals_a_slow_loop_in_double():
+    model = tiny(dtype=torch.double)
+    text_BT, codes_BN = batch()
+    loss = model(text_BT, codes_BN)
+    text_logits, image_logits = model.logits(text_BT, codes_BN)
+    text, image, counted = 0.0, 0.0, 0
+    for b in range(3):
+        for t in range(6):
+            if t == 0 or text_BT[b, t - 1] != PAD:
+                logits = text_logits[b, t].double()
+                text += torch.logsumexp(logits, 0) - logits[text_BT[b, t]]
+                counted += 1
+        for n in range(16):
+            logits = image_logits[b, n].double()
+            image += torch.logsumexp(logits, 0) - logits[codes_BN[b, n]]
+    assert (int(loss.text_count), int(loss.image_count)) == (counted, 48) == (3 + 6 + 6, 48)
+    torch.testing.assert_close(loss.text_sum.double(), text, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.image_sum.double(), image, rtol=1e-5, atol=0)
+    expected = text / counted / 8 + 7 / 8 * image / 48
+    torch.testing.assert_close(loss.total(1 / 8).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_first_loss_is_that_of_uniform_predictions():
+    model = Transformer(load("emoji", TINY))
+    loss = model(*batch())
+    assert (loss.text_sum / loss.text_count).item() == pytest.approx(math.log(300))
+    assert (loss.image_sum / loss.image_count).item() == pytest.approx(math.log(20))
+
+
+@pytest.mark.parametrize("dialect", ["paper", "clamp", "torus", "dalle-pytorch"])
+@pytest.mark.parametrize("kind", ["row", "column", "conv", "causal"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_changing_a_token_leaves_all_states_before_it_bit_for_bit(
+    kind, dialect, backend, monkeypatch
+):
+    if (kind, backend) == ("causal", "cpu"):
+        backend = "reference"
+    model = tiny(f"transformer.mask_dialect={dialect}")
+    for layer in model.blocks:
+        layer.attention.mask = AttentionMask(kind, 6, 4, dialect, kernel=3)
+    from dalle_dist.transformer import blocks
+
+    attention = blocks.sparse_attention
+    monkeypatch.setattr(blocks, "sparse_attention", lambda q, m: attention(q, m, backend))
+    text_BT, codes_BN = batch()
+    text_BT = text_BT.masked_fill(text_BT == PAD, 9)
+    text, image = model.logits(text_BT, codes_BN)
+    for j in range(6):
+        changed = text_BT.clone()
+        changed[:, j] += 1
+        other, other_image = model.logits(changed, codes_BN)
+        assert other[:, : j + 1].equal(text[:, : j + 1])
+        assert j == 5 or not other[:, j + 1].equal(text[:, j + 1])
+        assert not other_image[:, 0].equal(image[:, 0]) or j == 5
+    for j in range(15):
+        changed = codes_BN.clone()
+        changed[:, j] = (changed[:, j] + 1) % 20
+        other_text, other = model.logits(text_BT, changed)
+        assert other_text.equal(text)
+        assert other[:, : j + 1].equal(image[:, : j + 1])
+        assert not other[:, j + 1].equal(image[:, j + 1])
+
+
+def test_each_position_has_its_own_pad():
+    model = tiny()
+    text_BT, codes_BN = batch()
+    before = model.logits(text_BT, codes_BN)[1]
+    with torch.no_grad():
+        model.text_embedding.pad[5] += 1
+    after = model.logits(text_BT, codes_BN)[1]
+    assert not after[0].equal(before[0]), "caption 0 holds a pad at position 5"
+    assert after[2].equal(before[2]), "caption 2 is as long as the text block"
+
+
+def test_checkpointed_activations_change_nothing():
+    text_BT, codes_BN = batch()
+    grads = []
+    for flag in ("false", "true"):
+        model = tiny(f"train.checkpoint_activations={flag}")
+        model(text_BT, codes_BN).total(1 / 8).backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(a.equal(b) for a, b in zip(*grads, strict=True))
+
+
+def test_bf16_keeps_the_stream_and_logits_in_fp32():
+    model = tiny().bfloat16()
+    text_BT, codes_BN = batch()
+    streams = []
+    for layer in model.blocks:
+        layer.register_forward_hook(lambda *arguments: streams.append(arguments[-1].dtype))
+    loss = model(text_BT, codes_BN)
+    assert set(streams) == {torch.float32}
+    assert all(getattr(loss, f.name).dtype == torch.float32 for f in dataclasses.fields(loss))
+    exact = tiny()(text_BT, codes_BN).total(0.5)
+    assert loss.total(0.5).item() == pytest.approx(exact.item(), rel=0.05)
+
+
+def test_a_tiny_model_learns_a_batch_by_heart():
+    model = tiny()
+    model._init()
+    text_BT, codes_BN = batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = model(text_BT, codes_BN).total(1 / 8)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.3
