@@ -98,13 +98,19 @@ def no_space(error: BaseException) -> bool:
     return False
 
 
+def _nothing_free(partial: Path) -> bool:
+    """torch.save hides the cause of a short write, but what it wrote still fills the disk."""
+    return partial.parent.is_dir() and shutil.disk_usage(partial.parent).free < _CHUNK
+
+
 def _attempt(partial: Path, ranks: Ranks, action: Callable[[], None]) -> None:
     """Run `action` on every rank; if it fails on one, clean up and raise the same line on all."""
     failure = None
     try:
         action()
     except (OSError, RuntimeError, UserError) as error:
-        reason = "disk full" if no_space(error) else " ".join(str(error).split())
+        full = no_space(error) or _nothing_free(partial)
+        reason = "disk full" if full else " ".join(str(error).split())
         failure = f"rank {ranks.rank}: {reason}" if ranks.world > 1 else reason
     failures = [text for text in ranks.gather(failure) if text]
     if failures:

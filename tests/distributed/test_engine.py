@@ -75,11 +75,13 @@ def _course(ranks, stage, precision, folder):
     with engine.sampling_model(_Toy) as model:
         live = {} if model is None else {k: v.clone() for k, v in model.state_dict().items()}
     owned = sum(f.values.numel() for f in engine.fragments())
+    moments = engine._engine.basic_optimizer.state.values()
     # Tensors in a result would be shared with a process that is about to end: arrays travel.
     return {
         "curve": curve + ahead, "resumed": resumed == ahead,
         "raw": _arrays(raw), "live": _arrays(live),
         "ema": _arrays(_whole(engine, ranks, ema.state([]))), "owned": owned,
+        "steps": {int(moment["step"]) for moment in moments},
     }  # fmt: skip
 
 
@@ -125,6 +127,13 @@ def test_two_ranks_follow_one_process_in_loss_norm_weights_and_average(alone, pa
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_loaded_engine_goes_on_bit_for_bit(pair, precision, stage):
     assert all(outcomes[stage]["resumed"] for outcomes in pair[precision])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_wrapper_steps_the_optimizer_by_itself(pair, precision, stage):
+    """Some of DeepSpeed's step once at their birth, which would spoil Adam's bias correction."""
+    assert [outcomes[stage]["steps"] for outcomes in pair[precision]] == [{8}, {8}]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
