@@ -8,6 +8,7 @@ universal checkpoints rest on), `optimizer.fp32_groups` (bf16 without ZeRO), `ch
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,6 +167,9 @@ def build_engine(model: nn.Module, config: Config, ranks: Ranks) -> Engine:
     compatible_ops["deepspeed_shm_comm"] = False
     tree = deepspeed_config(config.train, ranks.world)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        # DeepSpeed's to mend: it calls what torch has renamed.
+        warnings.filterwarnings("ignore", f".*{name}.* is deprecated", FutureWarning)
     train = config.train
     optimizer = torch.optim.AdamW(
         param_groups(model, train.weight_decay),

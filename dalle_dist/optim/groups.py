@@ -13,7 +13,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     The paper gives the decay (4.5e-2, appendix B.2) but not its targets; gains, biases and
     embeddings are left alone, as is the custom of the field.
     """
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             chosen = decayed if "blocks" in name.split(".") and parameter.ndim == 2 else others

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle_dist.config import Config
 from dalle_dist.data.loader import TokenDataset, collate_tokens
@@ -59,7 +59,7 @@ def held_out_losses(
 
 @torch.no_grad()
 def sample_grid(
-    model: nn.Module, dvae: DVAE, tokenizer: Tokenizer, config: Config, device: torch.device
+    model: Transformer, dvae: DVAE, tokenizer: Tokenizer, config: Config, device: torch.device
 ) -> Image.Image:
     """A row of `samples_per_prompt` pictures per prompt of the config, always by the same seeds."""
     each, length = config.train.samples_per_prompt, config.transformer.text_tokens

@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ class _Setup:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         deepspeed_config(config.train, ranks.world)
         self.tokenizer = Tokenizer.load(config.paths.tokenizer)
-        self.dvae = load_dvae(storage.join(config.paths.dvae_run, "release"), ranks.device)
+        device = ranks.device if ranks.rank == 0 else "cpu"  # only rank 0 draws
+        self.dvae = load_dvae(storage.join(config.paths.dvae_run, "release"), device)
         _refuse_other_dvae(config, self.dvae)
         classes = self.tokenizer.vocab_size
         if classes != config.tokenizer.vocab_size:
@@ -211,9 +212,12 @@ class _Trainer:
         with self.engine.sampling_model(lambda: Transformer(self.config)) as model:
             if model is not None:
                 picture = sample_grid(
-                    model, self.setup.dvae.dvae, self.setup.tokenizer, self.config,
+                    cast(Transformer, model),
+                    self.setup.dvae.dvae,
+                    self.setup.tokenizer,
+                    self.config,
                     self.ranks.device,
-                )  # fmt: skip
+                )
                 self.run.image(self.state.update, "samples", picture)
 
     def _save(self) -> None:
