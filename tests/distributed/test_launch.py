@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -8,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from dalle_dist.distributed import launch
-from dalle_dist.distributed.launch import Place, first_host, read_environment
+from dalle_dist.distributed.launch import Place, Ranks, first_host, read_environment
 from dalle_dist.errors import ConfigError
 from dalle_dist.testing import run_distributed
 
@@ -124,18 +122,26 @@ def test_run_distributed_shows_the_failing_ranks_reason_without_waiting_for_its_
     assert time.monotonic() - start < 30
 
 
-THREADS = (
-    "import torch; from dalle_dist.distributed import launch; r = launch.init(); "
-    "print(r.launcher, r.gather((r.rank, r.local_rank, torch.get_num_threads())) "
-    "if r.rank == 0 else r.gather((r.rank, r.local_rank, torch.get_num_threads())) and '')"
+class _TwoOfThree(Ranks):
+    """Three ranks on this host: two on the same eight cores, one on others; one on another host."""
+
+    def gather(self, value):
+        host, cpus = value
+        return [value, (host, cpus), (host, {98, 99}), ("elsewhere", cpus)]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "chosen", "expected"),
+    [("mpirun", None, 4), ("mpirun", "1", None), ("torchrun", "1", 4), ("torchrun", "3", None)],
 )
-
-
-def test_torchruns_own_thread_limit_gives_way_to_an_even_share_of_the_cores():
-    environ = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["--no-python", sys.executable, "-c", THREADS]
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=100)
-    assert done.returncode == 0, done.stderr
-    share = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert f"torchrun [(0, 0, {share}), (1, 1, {share})]" in done.stdout
+def test_ranks_share_their_cores_unless_the_user_chose(monkeypatch, launcher, chosen, expected):
+    """torchrun sets OMP_NUM_THREADS=1 by itself, so that is not the user's word."""
+    if chosen is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    launch._share_cpus(_TwoOfThree(0, 0, 4, launcher, torch.device("cpu")))
+    assert threads == ([] if expected is None else [expected])
