@@ -9,7 +9,6 @@ PRESET := emoji
 DATA := data/emoji
 RUN := runs/demo
 RANKS := 2
-SIZE := $(shell sed -n 's/^  image_size: //p' dalle_dist/presets/$(PRESET).yaml)
 SET := paths.images=$(DATA) paths.tokens=$(DATA)-tokens paths.tokenizer=$(DATA)/tokenizer.json \
        paths.dvae_run=$(RUN)-dvae paths.run=$(RUN) $(EXTRA)
 
@@ -35,7 +34,7 @@ $(DATA)/tokenizer.json: $(DATA)/held-out/index.json
 	$(BIN)/dalle-dist tokenizer train $(PRESET) $(SET)
 
 $(DATA)/held-out/index.json: $(VENV)/ready
-	$(BIN)/dalle-dist data emoji $(DATA) --size $(SIZE)
+	$(BIN)/dalle-dist data emoji $(DATA) --size 64
 
 # The same road in a few minutes: it proves the road, its pictures are poor.
 demo-short:

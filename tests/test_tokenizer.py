@@ -1,0 +1,83 @@
+import unicodedata
+
+import pytest
+import tokenizers
+
+from dalle_dist.errors import DataError
+from dalle_dist.tokenizer import PAD, START, Tokenizer, train_tokenizer
+
+CAPTIONS = ["woman astronaut medium skin tone", "man astronaut dark skin tone", "red heart"] * 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(CAPTIONS, 320)
+
+
+def test_any_text_survives(tokenizer):
+    for text in ("red heart", "fl\u00e2neur \u732b \U0001f408", "tabs\tand  spaces", "a"):
+        expected = unicodedata.normalize("NFC", text).lower()
+        assert tokenizer.decode(tokenizer.encode(text)) == expected
+
+
+def test_case_and_composition_do_not_matter(tokenizer):
+    assert tokenizer.encode("RED Heart") == tokenizer.encode("red heart")
+    assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")
+
+
+def test_specials_never_come_out_of_text(tokenizer):
+    ids = tokenizer.encode("<pad> <start> red")
+    assert min(ids) > START > PAD
+
+
+def test_seldom_dropped_merges_equal_the_library(tokenizer):
+    """The merge loop done here, with a dropout that never strikes, against `tokenizers`."""
+    texts = [*CAPTIONS, "astronauts in space", "medium-dark \u00fcber tone!", "", "  a  "]
+    for text in texts:
+        assert tokenizer.encode(text, dropout=1e-12, seed=0) == tokenizer.encode(text)
+
+
+def test_dropout_is_seeded_and_still_spells_the_text(tokenizer):
+    text = "woman astronaut medium skin tone"
+    drawn = [tuple(tokenizer.encode(text, dropout=0.3, seed=f"1 2 {i}")) for i in range(20)]
+    assert drawn[3] == tuple(tokenizer.encode(text, dropout=0.3, seed="1 2 3"))
+    assert len(set(drawn)) > 5
+    assert {tokenizer.decode(ids) for ids in drawn} == {text}
+    assert all(len(ids) >= len(tokenizer.encode(text)) for ids in drawn)
+
+
+def test_padding_and_cutting(tokenizer):
+    ids, cut = tokenizer.encode_padded("red heart", 6)
+    assert len(ids) == 6 and ids[-1] == PAD and not cut
+    ids, cut = tokenizer.encode_padded("red heart " * 9, 6)
+    assert len(ids) == 6 and PAD not in ids and cut
+
+
+def test_file_round_trip_and_fingerprint(tokenizer, tmp_path):
+    path = str(tmp_path / "tokenizer.json")
+    tokenizer.save(path)
+    loaded = Tokenizer.load(path)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.encode("red heart") == tokenizer.encode("red heart")
+    plain = tokenizers.Tokenizer.from_file(path)
+    assert plain.encode("red heart").ids == tokenizer.encode("red heart")
+    assert train_tokenizer(CAPTIONS[:4], 320).fingerprint != tokenizer.fingerprint
+
+
+def test_vocabulary_is_bounded(tokenizer):
+    assert 258 < tokenizer.vocab_size <= 320
+    with pytest.raises(DataError, match="vocab_size: 100 is below 258"):
+        train_tokenizer(CAPTIONS, 100)
+    with pytest.raises(DataError, match="no captions"):
+        train_tokenizer(["", " "], 320)
+
+
+def test_damaged_and_foreign_files(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{")
+    with pytest.raises(DataError, match="not a tokenizer"):
+        Tokenizer.load(str(path))
+    other = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    other.save(str(path))
+    with pytest.raises(DataError, match="ids 0 and 1 are not"):
+        Tokenizer.load(str(path))
