@@ -66,7 +66,9 @@ class _Trainer:
         self.config, self.settings, self.ranks, self.run = config, config.dvae_train, ranks, run
         self.update = 0
         torch.manual_seed(config.seed)
-        self.dvae = DVAE(config.dvae).to(ranks.device, memory_format=torch.channels_last)
+        self.dvae = DVAE(config.dvae).to(ranks.device)
+        # Channels last is what the convolutions of CPUs and GPUs are fastest in.
+        self.dvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train_set = _dataset(config, "train", self._augmentation())
         self.held_out = _dataset(config, "held-out", None)
         start_at_data(self.dvae, _stack(self.train_set, 256).to(ranks.device))
@@ -250,7 +252,7 @@ def start_at_data(dvae: DVAE, images_BCHW: Tensor) -> None:
     logits_BCHW = torch.logit(map_pixels(images_BCHW))
     median_C = logits_BCHW.transpose(0, 1).flatten(1).median(dim=1).values
     spread_C = (logits_BCHW - median_C[:, None, None]).abs().mean(dim=(0, 2, 3))
-    bias = dvae.decoder.output.bias
+    bias: Any = dvae.decoder.output.bias
     bias[:COLOURS] = median_C
     bias[COLOURS:] = spread_C.clamp_min(1e-2).log()
 

@@ -1,0 +1,202 @@
+"""Stage 1 as a user runs it, on a handful of pictures."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from dalle_dist.checkpoint.formats import load_tensors
+from dalle_dist.checkpoint.release import load_dvae
+from dalle_dist.cli import main
+from dalle_dist.data.shards import ShardSet, ShardWriter
+from dalle_dist.errors import ConfigError, DataError
+from dalle_dist.testing import run_distributed
+from dalle_dist.train.train_dvae import gumbel_noise
+
+COLOURS = ["red", "green", "blue", "orange", "purple", "black"]
+SHAPE = [
+    "dvae.image_size=16", "dvae.codebook_size=16", "dvae.width=8", "dvae.decoder_stem=8",
+    "dvae.downsamplings=2", "transformer.image_grid=4", "data.workers=0",
+    "dvae_train.batch_size=8", "dvae_train.lr=3e-3", "dvae_train.eval_every=10",
+    "dvae_train.save_every=10", "dvae_train.log_every=1", "dvae_train.precision=fp32",
+]  # fmt: skip
+
+
+def picture(i):
+    image = Image.new("RGB", (20, 20), "white")
+    box = (2 + i % 4, 2, 14, 10 + i % 7)
+    ImageDraw.Draw(image).ellipse(box, fill=COLOURS[i % len(COLOURS)])
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_images(folder, corrupt=()):
+    for part, numbers in (("train", range(24)), ("held-out", range(24, 32))):
+        with ShardWriter(str(folder / part), "images", {}, samples_per_shard=10) as writer:
+            for i in numbers:
+                data = b"broken" if i in corrupt else picture(i)
+                caption = f"{COLOURS[i % len(COLOURS)]} ball"
+                writer.write(f"{i:03d}", {"png": data, "txt": caption.encode(), "json": b"{}"})
+
+
+def arguments(folder, *overrides, run="dvae"):
+    paths = [f"paths.images={folder}/images", f"paths.dvae_run={folder}/{run}"]
+    return ["emoji", *paths, f"paths.tokens={folder}/tokens", *SHAPE, *overrides]
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stage1")
+    write_images(folder / "images", corrupt={5, 30})
+    with pytest.warns(UserWarning, match="005"):
+        assert main(["train-dvae", *arguments(folder, "dvae_train.updates=60")]) == 0
+    return folder
+
+
+def test_it_learns_and_leaves_a_whole_run(trained):
+    log = lines(trained / "dvae")
+    losses = [line["nll"] for line in log if "nll" in line]
+    assert len(losses) == 60
+    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.5
+    evaluated = [line for line in log if "psnr" in line]
+    assert [line["update"] for line in evaluated] == [10, 20, 30, 40, 50, 60]
+    assert evaluated[-1]["psnr"] > evaluated[0]["psnr"]
+    assert {"kl", "elb", "temperature", "kl_weight", "lr", "images_per_s"} <= log[0].keys()
+    run = trained / "dvae"
+    assert sorted(p.name for p in (run / "release").iterdir()) == [
+        "config.yaml",
+        "dvae.safetensors",
+    ]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "step-00000050",
+        "step-00000060",
+    ]
+    assert Image.open(run / "samples" / "step-00000060-reconstructions.png").width > 400
+    assert list((run / "tensorboard").glob("events*"))
+
+
+def test_a_finished_run_says_so_and_a_used_folder_is_refused(trained, capsys):
+    before = (trained / "dvae/log.jsonl").read_text()
+    done = arguments(trained, "dvae_train.updates=60")
+    assert main(["train-dvae", *done, "--resume", "auto"]) == 0
+    assert "complete at update 60; nothing to do" in capsys.readouterr().out
+    assert main(["train-dvae", *done]) == 2
+    assert "holds a run; go on with --resume auto" in capsys.readouterr().err
+    assert (trained / "dvae/log.jsonl").read_text() == before
+
+
+def test_resuming_with_another_shape_shows_the_difference(trained, capsys):
+    changed = arguments(trained, "dvae_train.updates=90", "dvae.codebook_size=32")
+    assert main(["train-dvae", *changed, "--resume", "auto"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot resume with another shape: dvae.codebook_size: 16 -> 32" in error
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be decoded")
+def test_stopped_and_resumed_equals_never_stopped(tmp_path):
+    write_images(tmp_path / "images")
+    schedule = ["dvae_train.lr_updates=20", "dvae_train.temperature_updates=20"]
+    whole = arguments(tmp_path, "dvae_train.updates=20", *schedule, run="whole")
+    assert main(["train-dvae", *whole]) == 0
+    half = arguments(tmp_path, "dvae_train.updates=10", *schedule, run="parts")
+    assert main(["train-dvae", *half]) == 0
+    both = arguments(tmp_path, "dvae_train.updates=20", *schedule, run="parts")
+    assert main(["train-dvae", *both, "--resume", "auto"]) == 0
+    states = [
+        load_tensors(tmp_path / run / "release/dvae.safetensors") for run in ("whole", "parts")
+    ]
+    assert all(states[0][name].equal(states[1][name]) for name in states[0])
+    logs = [[line.get("nll") for line in lines(tmp_path / run)] for run in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+def _train(ranks, folder):
+    assert main(["train-dvae", *arguments(Path(folder), "dvae_train.updates=5", run="two")]) == 0
+
+
+def test_two_ranks_follow_one(tmp_path):
+    write_images(tmp_path / "images")
+    assert main(["train-dvae", *arguments(tmp_path, "dvae_train.updates=5", run="one")]) == 0
+    run_distributed(_train, 2, str(tmp_path))
+    one, two = (load_tensors(tmp_path / run / "release/dvae.safetensors") for run in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+
+def test_noise_is_each_samples_own_and_standard_gumbel():
+    shape, cpu = (8, 5, 5), torch.device("cpu")
+    both = gumbel_noise(shape, 1, [7, 9], cpu)
+    assert both[1].equal(gumbel_noise(shape, 1, [9], cpu)[0])
+    assert not both[0].equal(both[1]) and not both[0].equal(gumbel_noise(shape, 2, [7], cpu)[0])
+    noise = gumbel_noise((200_000,), 1, [0], cpu)
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.std().item() == pytest.approx(1.2825, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be decoded")
+def test_encode_writes_the_argmax_codes_once(trained, capsys):
+    assert main(["encode", *arguments(trained)]) == 0
+    out = capsys.readouterr().out
+    assert "23 pictures, 1 corrupt pictures skipped" in out
+    release = load_dvae(str(trained / "dvae/release"))
+    tokens = ShardSet(str(trained / "tokens/train"), "tokens")
+    assert tokens.index.meta["dvae"] == release.fingerprint
+    assert (len(tokens), tokens.index.meta["grid"]) == (23, 4)
+    import numpy as np
+
+    from dalle_dist.data.loader import ImageDataset
+
+    images = ImageDataset(str(trained / "images/train"), None, 16, None, 0)
+    for i, source in ((0, 0), (5, 6), (22, 23)):
+        sample, image = tokens.read(i), images.read(source)
+        codes = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
+        assert codes.dtype == np.uint16
+        assert json.loads(sample["json"])["source"] == image.key == f"{source:03d}"
+        assert sample["txt"].decode() == image.caption
+        expected = release.dvae.codes(image.image_CHW[None].float() / 255)
+        assert codes.tolist() == expected.flatten().tolist()
+    assert main(["encode", *arguments(trained)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be decoded")
+def test_encode_refuses_what_does_not_belong_together(trained, tmp_path, capsys):
+    write_images(tmp_path / "images")
+    assert main(["train-dvae", *arguments(tmp_path, "dvae_train.updates=2")]) == 0
+    assert main(["encode", *arguments(tmp_path, f"paths.tokens={trained}/tokens2")]) == 0
+    other = arguments(trained, f"paths.tokens={trained}/tokens2")
+    assert main(["encode", *other]) == 2
+    assert "holds tokens of other dVAE" in capsys.readouterr().err
+    assert main(["encode", *arguments(trained, "dvae.codebook_size=32")]) == 2
+    assert "is not the shape of" in capsys.readouterr().err
+
+
+def test_all_corrupt_is_fatal(tmp_path, capsys):
+    write_images(tmp_path / "images", corrupt=set(range(32)))
+    with pytest.warns(UserWarning):
+        assert main(["train-dvae", *arguments(tmp_path, "dvae_train.updates=2")]) == 2
+    assert "can be decoded" in capsys.readouterr().err
+
+
+def test_batch_must_split_over_the_ranks(tmp_path):
+    from dalle_dist.config import load
+    from dalle_dist.distributed.launch import Ranks
+    from dalle_dist.train import train_dvae
+
+    config = load("emoji", ["dvae_train.batch_size=7"])
+    ranks = Ranks(0, 0, 2, "single", torch.device("cpu"))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ConfigError, match="7 is not a multi"),
+    ):
+        patch.setattr(train_dvae.launch, "init", lambda: ranks)
+        train_dvae.train_dvae(config)
+    assert issubclass(DataError, Exception)
