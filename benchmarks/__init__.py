@@ -1,0 +1,1 @@
+"""One program per claim; `python -m benchmarks.NAME`. Results are kept as rows of results/*.csv."""
