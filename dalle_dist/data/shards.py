@@ -70,7 +70,7 @@ def refuse_used(*folders: str) -> None:
     """Raises DataError when one of the folders holds shards."""
     for folder in folders:
         if storage.exists(storage.join(folder, INDEX)):
-            raise DataError(f"{folder}: in use, it holds shards; delete it or choose another")
+            raise DataError(f"{folder}: in use, holds shards already; delete it or choose another")
 
 
 class ShardWriter:

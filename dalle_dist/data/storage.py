@@ -19,6 +19,7 @@ from typing import Any
 from dalle_dist.errors import DataError
 
 SCHEME = "s3://"
+RETRIES = {"max_attempts": 8, "mode": "adaptive"}
 LAST = ("index.json", "manifest.json", "config.yaml")  # what makes a folder count goes up last
 
 
@@ -241,5 +242,4 @@ def _client_of(endpoint: str | None, _process: int) -> Any:
     import boto3
     from botocore.config import Config
 
-    retries = {"max_attempts": 8, "mode": "adaptive"}
-    return boto3.client("s3", endpoint_url=endpoint, config=Config(retries=retries))
+    return boto3.client("s3", endpoint_url=endpoint, config=Config(retries=RETRIES))

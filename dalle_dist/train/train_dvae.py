@@ -252,7 +252,8 @@ def start_at_data(dvae: DVAE, images_BCHW: Tensor) -> None:
     logits_BCHW = torch.logit(map_pixels(images_BCHW))
     median_C = logits_BCHW.transpose(0, 1).flatten(1).median(dim=1).values
     spread_C = (logits_BCHW - median_C[:, None, None]).abs().mean(dim=(0, 2, 3))
-    bias: Any = dvae.decoder.output.bias
+    output: Any = dvae.decoder.output
+    bias = output.bias
     bias[:COLOURS] = median_C
     bias[COLOURS:] = spread_C.clamp_min(1e-2).log()
 
