@@ -3,6 +3,7 @@ import json
 import pytest
 
 from dalle_dist.data import emoji as room
+from dalle_dist.data.decode import decode
 from dalle_dist.data.emoji import Emoji, build_emoji, choose_held_out, find_font, fully_qualified
 from dalle_dist.data.shards import ShardSet
 from dalle_dist.errors import DataError
@@ -62,15 +63,13 @@ def test_build_writes_pictures_on_white_with_their_names(tmp_path, monkeypatch, 
     assert len(held_out) == round(0.05 * count)
     names = {one.name for one in some}
     assert {*train, *held_out} <= names
-    sample = ShardSet(str(out / "train"), "images").read(3)
-    about = json.loads(sample["json"])
-    assert (about["width"], about["height"]) == (24, 24)
-    assert Emoji(about["emoji"], sample["txt"].decode()) in some
-    from dalle_dist.data.decode import decode
-
-    pictures = [
-        decode(ShardSet(str(out / "train"), "images").read(i)["png"]) for i in range(len(train))
-    ]
+    shards = ShardSet(str(out / "train"), "images")
+    samples = [shards.read(i) for i in range(len(shards))]
+    for sample in samples:
+        about = json.loads(sample["json"])
+        assert (about["width"], about["height"]) == (24, 24)
+        assert Emoji(about["emoji"], sample["txt"].decode()) in some
+    pictures = [decode(sample["png"]) for sample in samples]
     assert {picture.size for picture in pictures} == {(24, 24)}
     assert all(picture.getpixel((0, 0)) == (255, 255, 255) for picture in pictures)
     assert all(min(low for low, _ in picture.getextrema()) < 250 for picture in pictures)
