@@ -83,7 +83,8 @@ class DVAETrainConfig:
     weight_decay: float = 1e-4
     clip: float = 0.0  # gradient norm; 0 = off, as in the paper
     ema: float = 0.999
-    precision: Precision = "fp32"
+    # "auto": bf16 autocast where the hardware computes in bf16, else fp32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     augment: bool = True
     crop_min: float = 9 / 8  # the picture is resized to [crop_min, crop_max] x image_size ...
     crop_max: float = 12 / 8  # ... and a square of image_size is cut out (paper, Listing 1)

@@ -147,7 +147,7 @@ class _Trainer:
         dvae, device = self.config.dvae, self.ranks.device
         shape = (dvae.codebook_size, dvae.grid, dvae.grid)
         noise_BKGG = gumbel_noise(shape, self.config.seed, positions.tolist(), device)
-        bf16 = self.settings.precision == "bf16"
+        bf16 = computes_in_bf16(self.settings.precision, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits_BKGG, stats_BSHW = self.model(images_BCHW, noise_BKGG, now.temperature)
         return elb_terms(images_BCHW, logits_BKGG, stats_BSHW)
@@ -240,6 +240,15 @@ class _Trainer:
         return Augmentation(
             self.config.dvae.image_size, settings.crop_min, settings.crop_max, settings.flip
         )
+
+
+def computes_in_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to autocast; emulated bf16 is slower than fp32, so "auto" asks the hardware."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 @torch.no_grad()
