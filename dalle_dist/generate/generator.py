@@ -8,6 +8,8 @@ generator.generate("a red heart", n=8)[0].image.save("heart.png")
 from __future__ import annotations
 
 import hashlib
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from dalle_dist.checkpoint.release import load_release
 from dalle_dist.config import Config
-from dalle_dist.data.pictures import grid, to_image
+from dalle_dist.data.pictures import to_image
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import UserError
 from dalle_dist.generate.sampler import sample_codes
@@ -69,13 +71,15 @@ class Generator:
     ) -> list[GeneratedImage]:
         """`n` pictures per prompt, prompt by prompt.
 
-        A picture depends on (seed, prompt, its index), not on what is drawn beside it.
+        A picture depends on (seed, prompt, its index), not on what is drawn beside it. Prompts
+        longer than the text block are cut, with a warning.
 
         Raises:
             UserError: an option out of its range, or an empty prompt.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         _check(prompts, n, temperature, top_k, top_p, batch_size)
+        texts = {prompt: self._text(prompt) for prompt in prompts}
         wanted = [(prompt, index) for prompt in prompts for index in range(n)]
         drawn: list[GeneratedImage] = []
         for start in range(0, len(wanted), batch_size):
@@ -83,7 +87,7 @@ class Generator:
             seeds = [sample_seed(seed, prompt, index) for prompt, index in part]
             codes_BN = sample_codes(
                 self.model,
-                self._text([prompt for prompt, _ in part]),
+                torch.stack([texts[prompt] for prompt, _ in part]),
                 seeds,
                 temperature=temperature,
                 top_k=top_k,
@@ -93,9 +97,12 @@ class Generator:
             drawn += [GeneratedImage(p, i, s, image, codes) for (p, i), s, image, codes in pictures]
         return drawn
 
-    def _text(self, prompts: list[str]) -> Tensor:
+    def _text(self, prompt: str) -> Tensor:
+        """The prompt's tokens_T on the model's device."""
         length = self.config.transformer.text_tokens
-        ids = [self.tokenizer.encode_padded(prompt, length)[0] for prompt in prompts]
+        ids, cut = self.tokenizer.encode_padded(prompt, length)
+        if cut:
+            warnings.warn(f"prompt cut to {length} tokens: {prompt}", stacklevel=3)
         return torch.tensor(ids, device=next(self.model.parameters()).device)
 
     def _decode(self, codes_BN: Tensor) -> Iterator[Image.Image]:
@@ -103,18 +110,6 @@ class Generator:
         with torch.no_grad():
             pictures_BCHW = self.dvae.decode(codes_BN.unflatten(1, (side, side)))
         return map(to_image, pictures_BCHW)
-
-
-def sample_grid(generator: Generator, prompts: Sequence[str], n: int, seed: int) -> Image.Image:
-    """One row of `n` pictures per prompt, for looking at a model in training."""
-    training = generator.model.training
-    generator.model.eval()
-    try:
-        drawn = generator.generate(prompts, n=n, seed=seed)
-    finally:
-        generator.model.train(training)
-    rows = [drawn[i : i + n] for i in range(0, len(drawn), n)]
-    return grid([[picture.image for picture in row] for row in rows])
 
 
 def sample_seed(seed: int, prompt: str, index: int) -> int:
@@ -129,7 +124,10 @@ def _check(
     for wrong, message in (
         (not prompts or not all(p.strip() for p in prompts), "a prompt is empty; say what to draw"),
         (n < 1, f"-n: {n} is below 1"),
-        (temperature < 0, f"--temperature: {temperature} is below 0"),
+        (
+            not 0 <= temperature < math.inf,
+            f"--temperature: {temperature} is not a number from 0 (the likeliest picture) up",
+        ),
         (top_k < 0, f"--top-k: {top_k} is below 0 (0 keeps all)"),
         (not 0 < top_p <= 1, f"--top-p: {top_p} is not in (0, 1]"),
         (batch_size < 1, f"--batch-size: {batch_size} is below 1"),

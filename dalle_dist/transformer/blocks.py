@@ -41,7 +41,7 @@ class Attention(nn.Module):
         """One image state, which looks at the text and at the image keys its mask allows."""
         q_BHD, k_BHD, v_BHD = self._qkv(x_B1W)[:, 0].unbind(1)
         cache.put_image(state, k_BHD, v_BHD)
-        out_BHD = cache.attend(q_BHD, self.mask.image_keys(state))
+        out_BHD = cache.attend(q_BHD, self.mask.image_keys(state, q_BHD.device))
         return x_B1W + self.out(out_BHD.flatten(1))[:, None].float()
 
     def _qkv(self, x_BSW: Tensor) -> Tensor:

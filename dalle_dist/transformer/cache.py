@@ -27,9 +27,8 @@ class LayerCache:
     def put_image(self, state: int, k_BHD: Tensor, v_BHD: Tensor) -> None:
         self.k_NBHD[state], self.v_NBHD[state] = k_BHD, v_BHD
 
-    def attend(self, q_BHD: Tensor, image_keys_J: Tensor) -> Tensor:
+    def attend(self, q_BHD: Tensor, keys_J: Tensor) -> Tensor:
         """One query per sample over all text and the given image states: out_BHD."""
-        keys_J = image_keys_J.to(q_BHD.device)
         k_BHJD, v_BHJD = (x[keys_J].permute(1, 2, 0, 3) for x in (self.k_NBHD, self.v_NBHD))
         q_BH1D = (q_BHD / math.sqrt(q_BHD.shape[-1]))[:, :, None]
         scores = (q_BH1D @ k.transpose(-1, -2) for k in (self.k_BHTD, k_BHJD))

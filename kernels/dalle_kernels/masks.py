@@ -62,13 +62,15 @@ class AttentionMask:
 
     def dense(self) -> Tensor:
         """bool [tokens, tokens] (query, key) on the CPU, True where the query may look."""
-        allowed = torch.ones(self.tokens, self.tokens, dtype=torch.bool).tril()
+        shape = (self.tokens, self.tokens)
+        allowed = torch.ones(shape, dtype=torch.bool, device="cpu").tril()
         allowed[self.text :, self.text :] &= self.image_part()
         return allowed
 
     def image_part(self) -> Tensor:
         """bool [image, image] (query, key): the mask among image states."""
-        query, key = torch.arange(self.image)[:, None], torch.arange(self.image)[None, :]
+        state = torch.arange(self.image, device="cpu")
+        query, key = state[:, None], state[None, :]
         rule: dict[Kind, Callable[[Tensor, Tensor], Tensor]] = {
             "row": self._row,
             "column": lambda q, k: (q - k) % self.grid == 0,
@@ -77,9 +79,9 @@ class AttentionMask:
         }
         return rule[self.kind](query, key) & (query >= key)
 
-    def image_keys(self, state: int) -> Tensor:
+    def image_keys(self, state: int, device: torch.device | str = "cpu") -> Tensor:
         """int64 indices of the image states that image state `state` sees, ascending."""
-        return _image_keys(self)[state]
+        return _image_keys(self, torch.device(device))[state]
 
     def _row(self, query: Tensor, key: Tensor) -> Tensor:
         if self.dialect == "dalle-pytorch":
@@ -91,7 +93,7 @@ class AttentionMask:
         if self.dialect == "paper":
             rows, columns = range(reach + 1), range(-reach, reach + 1)
             offsets = {dr * self.grid + dc % self.grid for dr in rows for dc in columns}
-            return torch.isin(query - key, torch.tensor(sorted(offsets)))
+            return torch.isin(query - key, torch.tensor(sorted(offsets), device="cpu"))
         dr, dc = query // self.grid - key // self.grid, query % self.grid - key % self.grid
         if self.dialect == "dalle-pytorch":
             return (dr < self.kernel) & (dc >= 0) & (dc < self.kernel)
@@ -100,6 +102,9 @@ class AttentionMask:
         return (dr.abs() <= reach) & (dc.abs() <= reach)
 
 
+# What is kept outlives the call that made it, so it must not be an inference tensor: autograd
+# refuses those when training goes on.
 @lru_cache(maxsize=64)
-def _image_keys(mask: AttentionMask) -> list[Tensor]:
-    return [row.nonzero().squeeze(1) for row in mask.image_part()]
+@torch.inference_mode(False)
+def _image_keys(mask: AttentionMask, device: torch.device) -> list[Tensor]:
+    return [row.nonzero().squeeze(1).to(device) for row in mask.image_part()]

@@ -6,7 +6,7 @@ import torch
 from dalle_dist.config import load
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import UserError
-from dalle_dist.generate.generator import Generator, sample_grid, sample_seed
+from dalle_dist.generate.generator import Generator, sample_seed
 from dalle_dist.generate.outputs import write_outputs
 from dalle_dist.generate.sampler import choose, sample_codes
 from dalle_dist.tokenizer import PAD, train_tokenizer
@@ -48,6 +48,21 @@ def test_decoding_step_by_step_equals_the_full_forward(masks, dialect):
         logits_BK = model.step(held_B, caches, state)
         torch.testing.assert_close(logits_BK, expected[:, state], rtol=1e-4, atol=1e-4)
         held_B = codes_BN[:, state]
+
+
+def test_decoding_in_bf16_is_as_exact_as_the_full_forward():
+    exact, model = build().model, build(dtype=torch.bfloat16).model
+    codes_BN = torch.randint(0, 20, (3, 16), generator=torch.Generator().manual_seed(6))
+    _, truth = exact.logits(text(), codes_BN)
+    full_error = (model.logits(text(), codes_BN)[1] - truth).norm()
+    caches, held_B = model.prefill(text()), torch.full((3,), model.image_embedding.start)
+    steps = []
+    for state in range(16):
+        steps.append(model.step(held_B, caches, state))
+        held_B = codes_BN[:, state]
+    assert steps[0].dtype == torch.float32
+    assert (torch.stack(steps, 1) - truth).norm() <= 1.5 * full_error
+    assert sample_codes(model, text(), [1, 2, 3]).shape == (3, 16)
 
 
 def test_a_sample_does_not_depend_on_its_batch():
@@ -101,7 +116,9 @@ def test_pictures_depend_on_seed_prompt_and_index_alone():
         ({"prompts": ""}, "a prompt is empty"),
         ({"prompts": []}, "a prompt is empty"),
         ({"n": 0}, "-n: 0 is below 1"),
-        ({"temperature": -1.0}, "--temperature"),
+        ({"temperature": -1.0}, "--temperature: -1.0 is not"),
+        ({"temperature": float("nan")}, "--temperature: nan is not"),
+        ({"temperature": float("inf")}, "--temperature: inf is not"),
         ({"top_k": -1}, "--top-k"),
         ({"top_p": 0.0}, "--top-p"),
         ({"batch_size": 0}, "--batch-size"),
@@ -111,6 +128,12 @@ def test_options_out_of_range_are_named(options, message):
     options = {"prompts": "a red heart"} | options
     with pytest.raises(UserError, match=message):
         build().generate(options.pop("prompts"), **options)
+
+
+def test_a_prompt_too_long_is_cut_with_a_warning():
+    generator = build()
+    with pytest.warns(UserWarning, match="cut to 6 tokens: a red heart, a blue car"):
+        generator.generate("a red heart, a blue car")
 
 
 def test_outputs_are_pictures_a_grid_and_a_manifest(tmp_path):
@@ -125,24 +148,48 @@ def test_outputs_are_pictures_a_grid_and_a_manifest(tmp_path):
         "01-a-blue-car-01.png", "grid.png", "manifest.json",
     ]  # fmt: skip
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["model"] == "f" * 16
+    assert len(manifest["pictures"]) == 4
     assert manifest["pictures"][3] == {
         "file": "01-a-blue-car-01.png", "prompt": "a blue car",
-        "seed": sample_seed(3, "a blue car", 1),
+        "seed": sample_seed(3, "a blue car", 1), "model": "f" * 16,
     }  # fmt: skip
 
 
-def test_a_foreign_folder_is_not_written_to(tmp_path):
-    (tmp_path / "thesis.tex").write_text("mine")
-    drawn = build().generate("a red heart")
-    with pytest.raises(UserError, match="not empty and not generated pictures"):
-        write_outputs(drawn, str(tmp_path), fingerprint="")
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_sample_grid_leaves_the_model_in_training():
+def test_pictures_of_an_earlier_call_stay_in_the_manifest(tmp_path):
     generator = build()
-    generator.model.train()
-    picture = sample_grid(generator, ["a red heart", "a blue car"], 3, seed=0)
-    assert generator.model.training
-    assert picture.width > picture.height > 100
+    write_outputs(generator.generate("a red heart", n=2), str(tmp_path), fingerprint="old")
+    write_outputs(generator.generate("a red heart", seed=5), str(tmp_path), fingerprint="new")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    models = {entry["file"]: entry["model"] for entry in manifest["pictures"]}
+    assert models == {"00-a-red-heart-00.png": "new", "00-a-red-heart-01.png": "old"}
+    write_outputs(generator.generate("a blue car"), str(tmp_path), fingerprint="new")
+    assert len(list(tmp_path.glob("*-0?.png"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("thesis.tex", "mine"),
+        ("manifest.json", '{"step": 3, "world": 1, "files": {"weights": 5}}'),
+        ("manifest.json", "[]"),
+        ("manifest.json", "not JSON"),
+        ("grid.png", "a holiday"),
+        ("00-a-red-heart-00.png", "a holiday"),
+    ],
+)
+def test_a_foreign_folder_is_not_written_to(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    drawn = build().generate("a red heart")
+    with pytest.raises(UserError, match=f"holds {name}, which is not a generated picture"):
+        write_outputs(drawn, str(tmp_path), fingerprint="")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == content
+
+
+def test_a_file_beside_own_pictures_is_foreign(tmp_path):
+    drawn = build().generate("a red heart")
+    write_outputs(drawn, str(tmp_path), fingerprint="")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds notes/a\.txt"):
+        write_outputs(drawn, str(tmp_path), fingerprint="")

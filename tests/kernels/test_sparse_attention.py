@@ -68,6 +68,28 @@ def test_cpu_backend_is_as_exact_as_plain_torch(kind, dtype):
     assert errors["cpu"][1] <= 3 * errors["reference"][1]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_goes_on_after_inference_mode(backend):
+    """Masks kept from a call under inference mode once broke the next backward pass."""
+    mask = AttentionMask("conv", 3, 8, kernel=7)
+    qkv = inputs(mask, torch.float32)
+    with torch.inference_mode():
+        expected = sparse_attention(qkv, mask, backend)
+    out = sparse_attention(qkv, mask, backend)
+    out.sum().backward()
+    assert qkv.grad.isfinite().all() and out.equal(expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_made_where_meta_is_the_default_device(backend):
+    mask = AttentionMask("conv", 2, 8, kernel=7)
+    qkv = inputs(mask, torch.float32)
+    with torch.device("meta"):
+        out = sparse_attention(qkv.detach(), mask, backend)
+        assert mask.image_keys(0).tolist() == [0]
+    assert out.equal(sparse_attention(qkv, mask, backend))
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [

@@ -67,6 +67,55 @@ def test_text_layout():
     assert counted == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
 
 
+def slow_states(model, text, codes):
+    """Final states of one sample in fp64, straight from the weights, state by state."""
+    w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    embed = lambda name, index: w[f"{name}.weight"][index]  # noqa: E731
+    linear = lambda name, x: w[f"{name}.weight"] @ x + w[f"{name}.bias"]  # noqa: E731
+
+    def norm(name, x):
+        x = (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    stream = []
+    for t, token in enumerate([1, *text[:-1]]):  # 1 is the start of the text
+        held = w["text_embedding.pad"][t] if token == PAD else embed("text_embedding.token", token)
+        stream.append(held + w["text_embedding.position"][t])
+    for s, code in enumerate([20, *codes[:-1]]):  # 20, after the last code, starts the image
+        cell = w["image_embedding.row"][s // 4] + w["image_embedding.column"][s % 4]
+        stream.append(embed("image_embedding.code", code) + cell)
+    for i, kind in enumerate(["row", "column", "row", "conv"]):
+        seen = AttentionMask(kind, 6, 4, kernel=3).dense()
+        name = f"blocks.{i}.attention"
+        qkv = [linear(f"{name}.qkv", norm(f"{name}.norm", x)).view(3, 2, 64) for x in stream]
+        attended = []
+        for n, x in enumerate(stream):
+            keys = [m for m in range(22) if seen[n, m]]
+            heads = []
+            for h in range(2):
+                scores = torch.stack([qkv[n][0, h] @ qkv[m][1, h] / 8 for m in keys])
+                weights = scores.softmax(0)
+                heads.append(sum(p * qkv[m][2, h] for p, m in zip(weights, keys, strict=True)))
+            attended.append(x + linear(f"{name}.out", torch.cat(heads)))
+        name = f"blocks.{i}.mlp"
+        inner = [linear(f"{name}.up", norm(f"{name}.norm", x)) for x in attended]
+        gelu = [x * (1 + torch.erf(x / math.sqrt(2))) / 2 for x in inner]
+        stream = [x + linear(f"{name}.down", g) for x, g in zip(attended, gelu, strict=True)]
+    return torch.stack([norm("norm", x) for x in stream])
+
+
+def test_states_equal_a_slow_loop_in_double():
+    model = tiny("transformer.width=128", "transformer.heads=2")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    text_BT, codes_BN = batch()
+    states_BSW = model._states(text_BT, codes_BN).double()
+    for b in range(3):
+        expected_SW = slow_states(model, text_BT[b].tolist(), codes_BN[b].tolist())
+        torch.testing.assert_close(states_BSW[b], expected_SW, rtol=1e-4, atol=1e-4)
+
+
 def test_loss_equals_a_slow_loop_in_double():
     model = tiny(dtype=torch.double)
     text_BT, codes_BN = batch()

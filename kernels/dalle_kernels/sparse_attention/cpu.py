@@ -62,7 +62,7 @@ def _lines(mask: AttentionMask) -> int:
 
 @lru_cache(maxsize=64)
 def _reach(mask: AttentionMask) -> int:
-    line = torch.arange(mask.image) // mask.grid
+    line = torch.arange(mask.image, device="cpu") // mask.grid
     return int(((line[:, None] - line[None, :]) * mask.image_part()).max())
 
 
@@ -72,15 +72,18 @@ def _windows(x_BHRCD: Tensor, lines: int) -> Tensor:
     return torch.cat([padded[:, :, i : i + x_BHRCD.shape[2]] for i in range(lines)], dim=3)
 
 
+# Kept for later calls, so never an inference tensor, which autograd would refuse.
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _hidden(mask: AttentionMask, device: torch.device) -> Tensor:
     """bool hidden_RCW: keys of each query's window that it may not look at."""
     side = mask.grid
     part = mask.image_part().view(side, side, side, side)  # query row, column; key row, column
     if mask.kind == "column":
-        return ~torch.ones(side, side, dtype=torch.bool).tril().expand(side, side, side).to(device)
+        later = torch.ones(side, side, dtype=torch.bool, device=device).triu(1)
+        return later.expand(side, side, side)
     lines = _lines(mask)
-    allowed = torch.zeros(side, side, lines, side, dtype=torch.bool)
+    allowed = torch.zeros(side, side, lines, side, dtype=torch.bool, device="cpu")
     for row in range(side):
         for line in range(lines):
             above = row - (lines - 1) + line
