@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class Cluster:
             "SLURM_CONF": str(folder / "slurm.conf"),
             "MASTER_ADDR": "127.0.0.1",  # the node names n1 and n2 are in nobody's DNS
             "OMP_NUM_THREADS": "1",
-            "PATH": f"{Path(os.sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
         self.daemons: list[subprocess.Popen] = []
         ports = [_free_port() for _ in range(3)]
@@ -41,7 +42,7 @@ class Cluster:
         files["seed-file"] = "munge.seed"
         options = [f"--{name}={self.folder / file}" for name, file in files.items()]
         self._start("munged", "--foreground", "--force", f"--key-file={key}", *options)
-        _until(lambda: (self.folder / "munge.sock").exists(), 10, "munged's socket")
+        until(lambda: (self.folder / "munge.sock").exists(), 10, "munged's socket")
 
     def _start(self, program: str, *arguments: str):
         log = (self.folder / f"{program}-{len(self.daemons)}.log").open("w")
@@ -55,7 +56,7 @@ class Cluster:
             result = self.run("sinfo", "-h", "-o", "%D %t", check=False)
             return result.stdout.split() == ["2", "idle"]
 
-        _until(idle, 60, "two idle nodes")
+        until(idle, 60, "two idle nodes")
 
     def run(self, *command: str, check: bool = True, cwd: Path = ROOT):
         return subprocess.run(
@@ -69,7 +70,7 @@ class Cluster:
     def wait(self, job: str, seconds: float) -> str:
         """The job's state once it is over."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        _until(lambda: self.state(job) in ended, seconds, f"end of job {job}: {self.state(job)}")
+        until(lambda: self.state(job) in ended, seconds, f"end of job {job}: {self.state(job)}")
         return self.state(job)
 
     def state(self, job: str) -> str:
@@ -148,7 +149,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _until(condition, seconds: float, what: str):
+def until(condition, seconds: float, what: str):
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
