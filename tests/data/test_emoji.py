@@ -84,6 +84,15 @@ def test_sequences_are_joined_or_left_out(monkeypatch):
     assert room.render(font, apart, 32) is None
 
 
+def test_an_emoji_newer_than_the_font_is_left_out(monkeypatch):
+    """Its place is taken by a glyph as wide as any, but blank: here that of no character at all."""
+    monkeypatch.delenv("DALLE_DIST_CACHE")
+    font = room._load_font(find_font())
+    unassigned = Emoji("\u0378", "not yet in Unicode")
+    assert font.getlength(unassigned.text) == font.getlength("\N{GRINNING FACE}")
+    assert room.render(font, unassigned, 32) is None
+
+
 def test_an_output_in_use_is_refused_before_the_font_is_looked_for(tmp_path, monkeypatch):
     (tmp_path / "held-out").mkdir()
     (tmp_path / "held-out" / "index.json").write_text("{}")

@@ -139,6 +139,7 @@ def test_corrupt_pictures_are_counted_named_once_and_replaced(tmp_path, picture,
         warnings.simplefilter("always")
         if workers:
             _positions(dataset, 0, 1, 4, workers, updates=1)
+            assert dataset.corrupt == 2, "what loader processes found is known to their parent"
         keys = [dataset[i].key for i in (3, 4, 5, 3)]
     assert keys == ["005", "005", "005", "005"]
     assert dataset.corrupt == 2
