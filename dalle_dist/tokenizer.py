@@ -23,7 +23,7 @@ CACHED_CAPTIONS = 100_000
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn at most `vocab_size` classes; fewer when the captions have no more pairs to merge.
+    """Learn `vocab_size` classes; where the captions have too few pairs, some are never used.
 
     Raises DataError when there is no caption, or vocab_size is below 258 (256 bytes, 2 special).
     """
@@ -44,7 +44,19 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(seen, trainer)
-    return Tokenizer(tokenizer)
+    return Tokenizer(_filled(tokenizer, vocab_size))
+
+
+def _filled(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> tokenizers.Tokenizer:
+    """The same tokenizer with exactly `vocab_size` classes: no merge leads to the added ones.
+
+    A model has as many classes as its config says, however small the corpus.
+    """
+    tree = json.loads(tokenizer.to_str())
+    vocab = tree["model"]["vocab"]
+    for i in range(len(vocab), vocab_size):
+        vocab[f"<unused-{i}>"] = i
+    return tokenizers.Tokenizer.from_str(json.dumps(tree))
 
 
 class Tokenizer:
@@ -77,7 +89,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Classes in use: at most those of the config, which a model must have."""
+        """Classes, those included that no text leads to."""
         return self._tokenizer.get_vocab_size()
 
     @property

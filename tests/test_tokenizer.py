@@ -64,8 +64,21 @@ def test_file_round_trip_and_fingerprint(tokenizer, tmp_path):
     assert train_tokenizer(CAPTIONS[:4], 320).fingerprint != tokenizer.fingerprint
 
 
+def test_a_small_corpus_has_the_classes_asked_for_and_the_same_tokens(tmp_path):
+    tokenizer, large = train_tokenizer(["red heart"] * 4, 258), train_tokenizer(["red heart"], 4000)
+    assert (tokenizer.vocab_size, large.vocab_size) == (258, 4000)
+    path = str(tmp_path / "tokenizer.json")
+    large.save(path)
+    loaded = Tokenizer.load(path)
+    assert loaded.vocab_size == 4000 and loaded.fingerprint == large.fingerprint
+    for text in ("red heart", "<unused-3999>", "something else"):
+        for dropout in (0.0, 0.1):
+            ids = loaded.encode(text, dropout=dropout, seed=0)
+            assert loaded.decode(ids) == text and max(ids) < 300
+
+
 def test_vocabulary_is_bounded(tokenizer):
-    assert 258 < tokenizer.vocab_size <= 320
+    assert tokenizer.vocab_size == 320
     with pytest.raises(DataError, match="vocab_size: 100 is below 258"):
         train_tokenizer(CAPTIONS, 100)
     with pytest.raises(DataError, match="no captions"):

@@ -79,7 +79,8 @@ class ShardWriter:
     When writing fails, what was written so far is removed again.
 
     Raises:
-        DataError: the folder holds shards already, nothing was written, or the disk is full.
+        DataError: the folder holds shards already or cannot be made, nothing was written, or the
+            disk is full.
     """
 
     def __init__(
@@ -98,7 +99,10 @@ class ShardWriter:
         else:
             # On the same disk as the folder, so that a finished shard is only renamed.
             self._staging = Path(self.folder) / ".partial"
-            self._staging.mkdir(parents=True, exist_ok=True)
+            try:
+                self._staging.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise storage.not_written(self.folder, error) from None
         return self
 
     def write(self, key: str, files: dict[str, bytes]) -> None:

@@ -35,3 +35,14 @@ def test_a_folder_in_use_is_unchanged(tmp_path):
     with pytest.raises(DataError, match="in use"):
         ShardWriter(str(tmp_path), "images", {})
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("index.json", "{}")]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    folder = str(tmp_path / "file" / "train")
+    with (
+        pytest.raises(DataError, match=r"file/train: could not be written \(Not a directory\)"),
+        ShardWriter(folder, "images", {}),
+    ):
+        pytest.fail("the writer opened")
+    assert (tmp_path / "file").read_text() == "not a folder"
