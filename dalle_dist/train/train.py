@@ -70,10 +70,11 @@ class _Setup:
         self.dvae = load_dvae(storage.join(config.paths.dvae_run, "release"), device)
         _refuse_other_dvae(config, self.dvae)
         classes = self.tokenizer.vocab_size
-        if classes != config.tokenizer.vocab_size:
+        # Fewer is well: a small corpus may have fewer pairs to merge than the model has classes.
+        if classes > config.tokenizer.vocab_size:
             raise ConfigError(
                 f"tokenizer.vocab_size: {config.tokenizer.vocab_size}, but "
-                f"{config.paths.tokenizer} has {classes}"
+                f"{config.paths.tokenizer} has {classes}; train it again, or raise the setting"
             )
         self.train_set = self._dataset(config, "train", config.tokenizer.dropout)
         self.held_out = self._dataset(config, "held-out", 0.0)

@@ -1,0 +1,131 @@
+"""The road a user walks, on a few pictures: data, tokenizer, both stages, pictures, report."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from dalle_dist.checkpoint.release import load_release
+from dalle_dist.cli import main
+from dalle_dist.config import load
+from dalle_dist.evaluate.losses import caption_losses
+from dalle_dist.testing import run_distributed
+from dalle_dist.transformer.loss import Loss
+
+COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+SHAPES = ("ball", "box", "bar")
+SMALL = [
+    "dvae.image_size=16", "dvae.codebook_size=16", "dvae.width=8", "dvae.decoder_stem=8",
+    "dvae.downsamplings=2", "transformer.image_grid=4", "data.workers=0",
+    "dvae_train.batch_size=6", "dvae_train.updates=20", "dvae_train.eval_every=10",
+    "dvae_train.log_every=2", "tokenizer.vocab_size=300", "transformer.layers=4",
+    "transformer.width=64", "transformer.heads=1", "transformer.text_tokens=12",
+    "transformer.conv_kernel=3", "train.batch_size=6", "train.micro_batch=3", "train.updates=8",
+    "train.log_every=1", "train.eval_every=4", "train.sample_every=8", "train.save_every=8",
+    "train.prompts=[red ball]", "train.halve_at=[]",
+]  # fmt: skip
+
+
+def draw(folder):
+    folder.mkdir()
+    for i, colour in enumerate(COLOURS):
+        for j, shape in enumerate(SHAPES):
+            image = Image.new("RGB", (24, 20), "white")
+            box = (2, 2, 6 + 4 * j, 10 + 2 * i)
+            pen = ImageDraw.Draw(image)
+            (pen.ellipse if shape == "ball" else pen.rectangle)(box, fill=colour)
+            image.save(folder / f"{colour}-{shape}.png")
+            (folder / f"{colour}-{shape}.txt").write_text(f"a {colour} {shape}\n")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "broken.txt").write_text("a broken picture")
+
+
+def _walk(ranks, folder, setting):
+    """In a process of its own: DeepSpeed cannot be started twice in one."""
+    for verb in (["tokenizer", "train"], ["train-dvae"], ["encode"], ["train"], ["report"]):
+        assert main([*verb, "emoji", *setting]) == 0, verb
+    generate = ["generate", f"{folder}/run/release", "a red ball", "a blue box", "-n", "2"]
+    assert main([*generate, "--seed", "1", "-o", f"{folder}/drawn"]) == 0
+    assert main(["convert", f"{folder}/run", f"{folder}/converted"]) == 0
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("road")
+    draw(folder / "pictures")
+    build = ["data", "build", str(folder / "pictures"), str(folder / "images")]
+    assert main([*build, "--held-out", "0.3"]) == 0
+    names = ("images", "tokens", "tokenizer", "dvae_run", "run")
+    places = dict(zip(names, ("images", "tokens", "tokenizer.json", "dvae", "run"), strict=True))
+    setting = [f"paths.{name}={folder}/{place}" for name, place in places.items()] + SMALL
+    run_distributed(_walk, 1, str(folder), setting)
+    return folder
+
+
+def test_the_road_ends_in_a_report(walked):
+    text = (walked / "run/report.html").read_text()
+    assert "<h2>Captions it never saw</h2>" in text
+    assert len(re.findall(r'src="data:image/png;base64,', text)) == 4
+    assert not re.findall(r'(?:src|href)="(?!data:)', text), "the page must be self-contained"
+    figures = json.loads((walked / "run/figures.json").read_text())
+    assert figures["held-out pictures"] >= 2
+    assert 3 < figures["PSNR of the dVAE, dB (mean over pictures)"] < 60
+    assert 0 < figures["share of codes in use"] <= 1
+    gain = figures["what the caption is worth, nats/token"]
+    right = figures["image loss, right caption, nats/token"]
+    shuffled = figures["image loss, captions shuffled, nats/token"]
+    assert gain == pytest.approx(shuffled - right, abs=2e-3)
+    picture = Image.open(walked / "run/report.png").convert("L")
+    assert picture.width > 800 and picture.getextrema()[0] < 100
+
+
+def test_prompts_become_pictures(walked):
+    names = sorted(path.name for path in (walked / "drawn").iterdir())
+    assert names[-2:] == ["grid.png", "manifest.json"] and len(names) == 6
+    manifest = json.loads((walked / "drawn/manifest.json").read_text())
+    model = load_release(str(walked / "run/release")).fingerprint
+    assert {entry["model"] for entry in manifest.values()} == {model}
+    assert Image.open(walked / "drawn" / next(iter(manifest))).size == (16, 16)
+
+
+def test_three_lines_of_python_draw_the_same(walked):
+    from dalle_dist.generate import Generator
+
+    generator = Generator.load(str(walked / "run/release"))
+    image = generator.generate("a blue box", n=2, seed=1)[1].image
+    same = list((walked / "drawn").glob("*a-blue-box-01.png"))
+    assert image.tobytes() == Image.open(same[0]).tobytes()
+
+
+def test_a_converted_checkpoint_is_the_release(walked):
+    ours, theirs = (load_release(str(walked / name)) for name in ("run/release", "converted"))
+    assert ours.fingerprint == theirs.fingerprint
+    assert ours.dvae_fingerprint == theirs.dvae_fingerprint
+
+
+def test_a_run_folder_holds_what_it_promises(walked):
+    names = {path.name for path in (walked / "run").iterdir()}
+    assert {"config.yaml", "log.jsonl", "tensorboard", "samples", "checkpoints", "release"} <= names
+    assert not list(Path(walked).rglob("*.tmp"))
+    assert not list((walked / "run/release").glob("*.pt"))
+    log = [json.loads(line) for line in (walked / "run/log.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in log if "loss" in line] == list(range(1, 9))
+    assert load(str(walked / "run/config.yaml")).name == "emoji"
+
+
+class Biased:
+    """Predicts pictures perfectly when the caption's first token is the picture's first code."""
+
+    def __call__(self, text_BT, codes_BN):
+        right = (text_BT[:, 0] == codes_BN[:, 0]).sum()
+        count = torch.tensor(float(codes_BN.numel()))
+        return Loss(count, count, 2.0 * (len(text_BT) - right) * codes_BN.shape[1], count)
+
+
+def test_caption_losses_shuffle_every_caption_away():
+    numbers = torch.arange(11)[:, None]
+    losses = caption_losses(Biased(), numbers.repeat(1, 3), numbers.repeat(1, 4), batch_size=4)
+    assert (losses.right, losses.shuffled, losses.gain) == (0, 2, 2)

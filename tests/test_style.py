@@ -1,0 +1,130 @@
+"""What holds for the whole repository, and would drift without a test."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = [
+    ["dalle_kernels"],
+    ["errors", "config", "presets"],
+    ["data.storage"],
+    ["tokenizer"],
+    ["dvae"],
+    ["transformer"],
+    ["optim"],
+    ["data"],
+    ["distributed"],
+    ["testing"],
+    ["checkpoint"],
+    ["generate"],
+    ["train"],
+    ["evaluate"],
+    ["cli"],
+    ["__main__"],
+]
+PACKAGE = sorted((ROOT / "dalle_dist").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+MAY_IMPORT_DEEPSPEED = ("distributed/", "testing.py")
+
+
+def name_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def floor(module):
+    """Number of a module's floor; a longer name in the list wins over a shorter one."""
+    if module.split(".")[0] == "dalle_kernels":
+        return 0
+    inside = module.removeprefix("dalle_dist.")
+    found = [
+        (len(room), number)
+        for number, rooms in enumerate(FLOORS)
+        for room in rooms
+        if inside == room or inside.startswith(room + ".")
+    ]
+    return max(found)[1]
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_imports_go_downwards(path):
+    if path.name in ("setup.py",) or path == ROOT / "dalle_dist/__init__.py":
+        assert not [m for m in imports(path) if m.startswith("dalle_dist")]
+        return
+    kernels = "kernels" in path.parts
+    own = 0 if kernels else floor(name_of(path))
+    modules = {m for m in imports(path) if re.match(r"dalle_(dist|kernels)\.", m)}
+    # `from dalle_dist.data import storage` names the room on the way to the file.
+    files = {
+        m for m in modules if _is_module(m) and not any(o.startswith(m + ".") for o in modules)
+    }
+    above = {m for m in files if floor(m) > own}
+    assert not above, f"{name_of(path)} imports from a higher floor: {sorted(above)}"
+
+
+def _is_module(name):
+    base = ROOT / "kernels" if name.startswith("dalle_kernels") else ROOT
+    place = base.joinpath(*name.split("."))
+    return place.with_suffix(".py").exists() or (place / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_deepspeed_stays_in_its_room(path):
+    inside = str(path.relative_to(ROOT)).removeprefix("dalle_dist/")
+    users = {m.split(".")[0] for m in imports(path)}
+    assert "deepspeed" not in users or inside.startswith(MAY_IMPORT_DEEPSPEED)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_files_fit_on_a_few_screens(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_signatures_are_typed(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.returns is not None, f"{path}:{node.lineno} {node.name} has no return type"
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_nothing_is_unpickled_unchecked(path):
+    for call in re.findall(r"torch\.load\((.*?)\)\n", path.read_text(), re.DOTALL):
+        assert "weights_only=True" in call, f"{path}: torch.load({call})"
+    assert "allow_pickle=True" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name_of)
+def test_tests_can_fail(path):
+    words = ("assert", "raises", "fail", "warns", "run_distributed", "check")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+            text = ast.unparse(node)
+            assert any(word in text for word in words), f"{path}:{node.lineno} asserts nothing"
+
+
+def test_tracked_files_name_no_machine():
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    pattern = re.compile(r"/(?:home|root|work)/\w|pypi\.org|deb\.debian\.org")
+    found = [
+        name
+        for name in tracked
+        if Path(name).suffix in (".py", ".md", ".yaml", ".toml", ".txt", ".json", ".sbatch", ".sh")
+        and name != "tests/test_style.py"
+        and pattern.search((ROOT / name).read_text())
+    ]
+    assert not found
