@@ -157,7 +157,13 @@ def _files(emoji: Emoji, picture: Image.Image) -> dict[str, bytes]:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     width, height = picture.size
-    about = {"emoji": emoji.text, "name": emoji.name, "width": width, "height": height}
+    about = {
+        "emoji": emoji.text,
+        "codepoints": [f"U+{ord(character):04X}" for character in emoji.text],
+        "name": emoji.name,
+        "width": width,
+        "height": height,
+    }
     return {
         "png": buffer.getvalue(),
         "txt": emoji.name.encode(),

@@ -68,6 +68,7 @@ def test_build_writes_pictures_on_white_with_their_names(tmp_path, monkeypatch, 
     for sample in samples:
         about = json.loads(sample["json"])
         assert (about["width"], about["height"]) == (24, 24)
+        assert "".join(chr(int(c[2:], 16)) for c in about["codepoints"]) == about["emoji"]
         assert Emoji(about["emoji"], sample["txt"].decode()) in some
     pictures = [decode(sample["png"]) for sample in samples]
     assert {picture.size for picture in pictures} == {(24, 24)}
