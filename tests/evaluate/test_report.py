@@ -85,10 +85,10 @@ def test_the_road_ends_in_a_report(walked):
 def test_prompts_become_pictures(walked):
     names = sorted(path.name for path in (walked / "drawn").iterdir())
     assert names[-2:] == ["grid.png", "manifest.json"] and len(names) == 6
-    manifest = json.loads((walked / "drawn/manifest.json").read_text())
+    pictures = json.loads((walked / "drawn/manifest.json").read_text())["pictures"]
     model = load_release(str(walked / "run/release")).fingerprint
-    assert {entry["model"] for entry in manifest.values()} == {model}
-    assert Image.open(walked / "drawn" / next(iter(manifest))).size == (16, 16)
+    assert {entry["model"] for entry in pictures} == {model}
+    assert Image.open(walked / "drawn" / pictures[0]["file"]).size == (16, 16)
 
 
 def test_three_lines_of_python_draw_the_same(walked):
