@@ -98,6 +98,15 @@ def test_what_all_masks_share(kind, dialect, grid):
         )
 
 
+def test_keys_first_asked_for_in_inference_mode_serve_training():
+    mask = AttentionMask("row", 7, 3)
+    with torch.inference_mode():
+        mask.image_keys(4)
+    states = torch.ones(9, requires_grad=True)
+    states[mask.image_keys(4)].square().sum().backward()
+    assert states.grad.tolist() == [0, 2, 2, 2, 2, 0, 0, 0, 0]
+
+
 def test_papers_sizes():
     """Allowed pairs among image states at 32 x 32, counted from the rules."""
     row, column = (AttentionMask(kind, 256, 32).image_part().sum() for kind in ("row", "column"))

@@ -200,12 +200,31 @@ def test_checkpointed_activations_change_nothing():
     assert all(a.equal(b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize(("flag", "passes"), [("false", 1), ("true", 2)])
+def test_checkpointing_recomputes_each_layer_in_training_alone(flag, passes):
+    model = tiny(f"train.checkpoint_activations={flag}")
+    calls = []
+    model.blocks[1].mlp.up.register_forward_hook(lambda *_: calls.append(1))
+    model(*batch()).total(1 / 8).backward()
+    assert len(calls) == passes
+    model.eval()(*batch()).total(1 / 8).backward()
+    assert len(calls) == passes + 1
+
+
+def test_outputs_into_the_stream_start_smaller_with_depth():
+    layer = Transformer(load("emoji", [*TINY, "transformer.layers=8"])).blocks[3]
+    deviations = [m.weight.std().item() for m in (layer.attention.qkv, layer.attention.out)]
+    deviations += [m.weight.std().item() for m in (layer.mlp.up, layer.mlp.down)]
+    assert deviations == pytest.approx([1 / 16, 1 / 64, 1 / 16, 1 / 128], rel=0.05)
+
+
 def test_bf16_keeps_the_stream_and_logits_in_fp32():
     model = tiny().bfloat16()
     text_BT, codes_BN = batch()
     streams = []
     for layer in model.blocks:
-        layer.register_forward_hook(lambda *arguments: streams.append(arguments[-1].dtype))
+        for block in (layer.attention, layer.mlp):
+            block.register_forward_hook(lambda *arguments: streams.append(arguments[-1].dtype))
     loss = model(text_BT, codes_BN)
     assert set(streams) == {torch.float32}
     assert all(getattr(loss, f.name).dtype == torch.float32 for f in dataclasses.fields(loss))

@@ -22,8 +22,6 @@ def attention(qkv_BN3HD: Tensor, mask: AttentionMask) -> Tensor:
     return out_BHND.transpose(1, 2)
 
 
-# Kept for later calls, so never an inference tensor, which autograd would refuse.
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def _dense(mask: AttentionMask, device: torch.device) -> Tensor:
     return mask.dense().to(device)
