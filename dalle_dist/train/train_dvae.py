@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_dist.checkpoint import store
-from dalle_dist.checkpoint.release import save_dvae_release
+from dalle_dist.checkpoint.release import CONFIG, save_dvae_release
 from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.data.augment import Augmentation
@@ -65,6 +65,7 @@ class _Trainer:
     def __init__(self, config: Config, ranks: Ranks, run: Run) -> None:
         self.config, self.settings, self.ranks, self.run = config, config.dvae_train, ranks, run
         self.update = 0
+        self._logged = (time.perf_counter(), 0)  # when the last line was logged, and its update
         torch.manual_seed(config.seed)
         self.dvae = DVAE(config.dvae).to(ranks.device)
         # Channels last is what the convolutions of CPUs and GPUs are fastest in.
@@ -86,18 +87,19 @@ class _Trainer:
 
     def train(self, resume: str | None) -> None:
         self._restore(resume)
-        if self.update >= self.settings.updates and (self.run.folder / "release").exists():
+        if self.update >= self.settings.updates and (self.run.folder / "release" / CONFIG).exists():
             if self.ranks.rank == 0:
                 print(f"{self.run.path}: complete at update {self.update}; nothing to do")
             return
         bar = self.run.progress(self.settings.updates, self.update)
+        self._logged = (time.perf_counter(), self.update)
         stop = StopRequest()
         for batch in self._batches():
             if self.update >= self.settings.updates or stop.agreed(self.ranks):
                 break
-            numbers = self._step(batch)
+            terms, now = self._step(batch)
             bar.update()
-            self._after_update(numbers, bar)
+            self._after_update(terms, now, bar)
         bar.close()
         if self.update < self.settings.updates:
             self._save()
@@ -118,9 +120,9 @@ class _Trainer:
             collate=collate_images,
         )
 
-    def _step(self, batch: Any) -> dict[str, float]:
-        """One update; the numbers to log, still cheap to make."""
-        began, now = time.perf_counter(), rates(self.settings, self.update)
+    def _step(self, batch: Any) -> tuple[Tensor, Rates]:
+        """One update; this rank's (nll, kl), left on the device, and the rates in force."""
+        now = rates(self.settings, self.update)
         images_BCHW = batch.image_BCHW.to(self.ranks.device).float() / 255
         images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
         nll, kl = self._forward(images_BCHW, batch.positions, now)
@@ -133,15 +135,7 @@ class _Trainer:
         self.optimizer.step()
         self._average()
         self.update += 1
-        return {
-            "nll": nll.item(),
-            "kl": kl.item(),
-            "elb": -(nll + kl).item(),
-            "temperature": now.temperature,
-            "kl_weight": now.kl_weight,
-            "lr": now.lr,
-            "images_per_s": self.settings.batch_size / (time.perf_counter() - began),
-        }
+        return torch.stack([nll.detach(), kl.detach()]), now
 
     def _forward(self, images_BCHW: Tensor, positions: Tensor, now: Rates) -> tuple[Tensor, Tensor]:
         dvae, device = self.config.dvae, self.ranks.device
@@ -160,9 +154,10 @@ class _Trainer:
             list(self.ema.values()), list(self.dvae.state_dict().values()), 1 - decay
         )
 
-    def _after_update(self, numbers: dict[str, float], bar: Any) -> None:
+    def _after_update(self, terms: Tensor, now: Rates, bar: Any) -> None:
         settings, last = self.settings, self.update == self.settings.updates
         if self.update % settings.log_every == 0 or last:
+            numbers = self._numbers(terms, now)
             bar.set_postfix(
                 nll=f"{numbers['nll']:.3f}", img_s=f"{numbers['images_per_s']:.0f}", refresh=False
             )
@@ -171,6 +166,22 @@ class _Trainer:
             self._evaluate()
         if self.update % settings.save_every == 0 or last:
             self._save()
+
+    def _numbers(self, terms: Tensor, now: Rates) -> dict[str, float]:
+        """What one line of the log says: terms of this update over all ranks, mean speed since."""
+        nll, kl = (total / self.ranks.world for total in self.ranks.sum(terms.tolist()))
+        began, counted = self._logged
+        self._logged = (time.perf_counter(), self.update)
+        updates_per_s = (self.update - counted) / (self._logged[0] - began)
+        return {
+            "nll": nll,
+            "kl": kl,
+            "elb": -(nll + kl),
+            "temperature": now.temperature,
+            "kl_weight": now.kl_weight,
+            "lr": now.lr,
+            "images_per_s": self.settings.batch_size * updates_per_s,
+        }
 
     def _evaluate(self) -> None:
         """PSNR and codes in use on held-out pictures, by the averaged weights; rank 0 alone."""
@@ -219,6 +230,8 @@ class _Trainer:
         if found is None:
             self.run.rewind(0)
             return
+        if resume != "auto":
+            store.verify(found)
         if not (found / STATE).is_file():
             raise CheckpointError(f"{found}: no checkpoint of a dVAE ({STATE} is missing)")
         state = torch.load(found / STATE, map_location=self.ranks.device, weights_only=True)

@@ -112,6 +112,16 @@ def test_decode_ignores_the_spread():
     assert before.shape == (2, 3, 16, 16) and 0 <= before.min() <= before.max() <= 1
 
 
+def test_decode_looks_up_what_one_hot_codes_would_give():
+    torch.manual_seed(0)
+    dvae = DVAE(SMALL)
+    torch.nn.init.normal_(dvae.decoder.input.bias)
+    codes = torch.randint(0, 12, (2, 4, 4))
+    one_hot = F.one_hot(codes, 12).permute(0, 3, 1, 2).float()
+    expected = unmap_pixels(dvae.decode_soft(one_hot)[:, :3].sigmoid())
+    torch.testing.assert_close(dvae.decode(codes), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("mu", [-2.0, 0.0, 1.5])
 @pytest.mark.parametrize("log_b", [-2.0, -0.5, 0.5])
 def test_likelihood_integrates_to_one(mu, log_b):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,17 +119,58 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path):
     assert logs[0] == logs[1]
 
 
-def _train(ranks, folder):
-    assert main(["train-dvae", *arguments(Path(folder), "dvae_train.updates=5", run="two")]) == 0
+def _train(ranks, folder, run="two"):
+    overrides = ("dvae_train.updates=5", "dvae_train.lr_warmup=0")
+    assert main(["train-dvae", *arguments(Path(folder), *overrides, run=run)]) == 0
 
 
 def test_two_ranks_follow_one(tmp_path):
     write_images(tmp_path / "images")
-    assert main(["train-dvae", *arguments(tmp_path, "dvae_train.updates=5", run="one")]) == 0
+    _train(None, tmp_path, run="one")
     run_distributed(_train, 2, str(tmp_path))
     one, two = (load_tensors(tmp_path / run / "release/dvae.safetensors") for run in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+    alone, shared = (lines(tmp_path / run) for run in ("one", "two"))
+    for name in ("nll", "kl"):
+        expected = [line[name] for line in alone if name in line]
+        assert len(expected) == 5
+        found = [line[name] for line in shared if name in line]
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    shutil.copytree(trained / "dvae", tmp_path / "dvae")
+    shutil.copytree(trained / "images", tmp_path / "images")
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be decoded")
+def test_a_half_written_release_is_written_anew(copy):
+    (copy / "dvae/release/config.yaml").unlink()
+    before = (copy / "dvae/release/dvae.safetensors").read_bytes()
+    (copy / "dvae/release/dvae.safetensors").write_bytes(before[:100])
+    done = arguments(copy, "dvae_train.updates=60")
+    assert main(["train-dvae", *done, "--resume", "auto"]) == 0
+    assert (copy / "dvae/release/dvae.safetensors").read_bytes() == before
+    assert (copy / "dvae/release/config.yaml").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be decoded")
+def test_a_damaged_checkpoint_is_named_or_passed_over(copy, capsys):
+    newest = copy / "dvae/checkpoints/step-00000060"
+    with (newest / "state.pt").open("r+b") as file:
+        file.seek(200)
+        file.write(b"damage")
+    done = arguments(copy, "dvae_train.updates=60")
+    assert main(["train-dvae", *done, "--resume", str(newest)]) == 2
+    assert "state.pt is damaged" in capsys.readouterr().err
+    assert main(["train-dvae", *done, "--resume", str(copy / "nowhere")]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    shutil.rmtree(copy / "dvae/release")
+    assert main(["train-dvae", *done, "--resume", "auto"]) == 0
+    assert lines(copy / "dvae")[-1]["update"] == 60
 
 
 def test_noise_is_each_samples_own_and_standard_gumbel():
