@@ -1,4 +1,4 @@
-"""Package metadata. Versions are pinned in constraints.txt, tool settings live in pyproject.toml."""
+"""Package metadata. Versions are pinned in constraints.txt, tool settings in pyproject.toml."""
 
 from setuptools import find_packages, setup
 
@@ -27,7 +27,15 @@ setup(
         "webdataset",
     ],
     extras_require={
-        "test": ["moto[s3,server]", "mypy", "openmpi", "pytest", "ruff", "types-PyYAML", "types-tqdm"],
+        "test": [
+            "moto[s3,server]",
+            "mypy",
+            "openmpi",
+            "pytest",
+            "ruff",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
         "gpu": ["triton"],
         "clip": ["transformers"],
         "wandb": ["wandb"],
