@@ -55,7 +55,7 @@ def test_overrides_convert_types():
         ("train=7", "train: 7 is not a section with keys"),
         ("train.updates", "'train.updates' is not of the form key=value"),
         ("train.lr.x=1", "train.lr.x: 'lr' is not a section"),
-        ("transformer.heads=3", "transformer.width: 256 is not transformer.heads x 64 = 192"),
+        ("transformer.heads=5", "transformer.width: 192 is not transformer.heads x 64 = 320"),
         ("transformer.image_grid=9", "transformer.image_grid: 9, but the dVAE gives"),
         ("dvae.image_size=70", "dvae.image_size: 70 is not a multiple"),
         ("dvae.codebook_size=70000", "dvae.codebook_size: 70000 is above 65,536"),

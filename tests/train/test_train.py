@@ -222,9 +222,9 @@ class TestRefusals:
         other = train_tokenizer(["a lazy dog", "a quick fox"] * 5, 300)
         other.save(str(tmp_path / "other.json"))
         paths = dataclasses.replace(alone[0].paths, tokenizer=str(tmp_path / "other.json"))
-        with pytest.raises((CheckpointError, ConfigError), match="tokenizer") as caught:
-            program.train(dataclasses.replace(alone[0], paths=paths), "auto")
-        assert "\n" not in str(caught.value)
+        config = dataclasses.replace(alone[0], paths=paths)
+        (message,) = run_distributed(refused, 1, config, "auto")
+        assert "tokenizer" in message and "\n" not in message
 
     def test_another_zero_stage(self, alone):
         train = dataclasses.replace(alone[0].train, updates=9, **zero(2))
