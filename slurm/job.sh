@@ -1,27 +1,35 @@
 #!/usr/bin/env bash
-# What both sbatch scripts do: job.sh VERB RUN_PATH_KEY PRESET [key=value ...]
+# What both sbatch scripts do: job.sh VERB PRESET [key=value ...]
+# Ranks, address and port are read from Slurm's variables by dalle_dist/distributed/launch.py.
 set -euo pipefail
-verb=$1 run_key=$2
-shift 2
-[ $# -ge 1 ] || { echo "usage: sbatch slurm/${SLURM_JOB_NAME:-train}.sbatch PRESET [key=value ...]" >&2; exit 2; }
+verb=$1
+shift
+[ $# -ge 1 ] || { echo "usage: sbatch slurm/${verb/-/_}.sbatch PRESET [key=value ...]" >&2; exit 2; }
 [ ! -d .venv ] || source .venv/bin/activate
 
-# All ranks must find the same port free on the first node; the program derives it from the job id.
-run=$(dalle-dist config "$@" | sed -n "s/^  $run_key: //p")
-newest() { ls -d "$run"/checkpoints/step-???????? 2>/dev/null | tail -n 1 || true; }
-finished() { [ -e "$run/release/config.yaml" ]; }
+# Without --ntasks-per-node Slurm starts one task a node, and all other GPUs would idle in silence.
+tasks=${SLURM_TASKS_PER_NODE%%[(,]*} gpus=${SLURM_GPUS_ON_NODE:-$tasks}
+if [ "$tasks" -ne "$gpus" ]; then
+  echo "$verb: $tasks tasks for $gpus GPUs on a node; add --ntasks-per-node $gpus" >&2
+  exit 2
+fi
+# Since Slurm 22.05 srun no longer takes --cpus-per-task over from sbatch by itself.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-before=$(newest)
+before=$(python slurm/progress.py "$verb" "$@")
 status=0
-srun --kill-on-bad-exit=1 dalle-dist "$verb" "$@" --resume auto || status=$?
+# --export=ALL: a job submitted with --export=NONE would hide the environment from its tasks too.
+srun --export=ALL --kill-on-bad-exit=1 dalle-dist "$verb" "$@" --resume auto || status=$?
+after=$(python slurm/progress.py "$verb" "$@")
 
-if finished; then
-  echo "$run: finished"
-elif [ "$(newest)" != "$before" ]; then
-  echo "$run: not finished, newest checkpoint $(newest); requeueing job $SLURM_JOB_ID"
+if [ "$after" = finished ]; then
+  echo "$verb: finished"
+  exit "$status"
+elif [ "$after" != "$before" ]; then
+  echo "$verb: status $status, saved at update $after, not finished; requeueing job $SLURM_JOB_ID"
   scontrol requeue "$SLURM_JOB_ID"
 else
   # Requeueing a job that saved nothing would only burn the queue in a loop.
-  echo "$run: ended with status $status without a new checkpoint; not requeued" >&2
+  echo "$verb: status $status, newest checkpoint as before ($before); not requeued" >&2
   exit "$((status ? status : 1))"
 fi

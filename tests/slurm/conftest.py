@@ -1,7 +1,9 @@
 """A real Slurm of two nodes on loopback: munged, slurmctld and two slurmd in a temporary folder."""
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +30,12 @@ class Cluster:
         self.daemons: list[subprocess.Popen] = []
         ports = [_free_port() for _ in range(3)]
         (folder / "slurm.conf").write_text(_configuration(folder, *ports))
+        # Two files stand in for GPUs: Slurm counts them, and nobody opens them.
+        for i in range(2):
+            (folder / f"gpu{i}").touch()
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
+
+    def start(self):
         self._start_munge()
         self._start("slurmctld", "-D", "-i")
         for node in ("n1", "n2"):
@@ -67,10 +75,10 @@ class Cluster:
         """Job id of `sbatch ARGUMENTS`."""
         return self.run("sbatch", "--parsable", *arguments, cwd=cwd).stdout.strip()
 
-    def wait(self, job: str, seconds: float) -> str:
+    def wait(self, job: str, seconds: float = 300) -> str:
         """The job's state once it is over."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        until(lambda: self.state(job) in ended, seconds, f"end of job {job}: {self.state(job)}")
+        until(lambda: self.state(job) in ended, seconds, f"the end of job {job}")
         return self.state(job)
 
     def state(self, job: str) -> str:
@@ -85,6 +93,21 @@ class Cluster:
                 daemon.wait(10)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+                daemon.wait()
+        # The steps of a job that still runs outlive slurmd.
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def processes(self) -> list[int]:
+        """Every process of this cluster and of its jobs: they share our SLURM_CONF."""
+        mark = f"SLURM_CONF={self.folder / 'slurm.conf'}\0".encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                if mark in path.read_bytes():
+                    found.append(int(path.parent.name))
+        return found
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +118,11 @@ def cluster(tmp_path_factory):
     if reason:
         pytest.skip(reason)
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    yield cluster
-    cluster.stop()
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 def _install() -> str | None:
@@ -106,7 +132,7 @@ def _install() -> str | None:
     if os.geteuid() != 0 or not shutil.which("apt-get"):
         return "needs Debian's slurm-wlm and munge, and root"
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["update"], ["install", "-y", "slurm-wlm", "munge"]):
+    for command in (["update"], ["install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]):
         result = subprocess.run(
             ["apt-get", "-qq", *command], env=environment, capture_output=True, text=True
         )
@@ -131,14 +157,15 @@ SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
+GresTypes=gpu
 ReturnToService=2
 SchedulerType=sched/backfill
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldPidFile={folder}/slurmctld.pid
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=1
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=1
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=4 Gres=gpu:2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=4 Gres=gpu:2
 PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 """
 

@@ -91,4 +91,12 @@ def test_a_job_that_makes_no_progress_is_not_requeued(cluster, tmp_path):
     path, out = tiny_run.write_config(config, tmp_path / "c.yaml"), tmp_path / "out"
     job = submit(cluster, "train.sbatch", path, out)
     assert cluster.wait(job, 90) == "FAILED"
-    assert "without a new checkpoint; not requeued" in out.read_text()
+    assert "newest checkpoint as before (none); not requeued" in out.read_text()
+
+
+def test_a_job_that_would_leave_gpus_idle_is_refused(cluster, tmp_path):
+    out = tmp_path / "out"
+    options = ("-N2", "--ntasks-per-node=1", "--gpus-per-node=2", f"--output={out}")
+    job = cluster.submit(*options, "slurm/train.sbatch", "emoji")
+    assert cluster.wait(job, 60) == "FAILED"
+    assert "1 tasks for 2 GPUs on a node; add --ntasks-per-node 2" in out.read_text()

@@ -1,0 +1,41 @@
+"""`progress.py VERB PRESET [key=value ...]` prints how far a run is: finished, none, or an update.
+
+Asked of our own storage and config, since a run may lie on S3, and the release of a run that was
+asked for more updates is not its end.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from dalle_dist.config import load
+from dalle_dist.data.storage import exists, join, list_files
+from dalle_dist.errors import UserError
+
+
+def progress(verb: str, preset: str, *overrides: str) -> str:
+    """Update of the newest checkpoint, "none", or "finished" when the release is of the last one.
+
+    Raises UserError: no such preset, a wrong override, or a storage that does not answer.
+    """
+    config = load(preset, list(overrides))
+    first_stage = verb == "train-dvae"
+    run = config.paths.dvae_run if first_stage else config.paths.run
+    wanted = config.dvae_train.updates if first_stage else config.train.updates
+    # Only a whole checkpoint has left its .tmp folder.
+    files = (
+        re.fullmatch(r"step-(\d+)/manifest\.json", f) for f in list_files(join(run, "checkpoints"))
+    )
+    newest = max((int(match[1]) for match in files if match), default=None)
+    if newest is None:
+        return "none"
+    released = exists(join(run, "release", "config.yaml"))
+    return "finished" if released and newest >= wanted else str(newest)
+
+
+if __name__ == "__main__":
+    try:
+        print(progress(*sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"dalle-dist: error: {error}")
