@@ -133,7 +133,8 @@ def test_options_out_of_range_are_named(options, message):
 def test_a_prompt_too_long_is_cut_with_a_warning():
     generator = build()
     with pytest.warns(UserWarning, match="cut to 6 tokens: a red heart, a blue car"):
-        generator.generate("a red heart, a blue car")
+        drawn = generator.generate("a red heart, a blue car")
+    assert [picture.prompt for picture in drawn] == ["a red heart, a blue car"]
 
 
 def test_outputs_are_pictures_a_grid_and_a_manifest(tmp_path):
