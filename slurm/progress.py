@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 
+from dalle_dist.checkpoint.store import MANIFEST
 from dalle_dist.config import load
 from dalle_dist.data.storage import exists, join, list_files
 from dalle_dist.errors import UserError
@@ -24,9 +25,8 @@ def progress(verb: str, preset: str, *overrides: str) -> str:
     run = config.paths.dvae_run if first_stage else config.paths.run
     wanted = config.dvae_train.updates if first_stage else config.train.updates
     # Only a whole checkpoint has left its .tmp folder.
-    files = (
-        re.fullmatch(r"step-(\d+)/manifest\.json", f) for f in list_files(join(run, "checkpoints"))
-    )
+    whole = re.compile(rf"step-(\d+)/{re.escape(MANIFEST)}")
+    files = (whole.fullmatch(name) for name in list_files(join(run, "checkpoints")))
     newest = max((int(match[1]) for match in files if match), default=None)
     if newest is None:
         return "none"

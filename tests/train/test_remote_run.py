@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import re
+import subprocess
+import sys
 
 import boto3
 import pytest
@@ -74,3 +76,18 @@ def test_convert_reads_a_checkpoint_from_s3_and_writes_a_release_there(bucket, t
     digest = convert(f"{bucket}/run/checkpoints/step-00000002", f"{bucket}/release", "raw")
     assert digest == convert(f"{bucket}/run", str(tmp_path / "release"), "raw")
     assert load_release(f"{bucket}/release").fingerprint == digest
+
+
+def test_slurm_sees_how_far_a_run_on_s3_is(bucket):
+    def progress(updates):
+        command = [sys.executable, "slurm/progress.py", "train", "emoji"]
+        settings = [f"paths.run={bucket}/run", f"train.updates={updates}"]
+        return subprocess.check_output([*command, *settings], text=True).strip()
+
+    assert progress(20) == "none"
+    storage.write_bytes(f"{bucket}/run/checkpoints/step-00000010/manifest.json", b"{}")
+    storage.write_bytes(f"{bucket}/run/checkpoints/step-00000020.tmp/manifest.json", b"{}")
+    assert progress(20) == "10"
+    storage.write_bytes(f"{bucket}/run/release/config.yaml", b"{}")
+    assert progress(10) == "finished"
+    assert progress(20) == "10"  # the release of a shorter run is not the end
