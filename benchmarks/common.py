@@ -59,12 +59,12 @@ def arguments(text: str | None, rounds: int) -> argparse.Namespace:
 def benchmark_config(smoke: bool) -> Config:
     """d=256, 4 layers, 4 heads of 64, 256 + 1024 tokens, vocabularies 16,384 and 8,192, fp32."""
     wide = {"width": 256, "heads": 4, "layers": 4, "text_tokens": 256, "image_grid": 32}
-    tiny = {"width": 64, "heads": 1, "layers": 2, "text_tokens": 16, "image_grid": 8}
+    tiny = {"width": 64, "heads": 1, "layers": 2, "text_tokens": 16, "image_grid": 12}
     return from_dict(
         {
             "name": "smoke" if smoke else "d256-l4",
             "tokenizer": {"vocab_size": 300 if smoke else 16_384},
-            "dvae": {"image_size": 64 if smoke else 256, "codebook_size": 32 if smoke else 8_192},
+            "dvae": {"image_size": 96 if smoke else 256, "codebook_size": 32 if smoke else 8_192},
             "transformer": {**(tiny if smoke else wide), "conv_kernel": 3 if smoke else 11},
             "train": {"precision": "fp32", "checkpoint_activations": False},
         }

@@ -1,92 +1,148 @@
-"""Attention that computes text keys once and, among image keys, only what the mask can allow.
+"""Attention that skips what the mask hides, by torch's fused CPU kernel on slices of q, k and v.
 
-An image query sees all text, so its scores are two blocks under one softmax: a dense one over the
-text and a small one over a window of image keys. The window is the own line and the lines above
-it that the mask reaches (row, conv), or the own column (column). No N x N matrix is built.
+Text queries look at text: one causal call. An image query looks at all text and at few image keys:
+one unmasked call over the text, and one small call per strip of queries over the keys that its span
+reaches; both outcomes are merged by their log-sum-exps. The backward pass hands every call the
+merged output and log-sum-exp: with those, a call's gradients are its share of the whole softmax's.
+All that the calls read are slices of qkv; nothing is gathered, no N x N matrix is built.
 
-Shape suffixes: B batch, H heads, D head width, T text, R image rows, C image columns, W keys of a
-window; S all states.
+Shape suffixes: B batch, N states, H heads, D head width, I image states, Q queries and K keys of a
+strip; 3 is query, key, value.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dalle_kernels.masks import AttentionMask
+from dalle_kernels.sparse_attention import reference
+from dalle_kernels.spans import span
+
+# The kernels behind torch's scaled_dot_product_attention on CPUs. They are called by name because
+# the public function keeps the log-sum-exp to itself.
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+STRIP = 32  # queries of a call, at least: the block of torch's kernel
+
+
+class Strip(NamedTuple):
+    """Image states as slices of all states; `bias_QK` is 0 or -inf, None for a causal square."""
+
+    queries: slice
+    keys: slice
+    bias_QK: Tensor | None
 
 
 def pays(mask: AttentionMask) -> bool:
-    """Whether a window is clearly smaller than the image, so that cutting it out is worth it."""
-    return mask.kind != "causal" and mask.grid >= 8 and _lines(mask) * 2 <= mask.grid
+    """Whether an image is large enough for several calls to be quicker than a dense one."""
+    return mask.image > 128
 
 
 def attention(qkv_BN3HD: Tensor, mask: AttentionMask) -> Tensor:
     """out_BNHD; see `sparse_attention`."""
-    q_BHSD, k_BHSD, v_BHSD = qkv_BN3HD.permute(2, 0, 3, 1, 4)
-    text, side = mask.text, mask.grid
-    k_BHTD, v_BHTD = k_BHSD[:, :, :text], v_BHSD[:, :, :text]
-    text_out = F.scaled_dot_product_attention(q_BHSD[:, :, :text], k_BHTD, v_BHTD, is_causal=True)
-
-    q_BHRCD, k_BHRCD, v_BHRCD = (
-        x[:, :, text:].unflatten(2, (side, side)) for x in (q_BHSD, k_BHSD, v_BHSD)
-    )
-    if mask.kind == "column":
-        q_BHRCD, k_BHRWD, v_BHRWD = (x.transpose(2, 3) for x in (q_BHRCD, k_BHRCD, v_BHRCD))
-    else:
-        k_BHRWD, v_BHRWD = (_windows(x, _lines(mask)) for x in (k_BHRCD, v_BHRCD))
-
-    q_BHRCD = q_BHRCD * (1 / math.sqrt(q_BHSD.shape[-1]))
-    hidden_RCW = _hidden(mask, qkv_BN3HD.device)
-    near_BHRCW = (q_BHRCD @ k_BHRWD.transpose(-1, -2)).masked_fill(hidden_RCW, -math.inf)
-    far_BHST = q_BHRCD.flatten(2, 3) @ k_BHTD.transpose(-1, -2)
-    weights = torch.cat([far_BHST, near_BHRCW.flatten(2, 3)], dim=-1).softmax(dim=-1)
-    far_BHST, near_BHSW = weights.split([text, hidden_RCW.shape[-1]], dim=-1)
-    near_BHRCD = near_BHSW.unflatten(2, (side, side)) @ v_BHRWD
-    out_BHRCD = near_BHRCD + (far_BHST @ v_BHTD).unflatten(2, (side, side))
-    if mask.kind == "column":
-        out_BHRCD = out_BHRCD.transpose(2, 3)
-    return torch.cat([text_out, out_BHRCD.flatten(2, 3)], dim=2).transpose(1, 2)
+    if mask.kind == "causal":
+        return reference.attention(qkv_BN3HD, mask)
+    return _Attention.apply(qkv_BN3HD, mask)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def _lines(mask: AttentionMask) -> int:
-    """Lines of a query's window: its own, and those above that its mask can reach."""
-    if mask.kind == "column":
-        return 1
-    return 1 + _reach(mask)
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv_BN3HD: Tensor, mask: AttentionMask) -> Tensor:
+        if qkv_BN3HD.stride(-1) != 1:
+            qkv_BN3HD = qkv_BN3HD.contiguous()
+        q, k, v = qkv_BN3HD.permute(2, 0, 3, 1, 4)
+        text, image = slice(mask.text), slice(mask.text, None)
+        out_BNHD = torch.empty_like(qkv_BN3HD[:, :, 0])
+        out = out_BNHD.transpose(1, 2)
+        far, far_lse_BHI = _flash(q[:, :, image], k[:, :, text], v[:, :, text])
+        lse_BHN = far_lse_BHI.new_empty(q.shape[:3])
+        out[:, :, text], lse_BHN[:, :, text] = _flash(
+            q[:, :, text], k[:, :, text], v[:, :, text], 0.0, True
+        )
+        for queries, keys, bias in _strips(mask, qkv_BN3HD.dtype):
+            out[:, :, queries], lse_BHN[:, :, queries] = _flash(
+                q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, bias is None, attn_mask=bias
+            )
+        _merge(out[:, :, image], lse_BHN[:, :, image], far, far_lse_BHI)
+        ctx.save_for_backward(qkv_BN3HD, out_BNHD, lse_BHN)
+        ctx.mask = mask
+        return out_BNHD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BNHD: Tensor) -> tuple[Tensor, None]:
+        qkv_BN3HD, out_BNHD, lse_BHN = ctx.saved_tensors
+        mask: AttentionMask = ctx.mask
+        text, image = slice(mask.text), slice(mask.text, None)
+        q, k, v = qkv_BN3HD.permute(2, 0, 3, 1, 4)
+        out, grad = (x.transpose(1, 2) for x in (out_BNHD, grad_BNHD.contiguous()))
+        grad_qkv_BN3HD = torch.empty_like(qkv_BN3HD, memory_format=torch.contiguous_format)
+        dq, dk, dv = grad_qkv_BN3HD.permute(2, 0, 3, 1, 4)
+
+        def share(strip: Strip, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+            queries, keys, bias = strip
+            return _flash_backward(  # type: ignore[no-any-return]
+                grad[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys],
+                out[:, :, queries], lse_BHN[:, :, queries], 0.0, is_causal, attn_mask=bias,
+            )  # fmt: skip
+
+        dq[:, :, text], dk[:, :, text], dv[:, :, text] = share(Strip(text, text, None), True)
+        dq[:, :, image], far_dk, far_dv = share(Strip(image, text, None), False)
+        dk[:, :, text] += far_dk
+        dv[:, :, text] += far_dv
+        grad_qkv_BN3HD[:, image, 1:] = 0
+        for strip in _strips(mask, qkv_BN3HD.dtype):
+            strip_dq, strip_dk, strip_dv = share(strip, strip.bias_QK is None)
+            dq[:, :, strip.queries] += strip_dq
+            dk[:, :, strip.keys] += strip_dk
+            dv[:, :, strip.keys] += strip_dv
+        return grad_qkv_BN3HD, None
 
 
-@lru_cache(maxsize=64)
-def _reach(mask: AttentionMask) -> int:
-    line = torch.arange(mask.image, device="cpu") // mask.grid
-    return int(((line[:, None] - line[None, :]) * mask.image_part()).max())
+def _merge(near: Tensor, near_lse: Tensor, far: Tensor, far_lse: Tensor) -> None:
+    """Softmax over both sets of keys, from each set's own, into `near` and `near_lse`."""
+    near_share = torch.sigmoid(near_lse - far_lse)[..., None]
+    near.copy_(torch.lerp(far.to(near_share), near.to(near_share), near_share))
+    near_lse.copy_(torch.logaddexp(near_lse, far_lse))
 
 
-def _windows(x_BHRCD: Tensor, lines: int) -> Tensor:
-    """Each row's window of `lines` lines, oldest first, zeros above the picture: x_BHRWD."""
-    padded = F.pad(x_BHRCD, (0, 0, 0, 0, lines - 1, 0))
-    return torch.cat([padded[:, :, i : i + x_BHRCD.shape[2]] for i in range(lines)], dim=3)
-
-
-# Kept for later calls, so never an inference tensor, which autograd would refuse.
-@lru_cache(maxsize=64)
+# Kept for later calls, so never inference tensors, which autograd would refuse.
+@lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def _hidden(mask: AttentionMask, device: torch.device) -> Tensor:
-    """bool hidden_RCW: keys of each query's window that it may not look at."""
-    side = mask.grid
-    part = mask.image_part().view(side, side, side, side)  # query row, column; key row, column
-    if mask.kind == "column":
-        later = torch.ones(side, side, dtype=torch.bool, device=device).triu(1)
-        return later.expand(side, side, side)
-    lines = _lines(mask)
-    allowed = torch.zeros(side, side, lines, side, dtype=torch.bool, device="cpu")
-    for row in range(side):
-        for line in range(lines):
-            above = row - (lines - 1) + line
-            if above >= 0:
-                allowed[row, :, line] = part[row, :, above]
-    return ~allowed.flatten(2).to(device)
+def _strips(mask: AttentionMask, dtype: torch.dtype) -> tuple[Strip, ...]:
+    allowed_II, strips = mask.image_part(), list[Strip]()
+    for queries, keys in _slices(mask):
+        allowed_QK = allowed_II[queries, keys]
+        square = allowed_QK.shape[0] == allowed_QK.shape[1]
+        bias = None
+        if not (square and allowed_QK.equal(torch.ones_like(allowed_QK).tril())):
+            bias = torch.zeros(allowed_QK.shape, dtype=dtype, device="cpu")
+            bias.masked_fill_(~allowed_QK, -torch.inf)
+            # Most strips of a picture are alike.
+            if strips and (last := strips[-1].bias_QK) is not None and bias.equal(last):
+                bias = last
+        strips.append(Strip(_shifted(queries, mask.text), _shifted(keys, mask.text), bias))
+    return tuple(strips)
+
+
+def _slices(mask: AttentionMask) -> Iterator[tuple[slice, slice]]:
+    """Queries and keys of each strip, as slices of the image states."""
+    band, grid = span(mask), mask.grid
+    if band.by_column:
+        yield from ((slice(c, mask.image, grid),) * 2 for c in range(grid))
+    else:
+        step = grid * max(1, STRIP // grid)
+        for start in range(0, mask.image, step):
+            stop = min(start + step, mask.image)
+            yield slice(start, stop), slice(band.first_key(start), stop)
+
+
+def _shifted(states: slice, by: int) -> slice:
+    return slice(states.start + by, states.stop + by, states.step)
