@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from dalle_kernels.masks import AttentionMask
-from dalle_kernels.sparse_attention import BACKENDS, sparse_attention
+from dalle_kernels.sparse_attention import sparse_attention
 
 KINDS = ["row", "column", "conv", "causal"]
 
@@ -21,8 +21,8 @@ def slow(qkv_BN3HD, mask):
     return out
 
 
-def inputs(mask, dtype=torch.double, batch=2, heads=2, width=16):
-    generator = torch.Generator().manual_seed(1)
+def inputs(mask, dtype=torch.double, batch=2, heads=2, width=16, seed=1):
+    generator = torch.Generator().manual_seed(seed)
     shape = (batch, mask.tokens, 3, heads, width)
     return torch.randn(shape, dtype=torch.double, generator=generator).to(dtype).requires_grad_()
 
@@ -38,37 +38,79 @@ def test_equals_a_slow_loop(kind, grid, dialect):
     qkv = inputs(mask)
     expected = slow(qkv, mask)
     (grad_expected,) = torch.autograd.grad(expected.square().sum(), qkv)
-    for backend in ["reference"] + (["cpu"] if kind in CPU_KINDS else []):
+    for backend in ("reference", "cpu"):
         out = sparse_attention(qkv, mask, backend)
         torch.testing.assert_close(out, expected, atol=1e-12, rtol=1e-12)
         (grad,) = torch.autograd.grad(out.square().sum(), qkv)
         torch.testing.assert_close(grad, grad_expected, atol=1e-11, rtol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", CPU_KINDS)
-def test_cpu_backend_is_as_exact_as_plain_torch(kind, dtype):
-    """At most twice the error of plain PyTorch in the same dtype, gradients three times."""
-    mask = AttentionMask(kind, 8, 8, kernel=3)
-    exact = inputs(mask, torch.double)
-    errors = {}
-    for backend in BACKENDS:
-        qkv = inputs(mask, dtype)
+def errors(mask, dtype, backend, draws=8, **shape):
+    """Largest errors of output and gradient against fp64 on the same rounded inputs.
+
+    Over several draws: in two states a single one is right or wrong by luck.
+    """
+    found = []
+    for seed in range(draws):
+        qkv = inputs(mask, dtype, seed=seed, **shape)
         out = sparse_attention(qkv, mask, backend)
         (grad,) = torch.autograd.grad(out.double().square().sum(), qkv)
         rounded = qkv.detach().double().requires_grad_()
         expected = slow(rounded, mask)
         (grad_expected,) = torch.autograd.grad(expected.square().sum(), rounded)
-        errors[backend] = (
-            (out.double() - expected).abs().max().item(),
-            (grad.double() - grad_expected).abs().max().item(),
+        found.append(
+            [(a - b).detach().abs().max() for a, b in ((out, expected), (grad, grad_expected))]
         )
-    assert exact.dtype == torch.double
-    assert errors["cpu"][0] <= 2 * errors["reference"][0]
-    assert errors["cpu"][1] <= 3 * errors["reference"][1]
+    # A NaN is an error without bound, not one that a maximum may pass over.
+    return torch.tensor(found).nan_to_num(nan=math.inf).amax(0).tolist()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.fixture
+def uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", CPU_KINDS)
+def test_cpu_backend_is_as_exact_as_plain_torch(kind, dtype):
+    """At most twice the error of plain PyTorch in the same dtype, gradients three times."""
+    for text, grid, batch, heads in ((1, 1, 1, 1), (5, 3, 2, 1), (8, 8, 2, 2), (20, 12, 1, 3)):
+        mask = AttentionMask(kind, text, grid, kernel=5)
+        ours, plain = (
+            errors(mask, dtype, backend, batch=batch, heads=heads)
+            for backend in ("cpu", "reference")
+        )
+        assert ours[0] <= 2 * plain[0], (mask, ours, plain)
+        assert ours[1] <= 3 * plain[1], (mask, ours, plain)
+
+
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "dialect"), [*((k, "paper") for k in KINDS), ("conv", "clamp")])
+def test_full_size(kind, dialect, dtype):
+    """The paper's 256 + 32 x 32 states, against the reference in fp64."""
+    mask = AttentionMask(kind, 256, 32, dialect)
+    qkv = inputs(mask, dtype, batch=1, heads=1, width=64)
+    results = {}
+    for name, x, backend in (
+        ("exact", qkv.detach().double().requires_grad_(), "reference"),
+        ("plain", qkv, "reference"),
+        ("ours", qkv, "cpu"),
+    ):
+        out = sparse_attention(x, mask, backend)
+        results[name] = out.double(), torch.autograd.grad(out.double().square().sum(), x)[0]
+    for part, limit in ((0, 2), (1, 3)):
+        ours, plain = (
+            (results[name][part] - results["exact"][part]).abs().max() for name in ("ours", "plain")
+        )
+        assert ours <= limit * plain, (part, float(ours), float(plain))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_training_goes_on_after_inference_mode(backend):
     """Masks kept from a call under inference mode once broke the next backward pass."""
     mask = AttentionMask("conv", 3, 8, kernel=7)
@@ -80,7 +122,7 @@ def test_training_goes_on_after_inference_mode(backend):
     assert qkv.grad.isfinite().all() and out.equal(expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_masks_made_where_meta_is_the_default_device(backend):
     mask = AttentionMask("conv", 2, 8, kernel=7)
     qkv = inputs(mask, torch.float32)

@@ -5,36 +5,106 @@ Shape suffixes: B batch, N states, H heads, D head width; 3 is query, key, value
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import warnings
 from collections.abc import Callable
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.sparse_attention import cpu, reference
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDTHS = (32, 64, 128)
+
+
+def _triton(qkv_BN3HD: Tensor, mask: AttentionMask) -> Tensor:
+    missing = triton_missing(qkv_BN3HD.device) or _unfit(qkv_BN3HD)
+    if missing:
+        raise ValueError(f"backend: 'triton' cannot run here: {missing}")
+    from dalle_kernels.sparse_attention import triton_attention
+
+    return triton_attention.attention(qkv_BN3HD, mask)
+
+
 BACKENDS: dict[str, Callable[[Tensor, AttentionMask], Tensor]] = {
     "reference": reference.attention,
     "cpu": cpu.attention,
+    "triton": _triton,
 }
 
 
 def sparse_attention(qkv_BN3HD: Tensor, mask: AttentionMask, backend: str = "auto") -> Tensor:
-    """Scaled dot-product attention where `mask` allows it: out_BNHD, differentiable.
+    """Scaled dot-product attention where `mask` allows it: out_BNHD, differentiable once.
 
     Args:
-        qkv_BN3HD: queries, keys and values, token-major, any float dtype and device.
+        qkv_BN3HD: queries, keys and values, token-major; read where they lie. Triton takes fp32,
+            fp16 and bf16, and a width D of 32, 64 or 128.
         mask: over exactly N states.
-        backend: "reference" (dense boolean mask), "cpu" (skips what the mask hides), or "auto".
+        backend: "reference" (dense boolean mask), "cpu" or "triton" (both skip what the mask
+            hides), or "auto": the quickest that runs here. On a GPU without Triton that is the
+            reference, after one warning.
 
     Raises:
         ValueError: naming the argument that does not fit.
     """
+    _check(qkv_BN3HD, mask, backend)
+    if backend == "auto":
+        backend = _quickest(qkv_BN3HD, mask)
+    return BACKENDS[backend](qkv_BN3HD, mask)
+
+
+def triton_missing(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on that device; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "the tensors are on the CPU"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"device {device.type} is no NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}, below 8.0"
+    return None
+
+
+def _check(qkv_BN3HD: Tensor, mask: AttentionMask, backend: str) -> None:
     if qkv_BN3HD.ndim != 5 or qkv_BN3HD.shape[2] != 3:
         raise ValueError(f"qkv: shape {tuple(qkv_BN3HD.shape)} is not [B, N, 3, H, D]")
+    if not qkv_BN3HD.is_floating_point():
+        raise ValueError(f"qkv: dtype {qkv_BN3HD.dtype} is not a float")
     if qkv_BN3HD.shape[1] != mask.tokens:
         raise ValueError(f"mask: {mask.tokens} states, but qkv has {qkv_BN3HD.shape[1]}")
-    if backend == "auto":
-        backend = "cpu" if qkv_BN3HD.device.type == "cpu" and cpu.pays(mask) else "reference"
-    if backend not in BACKENDS:
+    if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of auto, {', '.join(BACKENDS)}")
-    return BACKENDS[backend](qkv_BN3HD, mask)
+    if backend == "cpu" and qkv_BN3HD.device.type != "cpu":
+        raise ValueError(f"backend: 'cpu' cannot run here: qkv is on {qkv_BN3HD.device}")
+
+
+def _quickest(qkv_BN3HD: Tensor, mask: AttentionMask) -> str:
+    if qkv_BN3HD.device.type == "cpu":
+        return "cpu" if cpu.pays(mask) else "reference"
+    missing = triton_missing(qkv_BN3HD.device) or _unfit(qkv_BN3HD)
+    if missing is None:
+        return "triton"
+    _warn(missing)
+    return "reference"
+
+
+def _unfit(qkv_BN3HD: Tensor) -> str | None:
+    if qkv_BN3HD.dtype not in DTYPES:
+        return f"dtype {qkv_BN3HD.dtype} is not one of fp32, fp16, bf16"
+    if qkv_BN3HD.shape[-1] not in WIDTHS:
+        return f"head width {qkv_BN3HD.shape[-1]} is not one of {WIDTHS}"
+    return None
+
+
+@lru_cache
+def _warn(missing: str) -> None:
+    """Once per reason and process."""
+    message = f"sparse_attention falls back to dense masked attention (reference): {missing}"
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

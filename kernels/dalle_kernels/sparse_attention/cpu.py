@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dalle_kernels.masks import AttentionMask
-from dalle_kernels.sparse_attention import reference
 from dalle_kernels.spans import span
+from dalle_kernels.sparse_attention import reference
 
 # The kernels behind torch's scaled_dot_product_attention on CPUs. They are called by name because
 # the public function keeps the log-sum-exp to itself.
@@ -49,7 +49,7 @@ def attention(qkv_BN3HD: Tensor, mask: AttentionMask) -> Tensor:
     """out_BNHD; see `sparse_attention`."""
     if mask.kind == "causal":
         return reference.attention(qkv_BN3HD, mask)
-    return _Attention.apply(qkv_BN3HD, mask)  # type: ignore[no-any-return,no-untyped-call]
+    return _Attention.apply(qkv_BN3HD, mask)
 
 
 class _Attention(torch.autograd.Function):
@@ -88,7 +88,7 @@ class _Attention(torch.autograd.Function):
 
         def share(strip: Strip, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
             queries, keys, bias = strip
-            return _flash_backward(  # type: ignore[no-any-return]
+            return _flash_backward(
                 grad[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys],
                 out[:, :, queries], lse_BHN[:, :, queries], 0.0, is_causal, attn_mask=bias,
             )  # fmt: skip

@@ -1,0 +1,84 @@
+"""Triton kernels under the interpreter; run by test_triton_attention.py, which sets it up.
+
+fp32 and fp16 only: the interpreter's bf16 arithmetic is wrong without a word.
+"""
+
+import pytest
+import torch
+from dalle_kernels.masks import AttentionMask
+from dalle_kernels.sparse_attention import reference, sparse_attention, triton_attention
+from dalle_kernels.sparse_attention.triton_config import Backward, Forward
+from test_sparse_attention import errors
+
+CASES = [
+    ("row", "paper"), ("row", "dalle-pytorch"), ("column", "paper"), ("conv", "paper"),
+    ("conv", "clamp"), ("conv", "torus"), ("conv", "dalle-pytorch"), ("causal", "paper"),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def small_tiles(monkeypatch, stride=1, resident=False):
+    """Tiles of 16, the least that tl.dot takes: several tiles, and ragged ones, in small grids."""
+    forward = Forward(16, 16, 16, 4, 1, STRIDE=stride, RESIDENT=resident)
+    monkeypatch.setattr(triton_attention, "forward_tiles", lambda *_: forward)
+    monkeypatch.setattr(triton_attention, "backward_tiles", lambda *_: Backward(16, 16, 16, 4, 1))
+
+
+def compare(mask, dtype, **shape):
+    draws = 8 if mask.tokens < 16 else 2
+    ours, plain = (
+        errors(mask, dtype, backend, draws, **shape) for backend in ("triton", "reference")
+    )
+    assert ours[0] <= 2 * plain[0], f"output: {ours[0]:.3g} against {plain[0]:.3g}"
+    assert ours[1] <= 3 * plain[1], f"gradient: {ours[1]:.3g} against {plain[1]:.3g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("kind", "dialect"), CASES)
+def test_as_exact_as_plain_torch(monkeypatch, kind, dialect, dtype):
+    small_tiles(monkeypatch)
+    for text, grid, batch, heads in ((1, 1, 1, 1), (5, 3, 2, 1), (18, 4, 1, 2), (16, 6, 2, 2)):
+        mask = AttentionMask(kind, text, grid, dialect, kernel=3)
+        compare(mask, dtype, batch=batch, heads=heads, width=32)
+
+
+@pytest.mark.parametrize("text", [7, 29, 32])
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+def test_resident_text(monkeypatch, kind, text):
+    small_tiles(monkeypatch, stride=2, resident=True)
+    compare(AttentionMask(kind, text, 7, kernel=3), torch.float32, batch=1, heads=2, width=32)
+
+
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_chosen_tiles(width):
+    """The real configurations, on a grid smaller than their tiles."""
+    for dtype in (torch.float32, torch.float16):
+        compare(AttentionMask("conv", 9, 4, kernel=3), dtype, batch=1, heads=1, width=width)
+
+
+def test_qkv_that_is_a_view_of_something_wider(monkeypatch):
+    small_tiles(monkeypatch)
+    mask = AttentionMask("row", 5, 4)
+    wide = torch.randn(2, mask.tokens + 3, 3, 2, 40)
+    view = wide[:, 2:-1, ..., 8:]
+    torch.testing.assert_close(
+        sparse_attention(view, mask, "triton"), reference.attention(view, mask)
+    )
+
+
+def test_equal_inputs_give_equal_bits(monkeypatch):
+    small_tiles(monkeypatch)
+    mask = AttentionMask("conv", 18, 5, kernel=3)
+    qkv = torch.randn(2, mask.tokens, 3, 2, 32, requires_grad=True)
+    runs = []
+    for _ in range(2):
+        out = sparse_attention(qkv, mask, "triton")
+        runs.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
+    assert all(a.equal(b) for a, b in zip(*runs, strict=True))

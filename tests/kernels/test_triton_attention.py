@@ -1,0 +1,46 @@
+"""The Triton kernels on any machine: interpreted, and compiled for GPUs that need not be there.
+
+The interpreter is chosen by the environment before the kernels are decorated, so its tests run in
+a process of their own.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+pytest.importorskip("triton", reason="triton is not installed: make .venv/triton")
+
+
+def interpreted(file):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_interpreted():
+    run = interpreted("interpreted_attention.py")
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed and int(passed[1]) >= 30, run.stdout[-500:]
+
+
+@pytest.mark.slow
+def test_compiled_kernels_take_what_the_table_says():
+    import triton
+    from dalle_kernels import resources
+
+    table = json.loads(resources.TABLE.read_text())
+    found = {f"sm_{target}": resources.measure(target) for target in resources.TARGETS}
+    assert all(used["spills"] == 0 for used in found["sm_90"].values()), found["sm_90"]
+    assert table["triton"] == triton.__version__, (
+        "another Triton: python -m dalle_kernels.resources --write"
+    )
+    assert found == {target: table[target] for target in found}
