@@ -50,7 +50,7 @@ def test_triton_where_it_runs(monkeypatch):
 
 def test_triton_asked_for_where_it_cannot_run_is_an_error(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="^backend: 'triton' cannot run here: "):
+    with pytest.raises(ValueError, match=r"^backend: 'triton' cannot run here: "):
         sparse_attention(QKV, MASK, "triton")
 
 

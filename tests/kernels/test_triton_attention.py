@@ -40,7 +40,5 @@ def test_compiled_kernels_take_what_the_table_says():
     table = json.loads(resources.TABLE.read_text())
     found = {f"sm_{target}": resources.measure(target) for target in resources.TARGETS}
     assert all(used["spills"] == 0 for used in found["sm_90"].values()), found["sm_90"]
-    assert table["triton"] == triton.__version__, (
-        "another Triton: python -m dalle_kernels.resources --write"
-    )
+    assert table["triton"] == triton.__version__, "run resources --write"
     assert found == {target: table[target] for target in found}
