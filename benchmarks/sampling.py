@@ -52,7 +52,7 @@ def main() -> None:
 def check(model: Transformer, text_BT: Tensor, codes_BN: Tensor) -> None:
     """Refuse to time steps whose logits differ from the full forward's."""
     expected_BNK = model.logits(text_BT, codes_BN)[1]
-    caches = model.prefill(text_BT)
+    caches = model.prefill(text_BT, [1])
     held_B = torch.full_like(codes_BN[:, 0], model.image_embedding.start)
     for state in range(codes_BN.shape[1]):
         logits_BK = model.step(held_B, caches, state)
@@ -63,7 +63,7 @@ def check(model: Transformer, text_BT: Tensor, codes_BN: Tensor) -> None:
 @torch.no_grad()
 def step_seconds(model: Transformer, text_BT: Tensor, codes_BN: Tensor) -> list[float]:
     """Seconds of each cached step, in order of position."""
-    caches, times = model.prefill(text_BT), []
+    caches, times = model.prefill(text_BT, [1]), []
     for state in range(codes_BN.shape[1]):
         held_B = codes_BN[:, state]
         times.append(common.seconds(partial(model.step, held_B, caches, state)))

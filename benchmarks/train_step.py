@@ -7,6 +7,7 @@ axial-positional-embedding rotary-embedding-torch einops` (its youtokentome does
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from unittest import mock
 
@@ -49,12 +50,14 @@ def check(model: Transformer, text_BT: Tensor, codes_BN: Tensor) -> None:
 
 
 def cases(model: Transformer, text_BT: Tensor, codes_BN: Tensor) -> dict[str, Callable[[], None]]:
-    train = model.config.train
-    groups = param_groups(model, train.weight_decay)
-    ours = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
+    shape = dataclasses.replace(model.config.transformer, masks="causal")
+    causal = common.benchmark_model(dataclasses.replace(model.config, transformer=shape))
+    boolean = _step(common.benchmark_model(model.config), text_BT, codes_BN)
     plain = rivals.PlainTransformer(model.config)
     found = {
-        "ours": rivals.trainer(lambda: model(text_BT, codes_BN).total(train.text_loss), ours),
+        "ours": _step(model, text_BT, codes_BN),
+        "ours, dense causal masks": _step(causal, text_BT, codes_BN),
+        "ours, masks as booleans": mock.patch.object(cpu, "pays", lambda _: False)(boolean),
         "plain dense causal": rivals.trainer(
             lambda: plain(text_BT, codes_BN), torch.optim.AdamW(plain.parameters())
         ),
@@ -96,6 +99,13 @@ def step_flops(config: Config) -> float:
     forward = 2 * blocks * shape.tokens + 2 * heads * shape.width
     forward += 4 * pairs * HEAD_DIM * shape.heads
     return 3.0 * BATCH * forward
+
+
+def _step(model: Transformer, text_BT: Tensor, codes_BN: Tensor) -> Callable[[], None]:
+    train = model.config.train
+    groups = param_groups(model, train.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
+    return rivals.trainer(lambda: model(text_BT, codes_BN).total(train.text_loss), optimizer)
 
 
 def _dalle_pytorch_step(

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -16,10 +16,13 @@ from dalle_dist.errors import CheckpointError
 State = dict[str, Tensor]
 
 
-def save_tensors(path: Path | str, state: State) -> None:
-    """Write `state` as one safetensors file, atomically; tensors are copied to the CPU first."""
+def save_tensors(path: Path | str, state: State, notes: dict[str, str] | None = None) -> None:
+    """Write `state` as one safetensors file, atomically; tensors are copied to the CPU first.
+
+    `notes` are kept in the file's header, for `read_notes`.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    storage.write_bytes(str(path), save(contiguous))
+    storage.write_bytes(str(path), save(contiguous, notes))
 
 
 def load_tensors(path: Path | str) -> State:
@@ -30,6 +33,12 @@ def load_tensors(path: Path | str) -> State:
         return load_file(storage.fetch(str(path)))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def read_notes(path: Path | str) -> dict[str, str]:
+    """The notes of a safetensors file that `load_tensors` reads; empty when it has none."""
+    with safe_open(storage.fetch(str(path)), "pt") as file:
+        return file.metadata() or {}
 
 
 def fingerprint(state: State) -> str:

@@ -14,8 +14,14 @@ import torch
 import yaml
 from torch import nn
 
-from dalle_dist.checkpoint.formats import State, fingerprint, load_tensors, save_tensors
-from dalle_dist.config import Config, from_dict, to_yaml
+from dalle_dist.checkpoint.formats import (
+    State,
+    fingerprint,
+    load_tensors,
+    read_notes,
+    save_tensors,
+)
+from dalle_dist.config import Config, difference, from_dict, to_yaml
 from dalle_dist.data import storage
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import CheckpointError
@@ -75,7 +81,7 @@ def save_release(
     dvae = storage.read_bytes(storage.join(dvae_folder, DVAE_FILE))
     storage.write_bytes(storage.join(folder, DVAE_FILE), dvae)
     storage.write_bytes(storage.join(folder, TOKENIZER_FILE), storage.read_bytes(tokenizer))
-    save_tensors(storage.join(folder, TRANSFORMER_FILE), transformer)
+    save_tensors(storage.join(folder, TRANSFORMER_FILE), transformer, _masks(config))
     storage.write_bytes(storage.join(folder, CONFIG), to_yaml(config).encode())
     return fingerprint(transformer)
 
@@ -84,11 +90,13 @@ def load_release(folder: str, device: torch.device | str = "cpu") -> Release:
     """Everything of a release folder, local or remote, frozen, in fp32.
 
     Raises:
-        CheckpointError: no release there, or weights that do not fit its config.
+        CheckpointError: no release there, or weights that do not fit its config: other shapes, or
+            trained under other masks.
     """
     stage1 = load_dvae(folder, device)
     path = storage.join(folder, TRANSFORMER_FILE)
     state = load_tensors(path)
+    _refuse_other_masks(path, stage1.config)
     transformer = _fill(Transformer(stage1.config), state, path).to(device)
     tokenizer = Tokenizer.load(storage.join(folder, TOKENIZER_FILE))
     return Release(
@@ -101,6 +109,21 @@ def _read_config(folder: str) -> Config:
     if not storage.exists(path):
         raise CheckpointError(f"{folder}: no release folder ({CONFIG} is missing)")
     return from_dict(yaml.safe_load(storage.read_bytes(path)))
+
+
+def _masks(config: Config) -> dict[str, str]:
+    """What the weights were trained to look at, which no shape of theirs tells."""
+    shape = config.transformer
+    names = ("masks", "mask_dialect", "conv_kernel", "text_tokens", "image_grid")
+    return {f"transformer.{name}": str(getattr(shape, name)) for name in names}
+
+
+def _refuse_other_masks(path: str, config: Config) -> None:
+    lines = difference(read_notes(path), _masks(config))
+    if lines:
+        raise CheckpointError(
+            f"{path}: trained under other masks than its config says: {'; '.join(lines)}"
+        )
 
 
 def _fill(model: Module, state: State, path: str) -> Module:

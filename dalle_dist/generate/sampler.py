@@ -1,6 +1,6 @@
 """Draw image tokens one after another.
 
-Shape suffixes: B samples, T text positions, N image tokens, K codebook entries.
+Shape suffixes: B samples, C captions, T text positions, N image tokens, K codebook entries.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ def sample_codes(
 ) -> Tensor:
     """codes_BN, int64. `prefix_codes` [B, n] fixes the first n tokens (paper 3.3).
 
+    Neighbours along B with the same text share its keys and values, which are most of the work.
+
     Each sample has one uniform number per token from its own seed, turned into a token by the
     inverse of the cumulated probabilities: what else is in the batch does not matter.
     """
     tokens, device = model.config.transformer.image_tokens, text_BT.device
     uniform_BN = torch.stack([_uniforms(seed, tokens) for seed in seeds]).to(device)
     prefix = 0 if prefix_codes is None else prefix_codes.shape[1]
-    caches = model.prefill(text_BT)
+    text_CT, samples_C = text_BT.unique_consecutive(dim=0, return_counts=True)
+    caches = model.prefill(text_CT, samples_C.tolist())
     codes_BN = torch.empty(len(seeds), tokens, dtype=torch.long, device=device)
     held_B = torch.full_like(codes_BN[:, 0], model.image_embedding.start)
     for state in range(tokens):

@@ -1,6 +1,6 @@
 """Resblocks: layer norm inside the residual branch, fp32 stream outside (paper 2.4, Fig. 4).
 
-Shape suffixes: B batch, S states, W width, H heads, D head width, T text states, N image states.
+Shape suffixes: B batch, C captions, S states, W width, H heads, D head width, T text states.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from dalle_kernels.masks import AttentionMask
-from dalle_kernels.sparse_attention import sparse_attention
+from dalle_kernels.sparse_attention import DecodeCache, sparse_attention
 from torch import Tensor, nn
 
 from dalle_dist.config import HEAD_DIM
-from dalle_dist.transformer.cache import LayerCache
 from dalle_dist.transformer.embeddings import LayerNorm
 
 
@@ -30,18 +29,18 @@ class Attention(nn.Module):
         attended_BSHD = sparse_attention(self._qkv(x_BSW), self.mask)
         return x_BSW + self.out(attended_BSHD.flatten(2)).float()
 
-    def prefill(self, x_BTW: Tensor, cache: LayerCache) -> Tensor:
+    def prefill(self, x_CTW: Tensor, cache: DecodeCache) -> Tensor:
         """The text states, whose keys and values go into the cache."""
-        q_BHTD, k_BHTD, v_BHTD = self._qkv(x_BTW).permute(2, 0, 3, 1, 4)
-        cache.put_text(k_BHTD, v_BHTD)
-        out_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
-        return x_BTW + self.out(out_BHTD.transpose(1, 2).flatten(2)).float()
+        q_CHTD, k_CHTD, v_CHTD = self._qkv(x_CTW).permute(2, 0, 3, 1, 4)
+        cache.put_text(k_CHTD, v_CHTD)
+        out_CHTD = F.scaled_dot_product_attention(q_CHTD, k_CHTD, v_CHTD, is_causal=True)
+        return x_CTW + self.out(out_CHTD.transpose(1, 2).flatten(2)).float()
 
-    def step(self, x_B1W: Tensor, cache: LayerCache, state: int) -> Tensor:
+    def step(self, x_B1W: Tensor, cache: DecodeCache, state: int) -> Tensor:
         """One image state, which looks at the text and at the image keys its mask allows."""
         q_BHD, k_BHD, v_BHD = self._qkv(x_B1W)[:, 0].unbind(1)
         cache.put_image(state, k_BHD, v_BHD)
-        out_BHD = cache.attend(q_BHD, self.mask.image_keys(state, q_BHD.device))
+        out_BHD = cache.attend(q_BHD, state)
         return x_B1W + self.out(out_BHD.flatten(1))[:, None].float()
 
     def _qkv(self, x_BSW: Tensor) -> Tensor:
@@ -72,10 +71,10 @@ class Layer(nn.Module):
     def forward(self, x_BSW: Tensor) -> Tensor:
         return self.mlp(self.attention(x_BSW))
 
-    def prefill(self, x_BTW: Tensor, cache: LayerCache) -> Tensor:
-        return self.mlp(self.attention.prefill(x_BTW, cache))
+    def prefill(self, x_CTW: Tensor, cache: DecodeCache) -> Tensor:
+        return self.mlp(self.attention.prefill(x_CTW, cache))
 
-    def step(self, x_B1W: Tensor, cache: LayerCache, state: int) -> Tensor:
+    def step(self, x_B1W: Tensor, cache: DecodeCache, state: int) -> Tensor:
         return self.mlp(self.attention.step(x_B1W, cache, state))
 
 

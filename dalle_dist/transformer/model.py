@@ -1,17 +1,20 @@
 """The sparse transformer over one stream of text and image tokens (arXiv 2102.12092, 2.2).
 
-Shape suffixes: B batch, T text states, N image states, S = T + N, W width, K codebook entries.
+Shape suffixes: B batch, C captions, T text states, N image states, S = T + N, W width, K codebook
+entries.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from dalle_kernels.sparse_attention import DecodeCache
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle_dist.config import Config
 from dalle_dist.transformer.blocks import Layer, init_layer
-from dalle_dist.transformer.cache import LayerCache
 from dalle_dist.transformer.embeddings import ImageEmbedding, LayerNorm, TextEmbedding, Unembedding
 from dalle_dist.transformer.layout import counted_text_targets, layer_masks, text_inputs
 from dalle_dist.transformer.loss import Loss, cross_entropy_sum
@@ -51,15 +54,19 @@ class Transformer(nn.Module):
         )
         return Loss(*text, *image)
 
-    def prefill(self, text_BT: Tensor) -> list[LayerCache]:
-        """Run the captions through all layers; the caches then take image states one by one."""
-        caches = [LayerCache(self.config.transformer.image_tokens) for _ in self.blocks]
-        x_BTW = self.text_embedding(text_inputs(text_BT))
+    def prefill(self, text_CT: Tensor, samples: Sequence[int]) -> list[DecodeCache]:
+        """Run captions through all layers; the caches then take image states one by one.
+
+        `samples` images are drawn from each caption; those of a caption are neighbours along the
+        B of `step`.
+        """
+        caches = [DecodeCache(mask, samples) for mask in layer_masks(self.config.transformer)]
+        x_CTW = self.text_embedding(text_inputs(text_CT))
         for layer, cache in zip(self.blocks, caches, strict=True):
-            x_BTW = layer.prefill(x_BTW, cache)  # type: ignore[operator]
+            x_CTW = layer.prefill(x_CTW, cache)  # type: ignore[operator]
         return caches
 
-    def step(self, held_B: Tensor, caches: list[LayerCache], state: int) -> Tensor:
+    def step(self, held_B: Tensor, caches: list[DecodeCache], state: int) -> Tensor:
         """fp32 logits_BK of image token `state`, the state holding `held_B`.
 
         State 0 holds `image_embedding.start`, later ones the code before theirs.

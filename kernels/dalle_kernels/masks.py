@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -79,10 +78,6 @@ class AttentionMask:
         }
         return rule[self.kind](query, key) & (query >= key)
 
-    def image_keys(self, state: int, device: torch.device | str = "cpu") -> Tensor:
-        """int64 indices of the image states that image state `state` sees, ascending."""
-        return _image_keys(self, torch.device(device))[state]
-
     def _row(self, query: Tensor, key: Tensor) -> Tensor:
         if self.dialect == "dalle-pytorch":
             return query // self.grid == key // self.grid
@@ -100,11 +95,3 @@ class AttentionMask:
         if self.dialect == "torus":
             dr, dc = (torch.minimum(d % self.grid, -d % self.grid) for d in (dr, dc))
         return (dr.abs() <= reach) & (dc.abs() <= reach)
-
-
-# What is kept outlives the call that made it, so it must not be an inference tensor: autograd
-# refuses those when training goes on.
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _image_keys(mask: AttentionMask, device: torch.device) -> list[Tensor]:
-    return [row.nonzero().squeeze(1).to(device) for row in mask.image_part()]

@@ -25,15 +25,17 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 from dalle_kernels.masks import AttentionMask
+from dalle_kernels.sparse_attention.decode import DecodeCache
 from dalle_kernels.sparse_attention.triton_backward import attention_backward
 from dalle_kernels.sparse_attention.triton_config import Tiles, backward_tiles, forward_tiles
+from dalle_kernels.sparse_attention.triton_decode import attention_decode, decode_constants
 from dalle_kernels.sparse_attention.triton_forward import attention_forward
 from dalle_kernels.sparse_attention.triton_tiles import mask_constants
 
 TABLE = Path(__file__).parents[1] / "resources.json"
 TARGETS = (80, 90)
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-STRIDES = ("stride_b", "stride_n", "stride_c", "stride_h")
+STRIDES = dict.fromkeys(("stride_b", "stride_n", "stride_c", "stride_h"), "i32")
 Used = dict[str, int]
 
 
@@ -53,35 +55,43 @@ def measure(target: int) -> dict[str, Used]:
     """Compile all cases for sm_`target`: what each kernel takes, by its name."""
     found, capability = {}, (target // 10, target % 10)
     for name, mask, width, dtype in cases():
-        tensor = POINTERS[dtype]
+        tensor, shape = POINTERS[dtype], {**mask_constants(mask), "D": width}
         tiles: Tiles = forward_tiles(capability, mask, width, dtype)
-        signature = {"qkv": tensor, "out": tensor, "lse": "*fp32"}
+        signature = {"qkv": tensor, "out": tensor, "lse": "*fp32", **STRIDES}
         found[f"forward {name}"] = _compile(
-            attention_forward, signature, mask, width, tiles, target
+            attention_forward, signature, shape | tiles.constants(), tiles.options(), target
         )
         tiles = backward_tiles(capability, mask, width, dtype)
         signature = dict.fromkeys(("qkv", "grad", "dqkv"), tensor)
-        signature |= dict.fromkeys(("lse", "delta"), "*fp32")
+        signature |= dict.fromkeys(("lse", "delta"), "*fp32") | STRIDES
         found[f"backward {name}"] = _compile(
-            attention_backward, signature, mask, width, tiles, target
+            attention_backward, signature, shape | tiles.constants(), tiles.options(), target
+        )
+        names = ("q", "k_text", "v_text", "k_image", "v_image", "out")
+        signature = dict.fromkeys(names, tensor) | {"first_C": "*i64"}
+        constants = decode_constants(mask, DecodeCache(mask, [1]).slots, width)
+        found[f"decode {name}"] = _compile(
+            attention_decode, signature, constants, {"num_warps": 4}, target
         )
     return found
 
 
 def _compile(
-    kernel: Any, tensors: dict[str, str], mask: AttentionMask, width: int, tiles: Tiles, target: int
-) -> Used:
-    constants = {**mask_constants(mask), "D": width, **tiles.constants()}
-    types = tensors | dict.fromkeys(STRIDES, "i32") | {"scale": "fp32"}
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], options: dict[str, Any],
+    target: int,
+) -> Used:  # fmt: skip
+    """`types` are of the tensors and strides; the other numbers are the kernels' few scalars."""
+    aligned = types
+    types = types | {"scale": "fp32"} | dict.fromkeys(("position", "start", "stop"), "i32")
     names = kernel.arg_names
     source = ASTSource(
         kernel,
         {name: types.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in constants.items()},
         # As at run time: aligned tensors, strides that 16 divides.
-        {(names.index(n),): [["tt.divisibility", 16]] for n in (*tensors, *STRIDES)},
+        {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
-    compiled = triton.compile(source, GPUTarget("cuda", target, 32), tiles.options())
+    compiled = triton.compile(source, GPUTarget("cuda", target, 32), options)
     return _assemble(compiled.asm["ptx"], target) | {"shared": compiled.metadata.shared}
 
 

@@ -83,6 +83,23 @@ def test_release_holds_the_average_and_can_be_used(saved, stage, tmp_path):
     assert release.tokenizer.fingerprint == wanted
 
 
+@pytest.mark.parametrize(
+    ("key", "other"), [("mask_dialect: paper", "clamp"), ("masks: paper", "causal")]
+)
+def test_weights_are_not_used_under_other_masks(saved, tmp_path, key, other):
+    """No tensor's shape would tell; the pictures would only be worse."""
+    out = tmp_path / "release"
+    convert(str(saved[1][0]), str(out))
+    text = (out / "config.yaml").read_text()
+    assert key in text
+    name = key.partition(":")[0]
+    (out / "config.yaml").write_text(text.replace(key, f"{name}: {other}"))
+    with pytest.raises(
+        CheckpointError, match=f"other masks .*transformer.{name}: paper -> {other}"
+    ):
+        load_release(str(out))
+
+
 def test_what_cannot_be_converted_is_refused_and_nothing_is_written(saved, tmp_path):
     path, _ = saved[1]
     (tmp_path / "used").mkdir()

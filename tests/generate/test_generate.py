@@ -42,7 +42,7 @@ def test_decoding_step_by_step_equals_the_full_forward(masks, dialect):
     model = build(f"transformer.masks={masks}", f"transformer.mask_dialect={dialect}").model
     codes_BN = torch.randint(0, 20, (3, 16), generator=torch.Generator().manual_seed(6))
     _, expected = model.logits(text(), codes_BN)
-    caches = model.prefill(text())
+    caches = model.prefill(text(), [1, 1, 1])
     held_B = torch.full((3,), model.image_embedding.start)
     for state in range(16):
         logits_BK = model.step(held_B, caches, state)
@@ -55,7 +55,7 @@ def test_decoding_in_bf16_is_as_exact_as_the_full_forward():
     codes_BN = torch.randint(0, 20, (3, 16), generator=torch.Generator().manual_seed(6))
     _, truth = exact.logits(text(), codes_BN)
     full_error = (model.logits(text(), codes_BN)[1] - truth).norm()
-    caches, held_B = model.prefill(text()), torch.full((3,), model.image_embedding.start)
+    caches, held_B = model.prefill(text(), [1, 1, 1]), torch.full((3,), model.image_embedding.start)
     steps = []
     for state in range(16):
         steps.append(model.step(held_B, caches, state))

@@ -128,7 +128,6 @@ def test_masks_made_where_meta_is_the_default_device(backend):
     qkv = inputs(mask, torch.float32)
     with torch.device("meta"):
         out = sparse_attention(qkv.detach(), mask, backend)
-        assert mask.image_keys(0).tolist() == [0]
     assert out.equal(sparse_attention(qkv, mask, backend))
 
 

@@ -25,11 +25,14 @@ def interpreted(file):
     )  # fmt: skip
 
 
-def test_interpreted():
-    run = interpreted("interpreted_attention.py")
+@pytest.mark.parametrize(
+    ("file", "tests"), [("interpreted_attention.py", 30), ("interpreted_decode.py", 16)]
+)
+def test_interpreted(file, tests):
+    run = interpreted(file)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
     passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and int(passed[1]) >= 30, run.stdout[-500:]
+    assert passed and int(passed[1]) >= tests, run.stdout[-500:]
 
 
 @pytest.mark.slow

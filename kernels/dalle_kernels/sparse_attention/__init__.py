@@ -1,5 +1,6 @@
 """Attention under DALL-E's masks; `sparse_attention` is the one entry point."""
 
 from dalle_kernels.sparse_attention.api import BACKENDS, sparse_attention
+from dalle_kernels.sparse_attention.decode import DecodeCache
 
-__all__ = ["BACKENDS", "sparse_attention"]
+__all__ = ["BACKENDS", "DecodeCache", "sparse_attention"]

@@ -1,0 +1,95 @@
+"""One new state per sample on a GPU: a program is a caption, a head and a block of its samples.
+
+The text's keys are loaded once per block and meet all its queries in one product; image keys are
+each sample's own, a few dozen, and are multiplied and summed without matrix units.
+"""
+# ruff: noqa: ANN001, ANN201
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dalle_kernels.masks import AttentionMask
+from dalle_kernels.sparse_attention.triton_tiles import load_rows, mask_constants, visible
+
+if TYPE_CHECKING:
+    from dalle_kernels.sparse_attention.decode import DecodeCache
+
+BLOCK = 16  # samples: the least rows of a matrix product
+
+
+def attend(q_BHD: Tensor, cache: DecodeCache, state: int) -> Tensor:
+    """out_BHD; see `DecodeCache.attend`."""
+    _, heads, width = q_BHD.shape
+    q_BHD, out_BHD = q_BHD.contiguous(), torch.empty_like(q_BHD.contiguous())
+    first_C = torch.tensor([0, *itertools.accumulate(cache.samples)], device=q_BHD.device)
+    start, stop = cache.filled(state)
+    grid = (heads, triton.cdiv(max(cache.samples), BLOCK), len(cache.samples))
+    attention_decode[grid](
+        q_BHD, cache.k_CHTD, cache.v_CHTD, cache.k_BHJD, cache.v_BHJD, out_BHD, first_C,
+        cache.span.position(state), start, stop, math.log2(math.e) / math.sqrt(width),
+        **decode_constants(cache.mask, cache.slots, width), num_warps=4,
+    )  # fmt: skip
+    return out_BHD
+
+
+def decode_constants(mask: AttentionMask, slots: int, width: int) -> dict[str, Any]:
+    """The kernel's compile-time constants: the mask's, and tiles of samples, text and slots."""
+    constants = mask_constants(mask)
+    del constants["BY_COLUMN"]  # positions are all that is needed here
+    tiles = {"BS": BLOCK, "BT": 32, "BJ": 256 // max(width, 64)}
+    return {**constants, "SLOTS": slots, "D": width, **tiles}
+
+
+@triton.jit(do_not_specialize=["position", "start", "stop"])
+def attention_decode(
+    q, k_text, v_text, k_image, v_image, out, first_C, position, start, stop, scale,
+    TEXT: tl.constexpr, GRID: tl.constexpr, BACK: tl.constexpr, RULE: tl.constexpr,
+    REACH: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr,
+    BS: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
+):  # fmt: skip
+    head, heads, caption = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
+    sample = tl.load(first_C + caption) + tl.program_id(1) * BS + tl.arange(0, BS)
+    ok = sample < tl.load(first_C + caption + 1)
+    queries = load_rows(q + head * D, sample, ok, heads * D, D)
+    text = (caption * heads + head) * TEXT * D
+    acc = tl.zeros([BS, D], tl.float32)
+    top, total = tl.full([BS], float("-inf"), tl.float32), tl.zeros([BS], tl.float32)
+    for begin in range(0, TEXT, BT):
+        key = begin + tl.arange(0, BT)
+        k = load_rows(k_text + text, key, key < TEXT, D, D)
+        v = load_rows(v_text + text, key, key < TEXT, D, D)
+        s = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+        s = tl.where((key < TEXT)[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        p, shrink = tl.exp2(s - new_top[:, None]), tl.exp2(top - new_top)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top, total = new_top, total * shrink + tl.sum(p, 1)
+    wide, lane = queries.to(tl.float32), tl.arange(0, D)[None, None, :]
+    ring = (sample * heads + head) * SLOTS
+    for begin in range(start, stop, BJ):
+        slot = begin + tl.arange(0, BJ)
+        # Which position the ring's slot holds: the last one up to now that falls on it.
+        held = position - (position % SLOTS - slot + SLOTS) % SLOTS
+        # As wide as its peer: the interpreter turns a lone scalar's verdict into integers.
+        now = position + tl.zeros_like(slot)
+        seen = (slot < stop) & visible(now, held, GRID, BACK, RULE, REACH)
+        place = (ring[:, None] + slot[None, :])[:, :, None] * D + lane
+        there = (ok[:, None] & seen[None, :])[:, :, None]
+        k = tl.load(k_image + place, there, other=0).to(tl.float32)
+        v = tl.load(v_image + place, there, other=0).to(tl.float32)
+        s = tl.where(seen[None, :], tl.sum(wide[:, None, :] * k, 2) * scale, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        p, shrink = tl.exp2(s - new_top[:, None]), tl.exp2(top - new_top)
+        acc = acc * shrink[:, None] + tl.sum(p[:, :, None] * v, 1)
+        top, total = new_top, total * shrink + tl.sum(p, 1)
+    place = out + head * D + sample[:, None] * heads * D + tl.arange(0, D)[None, :]
+    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), ok[:, None])

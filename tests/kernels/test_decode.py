@@ -1,0 +1,57 @@
+"""Steps from the cache against the whole sequence at once; what the cache keeps."""
+
+import itertools
+
+import pytest
+import torch
+from dalle_kernels.masks import AttentionMask
+from dalle_kernels.sparse_attention.decode import DecodeCache
+from decoding import decode, nan_memory
+
+uninitialised_memory_is_nan = pytest.fixture(autouse=True)(nan_memory)
+KINDS = ["row", "column", "conv", "causal"]
+DIALECTS = ["paper", "clamp", "torus", "dalle-pytorch"]
+
+
+@pytest.mark.parametrize(("kind", "dialect"), itertools.product(KINDS, DIALECTS))
+@pytest.mark.parametrize(("text", "samples", "heads"), [(1, [1], 1), (5, [2, 1, 3], 2)])
+def test_steps_equal_the_whole_sequence(kind, dialect, text, samples, heads):
+    for grid in (1, 3, 4, 6):
+        mask = AttentionMask(kind, text, grid, dialect, kernel=3)
+        stepped, exact, _ = decode(mask, samples, torch.double, "torch", heads)
+        torch.testing.assert_close(stepped, exact, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_exact_as_plain_torch(kind, dtype):
+    mask = AttentionMask(kind, 9, 8, kernel=5)
+    stepped, exact, plain = decode(mask, [2, 2], dtype, "torch")
+    assert (stepped - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dialect", "slots"),
+    [
+        ("row", "paper", 33),
+        ("conv", "paper", 192),
+        ("conv", "clamp", 166),
+        ("column", "paper", 1024),
+    ],
+)
+def test_bytes_at_the_papers_shape(kind, dialect, slots):
+    """The text's once per caption, the images' for as many slots as the mask needs."""
+    captions, samples, heads, width = 2, 4, 3, 64
+    cache = DecodeCache(AttentionMask(kind, 256, 32, dialect), [samples] * captions)
+    text = torch.zeros(captions, heads, 256, width, dtype=torch.float16)
+    cache.put_text(text, text)
+    pair = 2 * heads * width * 2  # key and value, two bytes a number
+    assert cache.nbytes == pair * captions * (256 + samples * slots)
+
+
+def test_arguments_that_do_not_fit_are_named():
+    mask = AttentionMask("row", 4, 4)
+    with pytest.raises(ValueError, match=r"^samples: "):
+        DecodeCache(mask, [1, 0])
+    with pytest.raises(ValueError, match=r"^text: "):
+        DecodeCache(mask, [1]).put_text(torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 8))
