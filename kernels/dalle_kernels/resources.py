@@ -24,7 +24,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
+from dalle_kernels.adamw import triton_adamw
 from dalle_kernels.masks import AttentionMask
+from dalle_kernels.minifloat import FORMATS, triton_minifloat
 from dalle_kernels.sparse_attention.decode import DecodeCache
 from dalle_kernels.sparse_attention.triton_backward import attention_backward
 from dalle_kernels.sparse_attention.triton_config import Tiles, backward_tiles, forward_tiles
@@ -73,6 +75,27 @@ def measure(target: int) -> dict[str, Used]:
         found[f"decode {name}"] = _compile(
             attention_decode, signature, constants, {"num_warps": 4}, target
         )
+    return found | _elementwise(target)
+
+
+def _elementwise(target: int) -> dict[str, Used]:
+    found = {}
+    for grad in (torch.float32, torch.bfloat16):
+        for moments, pointer in (("fp32", "*fp32"), ("16-bit", "*u16")):
+            types = {"param": "*fp32", "grad": POINTERS[grad], "mean": pointer}
+            types |= {"variance": pointer, "numel": "i32"}
+            constants = {"CLIP": True, "PACKED": pointer == "*u16", "BLOCK": triton_adamw.BLOCK}
+            found[f"adamw {moments} moments, grad {POINTERS[grad][1:]}"] = _compile(
+                triton_adamw.adamw_update, types, constants, triton_adamw.OPTIONS, target
+            )
+    for name, fmt in FORMATS.items():
+        constants = {"MANTISSA": fmt.mantissa, "BLOCK": triton_minifloat.BLOCK}
+        for verb, types in (
+            ("pack", {"x": "*fp32", "out": "*u16", "numel": "i32"}),
+            ("unpack", {"bits": "*u16", "out": "*fp32", "numel": "i32"}),
+        ):
+            kernel = getattr(triton_minifloat, f"{verb}_all")
+            found[f"{verb} {name}"] = _compile(kernel, types, constants, {}, target)
     return found
 
 
@@ -82,7 +105,8 @@ def _compile(
 ) -> Used:  # fmt: skip
     """`types` are of the tensors and strides; the other numbers are the kernels' few scalars."""
     aligned = types
-    types = types | {"scale": "fp32"} | dict.fromkeys(("position", "start", "stop"), "i32")
+    types = types | dict.fromkeys(("scale", *triton_adamw.SCALARS), "fp32")
+    types |= dict.fromkeys(("position", "start", "stop"), "i32")
     names = kernel.arg_names
     source = ASTSource(
         kernel,

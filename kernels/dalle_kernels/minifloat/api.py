@@ -1,0 +1,62 @@
+"""One pair of entry points, two backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dalle_kernels.minifloat import torch_minifloat
+from dalle_kernels.minifloat.formats import FORMATS
+from dalle_kernels.sparse_attention.api import triton_missing
+
+BACKENDS = ("torch", "triton")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def pack(x: Tensor, fmt: str, backend: str = "auto") -> Tensor:
+    """Round x to 16 bits: uint16 words of x's shape, contiguous.
+
+    To the nearest value, halves away from zero; beyond the largest value (infinities too), to it.
+    Below the least one, to the all-zero word; so are all negatives in "0-6-10". Only -0.0 packs to
+    the sign bit alone in "1-6-9". NaN becomes the largest value (as in the original's kernel): the
+    words cannot say that something was not finite, so whoever needs to know asks before packing.
+
+    Args:
+        x: fp32, fp16 or bf16, any shape.
+        fmt: "1-6-9" or "0-6-10" (paper 2.4; see `formats`).
+        backend: "torch" (any device), "triton", or "auto": Triton on GPUs where it runs.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x: dtype {x.dtype} is not one of fp32, fp16, bf16")
+    if _use_triton(x, fmt, backend):
+        from dalle_kernels.minifloat import triton_minifloat
+
+        return triton_minifloat.launch_pack(x, FORMATS[fmt])
+    return torch_minifloat.pack(x.detach().float().contiguous(), FORMATS[fmt])
+
+
+def unpack(bits: Tensor, fmt: str, backend: str = "auto") -> Tensor:
+    """The fp32 values of uint16 words, exactly; arguments and errors as for `pack`."""
+    if bits.dtype != torch.uint16:
+        raise ValueError(f"bits: dtype {bits.dtype} is not uint16")
+    if _use_triton(bits, fmt, backend):
+        from dalle_kernels.minifloat import triton_minifloat
+
+        return triton_minifloat.launch_unpack(bits, FORMATS[fmt])
+    return torch_minifloat.unpack(bits.contiguous(), FORMATS[fmt])
+
+
+def _use_triton(tensor: Tensor, fmt: str, backend: str) -> bool:
+    if fmt not in FORMATS:
+        raise ValueError(f"fmt: {fmt!r} is not one of {', '.join(FORMATS)}")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: {backend!r} is not one of auto, {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return tensor.device.type != "cpu" and triton_missing(tensor.device) is None
+    missing = triton_missing(tensor.device) if backend == "triton" else None
+    if missing:
+        raise ValueError(f"backend: 'triton' cannot run here: {missing}")
+    return backend == "triton"
