@@ -1,0 +1,173 @@
+"""AdamW whose moments may take 16 bits (paper 2.4 and B.2), and which can sit out an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from dalle_kernels.adamw import Settings, adamw_
+from dalle_kernels.sparse_attention.api import triton_missing
+from torch import Tensor
+
+from dalle_dist.errors import CheckpointError, ConfigError
+from dalle_dist.optim import apex
+
+MOMENTS = {"fp32": torch.float32, "16-bit": torch.uint16}
+IMPLEMENTATIONS = ("auto", "torch", "triton", "apex")
+
+
+class AdamW(torch.optim.Optimizer):
+    """Decoupled weight decay, bias-corrected moments, fp32 arithmetic on fp32 parameters.
+
+    Each option but `implementation` may differ by group. State of a parameter: `step` (fp32 scalar
+    on the CPU), `exp_avg` and `exp_avg_sq` (of its shape). While `skip` is true, `step()` leaves
+    parameters and state as they are, bit for bit.
+
+    Args:
+        params: parameters or groups of them. At a step they must be fp32 and contiguous; gradients
+            may be fp32, fp16 or bf16.
+        moments: "fp32", or "16-bit": mean in 1-6-9, variance in 0-6-10, half the bytes. A variance
+            stops moving within 2^-11 / (1 - beta2) of its goal, where a step is less than half a
+            unit of its last place: 1% at the paper's beta2 of 0.96, but 49% at 0.999.
+        variance_clip: the largest `exp_avg_sq`, before it is used or stored; 5 in the paper (B.2);
+            0 is none.
+        implementation: "torch"; "triton" (one pass); "apex" (NVIDIA's FusedAdam; fp32 moments and
+            no clip); "auto": Triton on GPUs, else torch.
+
+    Raises:
+        ValueError: an option that is not one of the above.
+        ConfigError: an implementation that cannot run here.
+    """
+
+    skip = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        moments: str = "fp32",
+        variance_clip: float = 0.0,
+        implementation: str = "auto",
+    ) -> None:
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}"
+            )
+        self.implementation = implementation
+        self._apex = apex.FusedUpdate() if implementation == "apex" else None
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "moments": moments,
+            "variance_clip": variance_clip,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        _check(self.param_groups[-1], self.implementation)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Groups of a file that torch's AdamW wrote have fp32 moments and no clip."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("moments", "fp32")
+            group.setdefault("variance_clip", 0.0)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient, unless `skip`.
+
+        Raises:
+            ValueError: a parameter or gradient of another dtype or layout than above.
+            ConfigError: implementation "triton" on a device without it.
+            CheckpointError: moments of another dtype than the group's `moments`.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self.skip:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        self._update(param, param.grad, group)
+        return loss
+
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self._state_of(param, group["moments"])
+        step = int(state["step"]) + 1
+        if self._apex is not None:
+            self._apex.update(param, grad, self.state, step, group)
+        else:
+            backend = self._backend(param.device)
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            adamw_(param, grad, *moments, _settings(step, group), backend)
+        state["step"] += 1
+
+    def _state_of(self, param: Tensor, moments: str) -> dict[str, Tensor]:
+        state, dtype = self.state[param], MOMENTS[moments]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(param, dtype=dtype)
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].dtype != dtype:
+                raise CheckpointError(
+                    f"optimizer state '{name}': {state[name].dtype}, but moments are {moments}; "
+                    "a cast of packed moments has destroyed them"
+                )
+        return state
+
+    def _backend(self, device: torch.device) -> str:
+        if self.implementation == "triton":
+            missing = triton_missing(device)
+            if missing:
+                raise ConfigError(f"implementation: 'triton' cannot run here: {missing}")
+            return "triton"
+        return "chunked" if self.implementation == "torch" and device.type != "cpu" else "auto"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over options and state bit for bit.
+
+        Torch's own casts all state to the parameter's dtype, which makes numbers of packed words.
+        """
+        super().load_state_dict({**state_dict, "state": {}})
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, param in zip(saved, params, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                device = "cpu" if name == "step" else param.device
+                self.state[param][name] = value.to(device, copy=True)
+
+
+def _settings(step: int, group: dict[str, Any]) -> Settings:
+    beta1, beta2 = group["betas"]
+    return Settings(
+        step=step,
+        lr=float(group["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        variance_clip=group["variance_clip"],
+    )
+
+
+def _check(group: dict[str, Any], implementation: str) -> None:
+    if group["moments"] not in MOMENTS:
+        raise ValueError(f"moments: {group['moments']!r} is not one of {', '.join(MOMENTS)}")
+    for name in ("lr", "eps", "weight_decay", "variance_clip"):
+        if not group[name] >= 0:
+            raise ValueError(f"{name}: {group[name]} is below 0")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas: {group['betas']} are not both in [0, 1)")
+    if implementation == "apex" and (group["moments"] != "fp32" or group["variance_clip"]):
+        raise ConfigError("implementation: 'apex' has neither 16-bit moments nor a variance clip")
