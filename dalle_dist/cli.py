@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_configured(verbs, "config", _config, "print the whole config that a command would use")
     _add_generate(verbs)
     _add_convert(verbs)
+    _add_plot(verbs)
     return parser
 
 
@@ -118,6 +119,13 @@ def _add_convert(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("out", metavar="OUT")
     verb.add_argument("--weights", choices=("ema", "raw"), default="ema")
     verb.set_defaults(handler=_convert)
+
+
+def _add_plot(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("plot", help="what a run logged for each resblock, as a picture")
+    verb.add_argument("what", choices=("scales",), metavar="scales", help="gradient scales (fp16)")
+    verb.add_argument("run", metavar="RUN")
+    verb.set_defaults(handler=_plot)
 
 
 def _data_emoji(options: argparse.Namespace) -> None:
@@ -212,6 +220,12 @@ def _convert(options: argparse.Namespace) -> None:
     from dalle_dist.checkpoint.convert import convert
 
     convert(options.checkpoint, options.out, options.weights)
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from dalle_dist.evaluate.plots import plot
+
+    print(plot(options.what, options.run))
 
 
 def _config_of(options: argparse.Namespace) -> Config:

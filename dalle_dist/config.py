@@ -23,7 +23,7 @@ from dalle_dist.errors import ConfigError
 HEAD_DIM = 64
 MASK_DIALECTS = ("paper", "clamp", "torus", "dalle-pytorch")
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp16", "bf16", "fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,16 @@ class TrainConfig:
     ema: float = 0.99
     ema_every: int = 25
     text_loss: float = 1 / 8  # the image's share is 1 - text_loss (paper 2.2)
+    # "fp16": a gradient scale per resblock, on fp32 parameters (paper 2.4); "bf16", "fp32": none
     precision: Precision = "bf16"
+    # fp16: a resblock with gradients that are not finite costs the whole update, or its own part
+    skip: Literal["update", "block"] = "update"
+    moments: Literal["fp32", "16-bit"] = "fp32"  # of the resblocks' matrices; all others: fp32
+    variance_clip: float = 5.0  # largest second moment, before it is used (paper B.2); 0 = none
+    # AdamW by torch, one Triton pass, or NVIDIA's apex, which also brings its layer norm; "auto":
+    # Triton on GPUs, torch on CPUs
+    optimizer: Literal["auto", "torch", "triton", "apex"] = "auto"
+    compile: bool = False  # torch.compile the inside of each resblock
     checkpoint_activations: bool = True
     deepspeed: str = "ds_configs/zero2.json"
     log_every: int = 10

@@ -14,6 +14,7 @@ FLOORS = [
     ["data.storage"],
     ["tokenizer"],
     ["dvae"],
+    ["precision"],
     ["transformer"],
     ["optim"],
     ["data"],

@@ -15,6 +15,16 @@ _FOREIGN = {
     "amp": "precision is set by train.precision",
     "torch_autocast": "precision is set by train.precision",
 }
+# fp16 takes DeepSpeed's route for parameters of two kinds: it gathers and reduces in fp16 those
+# that the engine marks, and all others in fp32. The model turns the autocast itself off.
+_AUTOCAST: dict[bool, dict[str, tuple[str, Any]]] = {
+    False: {},
+    True: {
+        "torch_autocast.enabled": ("train.precision", True),
+        "torch_autocast.dtype": ("train.precision", "float16"),
+        "torch_autocast.lower_precision_safe_modules": ("train.precision", []),
+    },
+}
 _OPTIMIZER = {
     "lr": "lr",
     "eps": "eps",
@@ -56,6 +66,7 @@ def deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
         # Micro-batches are summed in fp32: a bf16 sum drops what is below 1/256 of it.
         tree.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     tree.setdefault("steps_per_print", 2**62)
+    tree["zero_allow_untested_optimizer"] = True  # ours; it is tested here
     return tree
 
 
@@ -90,6 +101,7 @@ def _ours(config: TrainConfig, world: int) -> dict[str, tuple[str, Any]]:
         "gradient_clipping": ("train.clip", config.clip),
         "bf16.enabled": ("train.precision", config.precision == "bf16"),
         "fp16.enabled": ("train.precision", False),
+        **_AUTOCAST[config.precision == "fp16" and stage(config) > 0],
     }
 
 

@@ -53,9 +53,13 @@ class Ranks:
         """Each value summed over all ranks, in double precision."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
+    def max(self, values: list[float]) -> list[float]:
+        """Each value's largest over all ranks; NaN is not for this."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; the same answer on all."""
-        return bool(self._reduce([float(flag)], dist.ReduceOp.MAX)[0])
+        return bool(self.max([float(flag)])[0])
 
     def broadcast(self, value: T) -> T:
         """Rank 0's value on every rank."""

@@ -30,7 +30,9 @@ class LossTransformer(Transformer):
     """
 
     def forward(self, text_BT: Tensor, codes_BN: Tensor) -> Tensor:  # type: ignore[override]
-        loss = super().forward(text_BT, codes_BN)
+        # The blocks know their dtypes; DeepSpeed's autocast is on where it reduces in fp16.
+        with torch.autocast(text_BT.device.type, enabled=False):
+            loss = super().forward(text_BT, codes_BN)
         return torch.stack([loss.text_sum, loss.text_count, loss.image_sum, loss.image_count])
 
 

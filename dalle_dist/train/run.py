@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,12 +82,16 @@ class Run:
         storage.write_bytes(str(path), "".join(lines).encode())
         self._log = path.open("a", buffering=1)
 
-    def log(self, update: int, **numbers: float) -> None:
-        """One line of log.jsonl, and the same numbers to TensorBoard (and W&B if asked for)."""
+    def log(self, update: int, **numbers: float | list[float]) -> None:
+        """One line of log.jsonl, and the same numbers to TensorBoard (and W&B if asked for).
+
+        Of a list there is one number per resblock; TensorBoard has them as NAME/000 and so on.
+        """
         if not self.main or self._log is None:
             return
         line = {"update": update, "time": round(time.time(), 3), **numbers}
         self._log.write(json.dumps(line) + "\n")
+        numbers = dict(_single(numbers))
         for name, number in numbers.items():
             self._tensorboard.add_scalar(name, number, update)
         if self._wandb is not None:
@@ -148,8 +153,8 @@ def working_copy(path: str, ranks: Ranks) -> Path:
     return local
 
 
-def read_log(folder: Path) -> list[dict[str, float]]:
-    """Lines of a run's log.jsonl, in order."""
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Lines of a run's log.jsonl, in order: numbers, and lists of them by resblock."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
@@ -157,6 +162,14 @@ def saved_config(folder: Path) -> dict[str, Any]:
     """The config a run was started with, as a nested dict; empty when there is none."""
     path = folder / "config.yaml"
     return yaml.safe_load(path.read_text()) if path.exists() else {}
+
+
+def _single(numbers: dict[str, float | list[float]]) -> Iterator[tuple[str, float]]:
+    for name, value in numbers.items():
+        if isinstance(value, list):
+            yield from ((f"{name}/{block:03d}", number) for block, number in enumerate(value))
+        else:
+            yield name, value
 
 
 def _download(path: str, local: Path) -> None:

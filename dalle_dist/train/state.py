@@ -2,7 +2,7 @@
 
 step-00001000/deepspeed/       weights, moments and master weights as DeepSpeed keeps them
              /weights/         fp32 fragments, raw and averaged (see checkpoint/weights.py)
-             /training.json    update, schedule, how it was made
+             /training.json    update, schedule, gradient scales, how it was made
              /config.yaml      the config in force
 """
 
@@ -28,7 +28,8 @@ from dalle_dist.optim.schedule import Schedule
 
 TRAINING = "training.json"
 SHAPE = ("tokenizer", "dvae", "transformer")  # config sections that a resumed run keeps
-MADE_BY = ("ranks", "zero_stage", "precision")  # must be the same: DeepSpeed's files depend on them
+# Must be the same: DeepSpeed's files depend on them.
+MADE_BY = ("ranks", "zero_stage", "precision", "moments")
 
 
 class State:
@@ -58,6 +59,8 @@ class State:
         self._refuse_other(checkpoint, saved)
         self.engine.load(checkpoint)
         self.schedule.load_state_dict(saved["schedule"])
+        if self.engine.scaling is not None:
+            self.engine.scaling.load_state_dict(saved["scales"])
         self.ema.load(load_fragments(checkpoint, "ema", self.ranks.rank), saved["ema_folds"])
         self.update = saved["update"]
 
@@ -81,13 +84,15 @@ class State:
         return {
             "update": self.update,
             "schedule": self.schedule.state_dict(),
+            "scales": self.engine.scaling.state_dict() if self.engine.scaling else None,
             "ema_folds": self.ema.folds,
             "fingerprints": self.fingerprints,
             "made_by": self._made_by(),
         }
 
     def _made_by(self) -> dict[str, Any]:
-        values = (self.ranks.world, self.engine.stage, self.config.train.precision)
+        train = self.config.train
+        values = (self.ranks.world, self.engine.stage, train.precision, train.moments)
         return dict(zip(MADE_BY, values, strict=True))
 
     def _refuse_other(self, checkpoint: Path, saved: dict[str, Any]) -> None:
@@ -105,7 +110,7 @@ class State:
         if lines:
             raise CheckpointError(
                 f"{checkpoint}: DeepSpeed's state was written otherwise: {'; '.join(lines)}; start "
-                "with the same number of ranks, ZeRO stage and precision"
+                "with the same number of ranks, ZeRO stage, precision and moments"
             )
 
 

@@ -160,7 +160,9 @@ class _Trainer:
             self.engine.backward(share * text + (1 - share) * image)
             sums += torch.stack([text, image]).detach()
         lr = self.state.schedule.rate(self.state.update + 1)
-        norm = self.engine.step(lr)
+        number, settings = self.state.update + 1, self.settings
+        logged = number % settings.log_every == 0 or number == settings.updates
+        norm = self.engine.step(lr, measure=logged)
         text_loss, image_loss = self.ranks.sum(sums.tolist())
         total = share * text_loss + (1 - share) * image_loss
         self._finished(total, norm)
@@ -188,7 +190,9 @@ class _Trainer:
         settings, update = self.settings, self.state.update
         last = update == settings.updates
         if update % settings.log_every == 0 or last:
-            self.run.log(update, **numbers, **self._speed())
+            scaling = self.engine.scaling
+            blocks = {} if scaling is None else scaling.numbers()
+            self.run.log(update, **numbers, **self._speed(), **blocks)
             bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
         if update % settings.eval_every == 0 or last:
             losses = held_out_losses(

@@ -1,5 +1,7 @@
 """Resblocks: layer norm inside the residual branch, fp32 stream outside (paper 2.4, Fig. 4).
 
+In fp16 every resblock has a gradient scale of its own (`dalle_dist.precision`).
+
 Shape suffixes: B batch, C captions, S states, W width, H heads, D head width, T text states.
 """
 
@@ -12,52 +14,71 @@ from dalle_kernels.sparse_attention import DecodeCache, sparse_attention
 from torch import Tensor, nn
 
 from dalle_dist.config import HEAD_DIM
+from dalle_dist.precision.flow import scaled_branch
+from dalle_dist.precision.linear import ResblockLinear
+from dalle_dist.precision.scales import BlockScale, BlockScales
 from dalle_dist.transformer.embeddings import LayerNorm
 
 
-class Attention(nn.Module):
+class Resblock(nn.Module):
+    """x + inside(norm(x)); `scale` is set by `attach_scales` where gradients are scaled."""
+
+    scale: BlockScale | None = None
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(width)
+
+    def forward(self, x_BSW: Tensor) -> Tensor:
+        if self.scale is None:
+            return x_BSW + self.inside(self.norm(x_BSW)).float()
+        return x_BSW + scaled_branch(x_BSW, self.norm, self.inside, self.scale)
+
+    def inside(self, h_BSW: Tensor) -> Tensor:
+        """What the block computes, in 16 bits where the precision says so."""
+        raise NotImplementedError
+
+
+class Attention(Resblock):
     """x + out(attention(norm(x))) under one mask."""
 
     def __init__(self, width: int, mask: AttentionMask) -> None:
-        super().__init__()
+        super().__init__(width)
         self.mask, self.heads = mask, width // HEAD_DIM
-        self.norm = LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = ResblockLinear(width, 3 * width)
+        self.out = ResblockLinear(width, width)
 
-    def forward(self, x_BSW: Tensor) -> Tensor:
-        attended_BSHD = sparse_attention(self._qkv(x_BSW), self.mask)
-        return x_BSW + self.out(attended_BSHD.flatten(2)).float()
+    def inside(self, h_BSW: Tensor) -> Tensor:
+        return self.out(sparse_attention(self._qkv(h_BSW), self.mask).flatten(2))
 
     def prefill(self, x_CTW: Tensor, cache: DecodeCache) -> Tensor:
         """The text states, whose keys and values go into the cache."""
-        q_CHTD, k_CHTD, v_CHTD = self._qkv(x_CTW).permute(2, 0, 3, 1, 4)
+        q_CHTD, k_CHTD, v_CHTD = self._qkv(self.norm(x_CTW)).permute(2, 0, 3, 1, 4)
         cache.put_text(k_CHTD, v_CHTD)
         out_CHTD = F.scaled_dot_product_attention(q_CHTD, k_CHTD, v_CHTD, is_causal=True)
         return x_CTW + self.out(out_CHTD.transpose(1, 2).flatten(2)).float()
 
     def step(self, x_B1W: Tensor, cache: DecodeCache, state: int) -> Tensor:
         """One image state, which looks at the text and at the image keys its mask allows."""
-        q_BHD, k_BHD, v_BHD = self._qkv(x_B1W)[:, 0].unbind(1)
+        q_BHD, k_BHD, v_BHD = self._qkv(self.norm(x_B1W))[:, 0].unbind(1)
         cache.put_image(state, k_BHD, v_BHD)
         out_BHD = cache.attend(q_BHD, state)
         return x_B1W + self.out(out_BHD.flatten(1))[:, None].float()
 
-    def _qkv(self, x_BSW: Tensor) -> Tensor:
-        return self.qkv(self.norm(x_BSW)).unflatten(-1, (3, self.heads, HEAD_DIM))
+    def _qkv(self, h_BSW: Tensor) -> Tensor:
+        return self.qkv(h_BSW).unflatten(-1, (3, self.heads, HEAD_DIM))
 
 
-class MLP(nn.Module):
+class MLP(Resblock):
     """x + down(gelu(up(norm(x)))), four times as wide inside."""
 
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        super().__init__(width)
+        self.up = ResblockLinear(width, 4 * width)
+        self.down = ResblockLinear(4 * width, width, inputs_first=True)
 
-    def forward(self, x_BSW: Tensor) -> Tensor:
-        return x_BSW + self.down(F.gelu(self.up(self.norm(x_BSW)))).float()
+    def inside(self, h_BSW: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(h_BSW)))
 
 
 class Layer(nn.Module):
@@ -85,8 +106,25 @@ def init_layer(layer: Layer, layers: int) -> None:
     Outputs into the stream are smaller by sqrt(2 x layers), so that depth does not add variance.
     """
     for module in layer.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, ResblockLinear):
             nn.init.normal_(module.weight, std=0.5 * module.in_features**-0.5)
             nn.init.zeros_(module.bias)
     for output in (layer.attention.out, layer.mlp.down):
-        output.weight *= (2 * layers) ** -0.5
+        output.weight.mul_((2 * layers) ** -0.5)
+
+
+def resblocks(model: nn.Module) -> list[tuple[str, Resblock]]:
+    """Names and resblocks in the order of the forward pass: attention, MLP, attention, ..."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, Resblock)]
+
+
+def attach_scales(model: nn.Module, scales: BlockScales, dtype: torch.dtype) -> None:
+    """Let every resblock compute in `dtype` and scale its gradients; one scale for each."""
+    for index, (_, block) in enumerate(resblocks(model)):
+        block.scale = BlockScale(scales, index, dtype)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Have torch.compile fuse what each resblock computes; the gradient flow around it is ours."""
+    for _, block in resblocks(model):
+        block.inside = torch.compile(block.inside)  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dalle_dist.tokenizer import PAD
 
@@ -56,7 +57,21 @@ class Unembedding(nn.Linear):
 class LayerNorm(nn.LayerNorm):
     """Statistics in fp32; the result in the parameters' dtype, in which the block computes."""
 
+    # A layer norm that computes in torch's place, in a box so that it is no part of the model.
+    kernel: tuple[nn.Module] | None = None
+
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight.float(), self.bias.float()
-        out = F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
+        if self.kernel is None:
+            out = F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
+        else:
+            parameters = {"weight": weight, "bias": bias}
+            out = functional_call(self.kernel[0], parameters, input.float())
         return out.to(self.weight.dtype)
+
+
+def use_layer_norm(model: nn.Module, kernel: type[nn.Module]) -> None:
+    """Have every layer norm computed by `kernel`, of the interface of nn.LayerNorm."""
+    for module in model.modules():
+        if isinstance(module, LayerNorm):
+            module.kernel = (kernel(module.normalized_shape, eps=module.eps),)

@@ -100,6 +100,7 @@ def slow_states(model, text, codes):
         name = f"blocks.{i}.mlp"
         inner = [linear(f"{name}.up", norm(f"{name}.norm", x)) for x in attended]
         gelu = [x * (1 + torch.erf(x / math.sqrt(2))) / 2 for x in inner]
+        w[f"{name}.down.weight"] = w[f"{name}.down.weight"].t()
         stream = [x + linear(f"{name}.down", g) for x, g in zip(attended, gelu, strict=True)]
     return torch.stack([norm("norm", x) for x in stream])
 

@@ -1,0 +1,124 @@
+"""The gradients of fp16 training on their way to the optimizer: found finite, brought to one scale.
+
+Shape suffix: K resblocks; where one more is meant, K1, the last stands for all other parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dalle_dist.distributed.launch import Ranks
+from dalle_dist.optim.ema import Fragment
+from dalle_dist.precision.scales import BlockScales
+from dalle_dist.transformer.blocks import attach_scales, resblocks
+
+Skip = Literal["update", "block"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be done with an update; the same on every rank.
+
+    skip    nothing may change
+    frozen  names of parameters that may not change
+    """
+
+    skip: bool
+    frozen: frozenset[str]
+
+
+class BlockScaling:
+    """The scales of a model's resblocks, and what happens to its gradients because of them.
+
+    `matrices` names the parameters whose gradients travel in fp16; all others stay fp32.
+
+    Args:
+        skip: "update": a block whose gradients are not finite costs the whole update (paper 2.4);
+            "block": it costs the update of that block.
+        dtype: what the blocks compute in; fp32 is for tests.
+    """
+
+    def __init__(
+        self, model: nn.Module, ranks: Ranks, skip: Skip, dtype: torch.dtype = torch.float16
+    ) -> None:
+        blocks = resblocks(model)
+        self._ranks, self._skip = ranks, skip
+        self.scales = BlockScales(len(blocks), ranks.world, ranks.device)
+        attach_scales(model, self.scales, dtype)
+        self._names = [[f"{name}.{own}" for own, _ in b.named_parameters()] for name, b in blocks]
+        self._block = {name: k for k, names in enumerate(self._names) for name in names}
+        self.matrices = frozenset(
+            f"{name}.{own}" for name, b in blocks for own, p in b.named_parameters() if p.ndim == 2
+        )
+        self.telemetry: dict[str, list[float]] = {}
+
+    def unscale(self, gradients: list[Fragment], copies: int = 1, measure: bool = False) -> Verdict:
+        """Sums over ranks and true units in place of scaled means over ranks; then new scales.
+
+        A gradient that is not finite is zero afterwards. `measure` renews `telemetry`, at the cost
+        of another pass over the gradients. `copies` of each piece exist among the ranks.
+        """
+        tensors = [gradient.values for gradient in gradients]
+        index = [self._block.get(gradient.name, len(self.scales)) for gradient in gradients]
+        bad_K1 = self._bad(tensors, index)
+        underflow_K = self._underflow(gradients, index) if measure else []
+        world = self._ranks.world
+        factor_K1 = [*(world / scale for scale in self.scales.values), float(world)]
+        if tensors:
+            torch._foreach_mul_(tensors, [factor_K1[k] for k in index])
+        skip = bad_K1[-1] or (self._skip == "update" and any(bad_K1))
+        for values, k in zip(tensors, index, strict=True):
+            if skip or bad_K1[k]:
+                values.zero_()
+        if measure:
+            norms_K = self._norms(tensors, index, copies)
+            self.telemetry = {"underflow": underflow_K, "block_norm": norms_K}
+        self.scales.update(bad_K1[:-1])
+        frozen = [name for k, names in enumerate(self._names) if bad_K1[k] for name in names]
+        return Verdict(skip, frozenset() if skip else frozenset(frozen))
+
+    def numbers(self) -> dict[str, list[float]]:
+        """For the log, per resblock: scale, overflows so far, and what was measured last.
+
+        `underflow` is the share of the matrices' gradient entries that are zero, `block_norm` the
+        norm of the block's gradient in true units.
+        """
+        overflows = [float(count) for count in self.scales.overflows]
+        return {"scale": self.scales.values, "overflows": overflows, **self.telemetry}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scales.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scales.load_state_dict(state)
+
+    def _bad(self, tensors: list[Tensor], index: list[int]) -> list[bool]:
+        flags_K1 = torch.zeros(len(self.scales) + 1, device=self._ranks.device)
+        if tensors:
+            peaks = torch.stack(torch._foreach_norm(tensors, torch.inf)).float()
+            flags_K1.index_add_(0, self._on_device(index), (~peaks.isfinite()).float())
+        return [flag > 0 for flag in self._ranks.max(flags_K1.tolist())]
+
+    def _underflow(self, gradients: list[Fragment], index: list[int]) -> list[float]:
+        zeros, sizes = [0.0] * len(self.scales), [0.0] * len(self.scales)
+        for gradient, k in zip(gradients, index, strict=True):
+            if gradient.name in self.matrices:
+                zeros[k] += float((gradient.values == 0).sum())
+                sizes[k] += gradient.values.numel()
+        sums = self._ranks.sum(zeros + sizes)
+        halves = zip(sums[: len(zeros)], sums[len(zeros) :], strict=True)
+        return [zero / max(size, 1) for zero, size in halves]
+
+    def _norms(self, tensors: list[Tensor], index: list[int], copies: int) -> list[float]:
+        squares_K1 = torch.zeros(len(self.scales) + 1, device=self._ranks.device)
+        if tensors:
+            squares = torch.stack(torch._foreach_norm(tensors)).float().square()
+            squares_K1.index_add_(0, self._on_device(index), squares)
+        return [(total / copies) ** 0.5 for total in self._ranks.sum(squares_K1.tolist())[:-1]]
+
+    def _on_device(self, index: list[int]) -> Tensor:
+        return torch.tensor(index, device=self._ranks.device)
