@@ -168,7 +168,8 @@ class Engine:
             yield
             return
         owned = self._whole() if self.stage == 0 else self.fragments()
-        views = [v for f in owned if f.name in names for v in (f.values, *self._moments(f.values))]
+        pieces = [f.values.detach() for f in owned if f.name in names]
+        views = [view for piece in pieces for view in (piece, *self._moments(piece))]
         copies = [view.clone() for view in views]
 
         def restore(*_: Any) -> None:

@@ -1,7 +1,5 @@
 """fp16 with a scale per resblock under DeepSpeed, on CPUs: one rank and two, every ZeRO stage."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ import torch
 from dalle_dist.config import load
 from dalle_dist.distributed.engine import build_engine
 from dalle_dist.testing import run_distributed
+from dalle_dist.tokenizer import PAD
 from dalle_dist.train.held_out import LossTransformer
 
 BATCH, STAGES = 8, (0, 1, 2, 3)
@@ -34,6 +33,7 @@ def backward(engine, ranks, number):
     """All micro-batches of update `number`; the batch is the same for any number of ranks."""
     generator = torch.Generator().manual_seed(number)
     text_BT = torch.randint(2, 50, (BATCH, 6), generator=generator)
+    text_BT[::2, 3:] = PAD
     codes_BN = torch.randint(0, 20, (BATCH, 16), generator=generator)
     size, total = BATCH // engine.accumulation // ranks.world, 0.0
     for step in range(engine.accumulation):
@@ -46,22 +46,217 @@ def backward(engine, ranks, number):
     return ranks.sum([total])[0]
 
 
-def course(ranks, stage, micro, updates=5):
+def course(ranks, stage, micro):
+    """Loss and norm of five updates, and the scales of one replica after them."""
     engine = build(ranks, stage, f"train.micro_batch={micro}")
-    curve = [(backward(engine, ranks, n), engine.step(1e-3)) for n in range(updates)]
-    scales = np.array(engine.scaling.scales.values) / ranks.world
-    return {"curve": np.array(curve), "scales": scales, "skipped": engine.skipped}
+    curve = [(backward(engine, ranks, n), engine.step(1e-3)) for n in range(5)]
+    return {"curve": np.array(curve), "scales": np.array(engine.scaling.scales.values)}
 
 
 def courses(ranks, micro):
-    return {stage: course(ranks, stage, micro) for stage in STAGES}
+    return {stage: course(ranks, stage, micro // ranks.world) for stage in STAGES}
 
 
-if __name__ == "__main__":
-    from dalle_dist.distributed import launch
-    r = launch.init()
-    for s in STAGES:
-        for m in (8, 2):
-            print(s, m, course(r, s, m))
-    print(run_distributed(courses, 2, 4)[0])
-    print(run_distributed(courses, 2, 1)[0])
+@pytest.fixture(scope="module", params=[8, 2], ids=["accumulation-1", "accumulation-4"])
+def runs(request):
+    alone = run_distributed(course, 1, 0, request.param)[0]
+    return alone, run_distributed(courses, 2, request.param)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_have_the_losses_and_scales_of_one(runs, stage):
+    alone, pair = runs
+    for outcomes in pair:
+        losses, norms = outcomes[stage]["curve"].T
+        assert np.allclose(losses, alone["curve"][:, 0], rtol=2e-6)
+        assert np.allclose(norms, alone["curve"][:, 1], rtol=1e-4), "beyond fp16's rounding"
+        assert np.array_equal(outcomes[stage]["scales"] / 2, alone["scales"])
+    assert alone["scales"][0] > 2**13
+    assert np.array_equal(pair[0][stage]["curve"], pair[1][stage]["curve"])
+
+
+def kinds(ranks, stage):
+    """Of each owned gradient before it is unscaled: is it an fp16 matrix, would fp16 hold it?"""
+    engine = build(ranks, stage, f"train.micro_batch={8 // ranks.world}")
+    backward(engine, ranks, 0)
+    return [
+        (f.name in engine.scaling.matrices, f.values.half().float().equal(f.values))
+        for f in engine.gradients()
+    ]
+
+
+def kinds_of_stages(ranks):
+    return {stage: kinds(ranks, stage) for stage in STAGES[1:]}
+
+
+@pytest.fixture(scope="module")
+def reduced():
+    return run_distributed(kinds_of_stages, 2)
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_each_kind_of_parameter_is_reduced_in_its_own_dtype(reduced, stage):
+    """DeepSpeed's buckets once took the dtype of the first parameter."""
+    found = [kind for rank in reduced for kind in rank[stage]]
+    assert sum(matrix for matrix, _ in found) >= 8
+    assert all(held for matrix, held in found if matrix)
+    others = [held for matrix, held in found if not matrix]
+    assert sum(others) < 0.2 * len(others), "fp32 gradients went through fp16"
+
+
+def state_of(engine):
+    """This rank's pieces of weights and both moments, by parameter."""
+    owned = engine._whole() if engine.stage == 0 else engine.fragments()
+    return {f.name: [v.clone() for v in (f.values, *engine._moments(f.values))] for f in owned}
+
+
+def changed(before, after):
+    return {n for n in before if not all(map(torch.equal, before[n], after[n]))}
+
+
+def spoil(engine, name):
+    """An infinity in the gradient that enters the module; returns a handle."""
+
+    def poison(grad):
+        return grad.index_fill(1, torch.tensor([3]), torch.inf)
+
+    def hook(module, inputs, out):
+        out.register_hook(poison)
+
+    return engine.module.get_submodule(name).register_forward_hook(hook)
+
+
+def overflow(ranks, stage, skip, name):
+    """One good update, then one with an infinity on the last rank alone; and without it."""
+    engine = build(ranks, stage, f"train.micro_batch={8 // ranks.world}", f"train.skip={skip}",
+                   "train.clip=0", "train.moments=16-bit")  # fmt: skip
+    backward(engine, ranks, 0)
+    engine.step(1e-3)
+    before, scales = state_of(engine), engine.scaling.scales.values
+    if ranks.rank == ranks.world - 1:
+        handle = spoil(engine, name)
+    backward(engine, ranks, 1)
+    engine.step(1e-3, measure=True)
+    if ranks.rank == ranks.world - 1:
+        handle.remove()
+    after = state_of(engine)
+    clean = build(ranks, stage, f"train.micro_batch={8 // ranks.world}",
+                  "train.clip=0", "train.moments=16-bit")  # fmt: skip
+    for number in range(2):
+        backward(clean, ranks, number)
+        clean.step(1e-3)
+    factors = np.array(engine.scaling.scales.values) / np.array(scales)
+    steps = {int(s["step"]) for s in engine._engine.basic_optimizer.state.values()}
+    return {
+        "changed": changed(before, after), "all": set(before), "skipped": engine.skipped,
+        "unlike_clean": changed(after, state_of(clean)), "factors": factors,
+        "overflows": engine.scaling.scales.overflows, "steps": steps,
+        "finite": all(v.isfinite().all() for vs in after.values() for v in vs[:1]),
+    }  # fmt: skip
+
+
+def overflows(ranks, skip, name):
+    return {stage: overflow(ranks, stage, skip, name) for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def skipped_updates():
+    return run_distributed(overflows, 2, "update", "blocks.1.attention.out")
+
+
+@pytest.fixture(scope="module")
+def skipped_blocks():
+    return {
+        name: run_distributed(overflows, 2, "block", name)
+        for name in ("blocks.0.attention.out", "blocks.1.attention.out")
+    }
+
+
+GOOD, BAD = 2 ** (1 / 1000), 2**-0.5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_overflow_costs_the_whole_update_and_divides_one_scale(skipped_updates, stage):
+    for rank in skipped_updates:
+        found = rank[stage]
+        assert found["skipped"] and found["changed"] == set() and found["steps"] == {1}
+        assert found["factors"] == pytest.approx([GOOD, GOOD, BAD, GOOD], rel=1e-6)
+        assert found["overflows"] == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_overflow_costs_the_update_of_its_block_alone(skipped_blocks, stage):
+    """The first block's: no resblock comes before it, so that all others' updates are the same."""
+    for rank in skipped_blocks["blocks.0.attention.out"]:
+        found = rank[stage]
+        inside = {n for n in found["all"] if n.startswith("blocks.0.attention.")}
+        assert not found["skipped"] and found["changed"] == found["all"] - inside
+        others = {n for n in found["unlike_clean"] if n.startswith("blocks.")}
+        assert others == inside
+        assert found["factors"] == pytest.approx([BAD, GOOD, GOOD, GOOD], rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_blocks_before_the_overflow_go_on_with_finite_gradients(skipped_blocks, stage):
+    for rank in skipped_blocks["blocks.1.attention.out"]:
+        found = rank[stage]
+        after = {n for n in found["unlike_clean"] if n.startswith("blocks.1.mlp.")}
+        inside = {n for n in found["all"] if n.startswith("blocks.1.attention.")}
+        assert found["finite"] and after == set()
+        assert found["changed"] == found["all"] - inside
+
+
+def resumed(ranks, stage, folder, moments):
+    overrides = f"train.micro_batch={8 // ranks.world}", f"train.moments={moments}"
+    engine = build(ranks, stage, *overrides)
+    for number in range(3):
+        backward(engine, ranks, number)
+        engine.step(1e-3)
+    place = folder / f"{stage}-{moments}"
+    if ranks.rank == 0:
+        place.mkdir()
+    ranks.barrier()
+    engine.save(place)
+    saved = engine.scaling.state_dict()
+    ahead = [(backward(engine, ranks, n), engine.step(1e-3)) for n in range(3, 6)]
+    again = build(ranks, stage, *overrides)
+    again.load(place)
+    again.scaling.load_state_dict(saved)
+    return ahead == [(backward(again, ranks, n), again.step(1e-3)) for n in range(3, 6)] and (
+        changed(state_of(engine), state_of(again)) == set()
+    )
+
+
+def resumptions(ranks, folder):
+    return {(s, m): resumed(ranks, s, folder, m) for s in STAGES for m in ("fp32", "16-bit")}
+
+
+def test_a_loaded_engine_goes_on_bit_for_bit(tmp_path):
+    for rank in run_distributed(resumptions, 2, tmp_path):
+        assert all(rank.values()), rank
+
+
+def telemetry(ranks, stage):
+    """What is logged, against gradients of one process in true units."""
+    engine = build(ranks, stage, f"train.micro_batch={8 // ranks.world}")
+    backward(engine, ranks, 0)
+    owned = [(f.name, f.values.clone()) for f in engine.gradients()]
+    engine.step(1e-3, measure=True)
+    zeros = sum(float((v == 0).sum()) for n, v in owned if n == "blocks.1.mlp.up.weight")
+    sizes = sum(v.numel() for n, v in owned if n.startswith("blocks.1.mlp.") and "weight" in n)
+    return engine.scaling.numbers(), zeros, sizes
+
+
+def telemetries(ranks):
+    return {stage: telemetry(ranks, stage)[0] for stage in STAGES}
+
+
+def test_telemetry_is_the_same_for_any_ranks_and_stage():
+    alone = run_distributed(telemetries, 1)[0]
+    pair = run_distributed(telemetries, 2)[1]
+    for stage in STAGES:
+        for name in ("underflow", "block_norm"):
+            assert len(pair[stage][name]) == 4
+            assert pair[stage][name] == pytest.approx(alone[0][name], rel=1e-2, abs=1e-4), name
+        assert min(pair[stage]["block_norm"]) > 0
+        assert pair[stage]["overflows"] == [0.0] * 4
