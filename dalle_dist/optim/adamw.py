@@ -29,8 +29,8 @@ class AdamW(torch.optim.Optimizer):
         params: parameters or groups of them. At a step they must be fp32 and contiguous; gradients
             may be fp32, fp16 or bf16.
         moments: "fp32", or "16-bit": mean in 1-6-9, variance in 0-6-10, half the bytes. A variance
-            stops moving within 2^-11 / (1 - beta2) of its goal, where a step is less than half a
-            unit of its last place: 1% at the paper's beta2 of 0.96, but 49% at 0.999.
+            no longer moves when its goal is within 2^-11 / (1 - beta2) of it, because the step is
+            less than half an ulp: 1% at the paper's beta2 of 0.96, but 49% at 0.999.
         variance_clip: the largest `exp_avg_sq`, before it is used or stored; 5 in the paper (B.2);
             0 is none.
         implementation: "torch"; "triton" (one pass); "apex" (NVIDIA's FusedAdam; fp32 moments and

@@ -21,6 +21,12 @@ def test_any_shape(shape):
     assert same_bits(updated(tensors, "triton"), updated(tensors, "chunked"))
 
 
+def test_a_transposed_gradient():
+    p, g, m, v = drawn((5, 7), packed=True)
+    g = g.T.contiguous().T
+    assert same_bits(updated((p, g, m, v), "triton"), updated((p, g, m, v), "chunked"))
+
+
 def test_the_bits_stay_the_same_over_many_steps():
     ours = others = drawn((300,), packed=True)
     for step in range(1, 40):
@@ -50,3 +56,22 @@ def test_a_nan_gradient_is_not_hidden_by_the_clip():
     g[1] = float("nan")
     for tensor in updated((p, g, m, v), "triton"):
         assert tensor.isnan().tolist() == [False, True, False, False]
+
+
+@PACKED
+def test_the_optimizer_that_was_asked_for_triton(packed):
+    from dalle_dist.optim.adamw import AdamW
+
+    moments, runs = "16-bit" if packed else "fp32", []
+    for implementation in ("triton", "torch"):
+        torch.manual_seed(1)
+        param = torch.nn.Parameter(torch.randn(200))
+        # The clip keeps torch's fused kernel out, which rounds otherwise.
+        options = {"moments": moments, "variance_clip": 5.0, "weight_decay": 0.1}
+        optimizer = AdamW([param], implementation=implementation, **options)
+        for _ in range(5):
+            param.grad = torch.randn(200)
+            optimizer.step()
+        state = optimizer.state[param]
+        runs.append((param.detach(), state["exp_avg"], state["exp_avg_sq"]))
+    assert same_bits(*runs)

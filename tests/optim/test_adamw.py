@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from dalle_kernels.minifloat import unpack
 from slow_optimizer import slow_adamw
 from torch import nn
 
@@ -119,6 +120,22 @@ def test_the_variance_is_clipped_before_it_is_used(moments):
     param.grad = torch.tensor([100.0])
     optimizer.step()
     assert param.item() == pytest.approx(-100 / math.sqrt(5 / (1 - 0.96)), rel=1e-6)
+
+
+@pytest.mark.parametrize("beta2", [0.96, 0.999])
+def test_how_near_a_packed_variance_comes_to_its_goal(beta2):
+    """What the docstring says of beta2: goals all over a binade, from far below and far above."""
+    goal = torch.linspace(1, 4, 200).repeat(2)
+    param = nn.Parameter(torch.zeros(400))
+    optimizer = AdamW([param], lr=0.0, betas=(0.9, beta2), moments="16-bit")
+    param.grad = torch.cat([torch.zeros(200), torch.full((200,), 3.9)])
+    for step in range(int(10 / (1 - beta2))):
+        if step == 10:
+            param.grad = goal.sqrt()
+        optimizer.step()
+    variance = unpack(optimizer.state[param]["exp_avg_sq"], "0-6-10")
+    missed = ((goal - variance).abs() / variance).max().item()
+    assert 0.7 < missed / (2**-11 / (1 - beta2)) < 1.01
 
 
 def test_the_moments_of_16_bits_take_half_the_bytes():
@@ -355,3 +372,8 @@ def test_triton_asked_for_where_it_cannot_run_is_an_error(monkeypatch):
     optimizer = AdamW(parameters(3), implementation="triton")
     with pytest.raises(ConfigError, match=r"^implementation: 'triton' cannot run"):
         run(optimizer, [1])
+
+
+def test_torch_asked_for_on_a_gpu_is_not_triton():
+    assert AdamW(parameters(3), implementation="torch")._backend(torch.device("cuda")) == "chunked"
+    assert AdamW(parameters(3))._backend(torch.device("cuda")) == "auto"

@@ -29,8 +29,6 @@ SCALARS = ("keep", "size", "root", "beta1", "rest1", "beta2", "rest2", "eps", "c
 def update(param: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, by: Settings) -> None:
     """See `adamw_`."""
     numel = param.numel()
-    if numel == 0:
-        return
     adamw_update[(triton.cdiv(numel, BLOCK),)](
         param, grad, mean, variance, numel,
         by.keep, by.size, by.root, by.beta1, 1 - by.beta1, by.beta2, 1 - by.beta2, by.eps,

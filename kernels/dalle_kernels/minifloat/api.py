@@ -35,7 +35,7 @@ def pack(x: Tensor, fmt: str, backend: str = "auto") -> Tensor:
         from dalle_kernels.minifloat import triton_minifloat
 
         return triton_minifloat.launch_pack(x, FORMATS[fmt])
-    return torch_minifloat.pack(x.detach().float().contiguous(), FORMATS[fmt])
+    return torch_minifloat.pack(x.float().contiguous(), FORMATS[fmt])
 
 
 def unpack(bits: Tensor, fmt: str, backend: str = "auto") -> Tensor:

@@ -18,7 +18,8 @@ def pack(x: Tensor, fmt: Format) -> Tensor:
     """uint16 words of the fp32 tensor x."""
     # NaN becomes the largest value here; as a word it would sort by its sign.
     word = x.nan_to_num(nan=16.0).view(torch.int32)
-    magnitude = word & 0x7FFFFFFF if fmt.signed else word.clamp(min=0)
+    # Without a sign bit, negatives stay negative words, and are clamped to the word 0.
+    magnitude = word & 0x7FFFFFFF if fmt.signed else word
     # Half an ulp never carries into a 65th exponent: it is added after the saturation.
     code = magnitude.clamp(LOWEST_EXPONENT << 23, fmt.largest).add_(1 << fmt.dropped - 1)
     code.bitwise_right_shift_(fmt.dropped).sub_(LOWEST_EXPONENT << fmt.mantissa)

@@ -77,7 +77,6 @@ def launch_unpack(bits: Tensor, fmt: Format) -> Tensor:
 
 def _launch(kernel: triton.JITFunction, given: Tensor, dtype: torch.dtype, fmt: Format) -> Tensor:
     out = torch.empty(given.shape, dtype=dtype, device=given.device)
-    if out.numel():
-        grid = (triton.cdiv(out.numel(), BLOCK),)
-        kernel[grid](given.contiguous(), out, out.numel(), MANTISSA=fmt.mantissa, BLOCK=BLOCK)
+    grid = (triton.cdiv(out.numel(), BLOCK),)
+    kernel[grid](given.contiguous(), out, out.numel(), MANTISSA=fmt.mantissa, BLOCK=BLOCK)
     return out
