@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Measured:
 
     def __str__(self) -> str:
         spread = f"  ({min(self.values):,.4g} to {max(self.values):,.4g})"
-        return f"{self.case:32}{self.metric:24}{self.median:>10,.4g} {self.unit}" + (
+        return f"{self.case:36}{self.metric:36}{self.median:>10,.4g} {self.unit}" + (
             spread if len(self.values) > 1 else ""
         )
 
@@ -94,15 +95,19 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each case, `rounds` times in turn after one unmeasured round.
+def interleaved(
+    cases: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[Callable[[], Any]], float] = seconds,
+) -> dict[str, list[float]]:
+    """Seconds of each case by `clock`, `rounds` times in turn after one unmeasured round.
 
     In turn, so that what else the machine does falls on all alike.
     """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for timed in range(rounds + 1):
         for name, run in cases.items():
-            took = seconds(run)
+            took = clock(run)
             if timed:
                 times[name].append(took)
     return times
@@ -116,9 +121,16 @@ def gemm_peak(size: int = 2048, runs: int = 9) -> Measured:
 
 
 def report(
-    name: str, config: Config, rows: Sequence[Measured], options: argparse.Namespace
+    name: str,
+    config: Config,
+    rows: Sequence[Measured],
+    options: argparse.Namespace,
+    hardware: str | None = None,
 ) -> None:
-    """Print the figures; append them to results/NAME.csv, or with --smoke only to --out."""
+    """Print the figures; append them to results/NAME.csv, or with --smoke only to --out.
+
+    `hardware` is where they were measured; None for this machine's CPU.
+    """
     for row in rows:
         print(row)
     path = options.out or (None if options.smoke else RESULTS / f"{name}.csv")
@@ -131,7 +143,7 @@ def report(
         if new:
             writer.writeheader()
         for row in rows:
-            writer.writerow(_cells(row) | _environment(config))
+            writer.writerow(_cells(row) | _environment(config, hardware))
     print(f"-> {path}")
 
 
@@ -147,11 +159,11 @@ def _cells(row: Measured) -> dict[str, str | int]:
     }
 
 
-def _environment(config: Config) -> dict[str, str | int]:
+def _environment(config: Config, hardware: str | None) -> dict[str, str | int]:
     return {
         "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "config": config.name,
-        "hardware": _hardware(),
+        "hardware": hardware or _hardware(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -15,6 +15,10 @@ ROOT = Path(__file__).parents[1]
     ("name", "metrics"),
     [
         ("train_step", {"training step", "speed", "GEMM peak", "share of GEMM peak"}),
+        (
+            "attention",
+            {"forward", "forward + backward speed", "forward share of floor", "peak memory"},
+        ),
         ("sampling", {"sampling", "one image", "step", "step time", "time"}),
     ],
 )
@@ -61,3 +65,56 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch):
     monkeypatch.setitem(api.BACKENDS, "cpu", lambda qkv, mask: Skewed.apply(right(qkv, mask)))
     with pytest.raises(SystemExit, match="gradients differ"):
         train_step.check(model, *batch)
+
+
+def test_a_wrong_rival_is_left_out_and_a_wrong_ours_refused(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    import dataclasses
+
+    import torch
+    from dalle_kernels.masks import AttentionMask
+
+    from benchmarks import attention, attention_rivals
+
+    mask = AttentionMask("column", 5, 6)
+    qkv, grad = torch.randn(2, mask.tokens, 3, 1, 64), torch.randn(2, mask.tokens, 1, 64)
+    ours = attention_rivals.ours(qkv, grad, mask, "cpu")
+    rivals = [attention_rivals.boolean(qkv, grad, mask), attention_rivals.dense(qkv, grad, mask)]
+    assert attention.checked([ours, *rivals], qkv, grad) == [ours, *rivals]
+
+    def off(contender, attend):
+        return dataclasses.replace(contender, attend=attend)
+
+    def failing(*qkv):
+        raise RuntimeError("no such kernel")
+
+    # Dense attention in place of masked, gradients of another function, and no result at all.
+    wrong = [
+        off(rivals[0], rivals[1].attend),
+        off(rivals[0], lambda *x: (y := rivals[0].attend(*x)) + 0.01 * (y - y.detach())),
+        off(rivals[1], failing),
+    ]
+    capsys.readouterr()
+    assert attention.checked([ours, *wrong], qkv, grad) == [ours]
+    said = capsys.readouterr().out.splitlines()
+    for line, reason in zip(said, ("output", "gradient", "no such kernel"), strict=True):
+        assert reason in line
+    with pytest.raises(SystemExit, match="ours is not timed: gradient"):
+        skewed = off(ours, lambda x: (y := ours.attend(x)) + 0.01 * (y - y.detach()))
+        attention.checked([skewed, *rivals], qkv, grad)
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+def test_flex_is_given_the_mask(monkeypatch, kind):
+    monkeypatch.syspath_prepend(ROOT)
+    import torch
+    from dalle_kernels.masks import AttentionMask
+
+    from benchmarks import attention_rivals
+
+    mask = AttentionMask(kind, 7, 6, kernel=5)
+    order, back = attention_rivals.band_order(mask)
+    state = torch.arange(mask.tokens)
+    for rule in (attention_rivals.mask_mod(mask), attention_rivals.mask_table(mask, order)):
+        allowed = rule(state, state, state[:, None], state[None, :])
+        assert allowed[back][:, back].equal(mask.dense())

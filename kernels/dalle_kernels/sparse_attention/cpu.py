@@ -4,6 +4,8 @@ Text queries look at text: one causal call. An image query looks at all text and
 one unmasked call over the text, and one small call per strip of queries over the keys that its span
 reaches; both outcomes are merged by their log-sum-exps. The backward pass hands every call the
 merged output and log-sum-exp: with those, a call's gradients are its share of the whole softmax's.
+Its strips are of keys, with the queries that reach them: strips that overlap in queries have one
+gradient to add up, strips that overlap in keys two.
 All that the calls read are slices of qkv; nothing is gathered, no N x N matrix is built.
 
 Shape suffixes: B batch, N states, H heads, D head width, I image states, Q queries and K keys of a
@@ -29,7 +31,7 @@ from dalle_kernels.sparse_attention import reference
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-STRIP = 32  # queries of a call, at least: the block of torch's kernel
+QUERIES, KEYS = 32, 64  # of a forward and of a backward call, at least; measured
 
 
 class Strip(NamedTuple):
@@ -66,7 +68,7 @@ class _Attention(torch.autograd.Function):
         out[:, :, text], lse_BHN[:, :, text] = _flash(
             q[:, :, text], k[:, :, text], v[:, :, text], 0.0, True
         )
-        for queries, keys, bias in _strips(mask, qkv_BN3HD.dtype):
+        for queries, keys, bias in _strips(mask, qkv_BN3HD.dtype, of_keys=False):
             out[:, :, queries], lse_BHN[:, :, queries] = _flash(
                 q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, bias is None, attn_mask=bias
             )
@@ -83,8 +85,6 @@ class _Attention(torch.autograd.Function):
         text, image = slice(mask.text), slice(mask.text, None)
         q, k, v = qkv_BN3HD.permute(2, 0, 3, 1, 4)
         out, grad = (x.transpose(1, 2) for x in (out_BNHD, grad_BNHD.contiguous()))
-        grad_qkv_BN3HD = torch.empty_like(qkv_BN3HD, memory_format=torch.contiguous_format)
-        dq, dk, dv = grad_qkv_BN3HD.permute(2, 0, 3, 1, 4)
 
         def share(strip: Strip, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
             queries, keys, bias = strip
@@ -93,32 +93,36 @@ class _Attention(torch.autograd.Function):
                 out[:, :, queries], lse_BHN[:, :, queries], 0.0, is_causal, attn_mask=bias,
             )  # fmt: skip
 
-        dq[:, :, text], dk[:, :, text], dv[:, :, text] = share(Strip(text, text, None), True)
-        dq[:, :, image], far_dk, far_dv = share(Strip(image, text, None), False)
-        dk[:, :, text] += far_dk
-        dv[:, :, text] += far_dv
-        grad_qkv_BN3HD[:, image, 1:] = 0
-        for strip in _strips(mask, qkv_BN3HD.dtype):
-            strip_dq, strip_dk, strip_dv = share(strip, strip.bias_QK is None)
+        # The call with the largest results goes first, before memory is taken for all gradients.
+        far = share(Strip(image, text, None), False)
+        grad_qkv_BN3HD = torch.empty_like(qkv_BN3HD, memory_format=torch.contiguous_format)
+        dq, dk, dv = grad_qkv_BN3HD.permute(2, 0, 3, 1, 4)
+        dq[:, :, image], dk[:, :, text], dv[:, :, text] = far
+        del far
+        dq[:, :, text], text_dk, text_dv = share(Strip(text, text, None), True)
+        dk[:, :, text] += text_dk
+        dv[:, :, text] += text_dv
+        for strip in _strips(mask, qkv_BN3HD.dtype, of_keys=True):
+            strip_dq, dk[:, :, strip.keys], dv[:, :, strip.keys] = share(
+                strip, strip.bias_QK is None
+            )
             dq[:, :, strip.queries] += strip_dq
-            dk[:, :, strip.keys] += strip_dk
-            dv[:, :, strip.keys] += strip_dv
         return grad_qkv_BN3HD, None
 
 
 def _merge(near: Tensor, near_lse: Tensor, far: Tensor, far_lse: Tensor) -> None:
-    """Softmax over both sets of keys, from each set's own, into `near` and `near_lse`."""
+    """Softmax over both sets of keys, from each set's own, into the near ones; spoils `far`."""
     near_share = torch.sigmoid(near_lse - far_lse)[..., None]
-    near.copy_(torch.lerp(far.to(near_share), near.to(near_share), near_share))
+    near.copy_(far.to(near_share).lerp_(near.to(near_share), near_share))
     near_lse.copy_(torch.logaddexp(near_lse, far_lse))
 
 
 # Kept for later calls, so never inference tensors, which autograd would refuse.
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def _strips(mask: AttentionMask, dtype: torch.dtype) -> tuple[Strip, ...]:
+def _strips(mask: AttentionMask, dtype: torch.dtype, of_keys: bool) -> tuple[Strip, ...]:
     allowed_II, strips = mask.image_part(), list[Strip]()
-    for queries, keys in _slices(mask):
+    for queries, keys in _slices(mask, of_keys):
         allowed_QK = allowed_II[queries, keys]
         square = allowed_QK.shape[0] == allowed_QK.shape[1]
         bias = None
@@ -132,16 +136,19 @@ def _strips(mask: AttentionMask, dtype: torch.dtype) -> tuple[Strip, ...]:
     return tuple(strips)
 
 
-def _slices(mask: AttentionMask) -> Iterator[tuple[slice, slice]]:
+def _slices(mask: AttentionMask, of_keys: bool) -> Iterator[tuple[slice, slice]]:
     """Queries and keys of each strip, as slices of the image states."""
     band, grid = span(mask), mask.grid
     if band.by_column:
         yield from ((slice(c, mask.image, grid),) * 2 for c in range(grid))
     else:
-        step = grid * max(1, STRIP // grid)
+        step = grid * max(1, (KEYS if of_keys else QUERIES) // grid)
         for start in range(0, mask.image, step):
             stop = min(start + step, mask.image)
-            yield slice(start, stop), slice(band.first_key(start), stop)
+            if of_keys:
+                yield slice(start, band.queries_end(stop - 1)), slice(start, stop)
+            else:
+                yield slice(start, stop), slice(band.first_key(start), stop)
 
 
 def _shifted(states: slice, by: int) -> slice:
