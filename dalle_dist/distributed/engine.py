@@ -252,6 +252,7 @@ def build_engine(model: nn.Module, config: Config, ranks: Ranks) -> Engine:
         compile_blocks(model)
     if tree["zero_optimization"].get("stage") == 3:
         # Weight by weight from the host to shards on the devices: whole, it may fit none of them.
+        deepspeed.init_distributed(dist_init_required=False)  # else it takes the world for one
         dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         deepspeed.zero.Init(module=model.to(dtype), config_dict_or_path=tree, dtype=dtype)
     else:

@@ -33,7 +33,7 @@ def backward(engine, ranks, number):
     """All micro-batches of update `number`; the batch is the same for any number of ranks."""
     generator = torch.Generator().manual_seed(number)
     text_BT = torch.randint(2, 50, (BATCH, 6), generator=generator)
-    text_BT[::2, 3:] = PAD
+    text_BT[::2, 1:] = PAD
     codes_BN = torch.randint(0, 20, (BATCH, 16), generator=generator)
     size, total = BATCH // engine.accumulation // ranks.world, 0.0
     for step in range(engine.accumulation):
@@ -68,7 +68,7 @@ def test_two_ranks_have_the_losses_and_scales_of_one(runs, stage):
     alone, pair = runs
     for outcomes in pair:
         losses, norms = outcomes[stage]["curve"].T
-        assert np.allclose(losses, alone["curve"][:, 0], rtol=2e-6)
+        assert np.allclose(losses, alone["curve"][:, 0], rtol=1e-5)
         assert np.allclose(norms, alone["curve"][:, 1], rtol=1e-4), "beyond fp16's rounding"
         assert np.array_equal(outcomes[stage]["scales"] / 2, alone["scales"])
     assert alone["scales"][0] > 2**13
@@ -237,26 +237,31 @@ def test_a_loaded_engine_goes_on_bit_for_bit(tmp_path):
 
 
 def telemetry(ranks, stage):
-    """What is logged, against gradients of one process in true units."""
+    """What is logged at scales so small that a good part of the gradients is lost; a count of it."""
     engine = build(ranks, stage, f"train.micro_batch={8 // ranks.world}")
+    engine.scaling.scales.scale_K.fill_(ranks.world * 2.0**-8)
     backward(engine, ranks, 0)
-    owned = [(f.name, f.values.clone()) for f in engine.gradients()]
+    up = [f.values for f in engine.gradients() if f.name == "blocks.1.mlp.up.weight"]
+    down = [f.values for f in engine.gradients() if f.name == "blocks.1.mlp.down.weight"]
+    zeros = ranks.sum([float(sum((values == 0).sum() for values in [*up, *down]))])[0]
+    if stage == 0:
+        zeros /= ranks.world
     engine.step(1e-3, measure=True)
-    zeros = sum(float((v == 0).sum()) for n, v in owned if n == "blocks.1.mlp.up.weight")
-    sizes = sum(v.numel() for n, v in owned if n.startswith("blocks.1.mlp.") and "weight" in n)
-    return engine.scaling.numbers(), zeros, sizes
+    return engine.scaling.numbers() | {"counted": zeros / (2 * 64 * 256)}
 
 
 def telemetries(ranks):
-    return {stage: telemetry(ranks, stage)[0] for stage in STAGES}
+    return {stage: telemetry(ranks, stage) for stage in STAGES}
 
 
-def test_telemetry_is_the_same_for_any_ranks_and_stage():
+def test_telemetry_counts_and_does_not_depend_on_ranks_or_stage():
     alone = run_distributed(telemetries, 1)[0]
     pair = run_distributed(telemetries, 2)[1]
-    for stage in STAGES:
-        for name in ("underflow", "block_norm"):
-            assert len(pair[stage][name]) == 4
-            assert pair[stage][name] == pytest.approx(alone[0][name], rel=1e-2, abs=1e-4), name
-        assert min(pair[stage]["block_norm"]) > 0
-        assert pair[stage]["overflows"] == [0.0] * 4
+    for stage, found in pair.items():
+        assert found["block_norm"] == pytest.approx(alone[0]["block_norm"], rel=0.02)
+        if stage:  # without ZeRO the reduction is in fp32 and loses nothing more
+            assert found["underflow"] == pytest.approx(pair[1]["underflow"], abs=0.02)
+        assert len(found["scale"]) == 4 and found["overflows"] == [0.0] * 4
+    for found in [*alone.values(), *pair.values()]:
+        assert found["underflow"][3] == pytest.approx(found["counted"])
+        assert min(found["block_norm"]) > 0 and found["counted"] > 0.02
