@@ -237,7 +237,7 @@ def test_a_loaded_engine_goes_on_bit_for_bit(tmp_path):
 
 
 def telemetry(ranks, stage):
-    """What is logged at scales so small that a good part of the gradients is lost; a count of it."""
+    """What is logged at scales so small that a good part of the gradients is lost."""
     engine = build(ranks, stage, f"train.micro_batch={8 // ranks.world}")
     engine.scaling.scales.scale_K.fill_(ranks.world * 2.0**-8)
     backward(engine, ranks, 0)

@@ -5,7 +5,7 @@ from dalle_kernels.sparse_attention import reference
 from dalle_kernels.sparse_attention.decode import DecodeCache
 
 
-def decode(mask, samples, dtype, backend, heads=2, width=32):
+def decode(mask, samples, dtype, backend, heads=2, width=32, device="cpu"):
     """(stepped, exact, plain) outputs of the image states: ours, fp64's and torch's in `dtype`."""
     owner = [c for c, count in enumerate(samples) for _ in range(count)]
     shape = (len(owner), mask.tokens, 3, heads, width)
@@ -13,7 +13,7 @@ def decode(mask, samples, dtype, backend, heads=2, width=32):
     # Samples of a caption have its text in common.
     first = [owner.index(c) for c in owner]
     qkv[:, : mask.text] = qkv[first, : mask.text]
-    qkv = qkv.to(dtype)
+    qkv = qkv.to(device, dtype)
     text = qkv[[owner.index(c) for c in range(len(samples))], : mask.text]
     cache = DecodeCache(mask, samples)
     cache.put_text(*text[:, :, 1:].permute(2, 0, 3, 1, 4))

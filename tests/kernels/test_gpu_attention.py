@@ -8,6 +8,7 @@ import pytest
 import torch
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.sparse_attention import sparse_attention
+from decoding import decode
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,6 +26,7 @@ SANITIZED = """
 import torch
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.sparse_attention import sparse_attention
+from decoding import decode
 for kind in ("row", "column", "conv"):
     mask = AttentionMask(kind, 37, 11, kernel=3)
     qkv = torch.randn(1, mask.tokens, 3, 2, 64, device="cuda", dtype=torch.float16)
@@ -61,6 +63,14 @@ def test_as_exact_as_plain_torch(mask, dtype, width):
     ):
         error, allowed = (a - c).abs().max(), limit * (b - c).abs().max()
         assert error <= allowed, f"{name}: {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_decoding_is_as_exact_as_plain_torch(mask, dtype):
+    stepped, exact, plain = decode(mask, [3, 17], dtype, "triton", width=64, device="cuda")
+    assert (stepped - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
 @pytest.mark.parametrize("mask", MASKS[:3], ids=str)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ class DecodeCache:
         self.k_BHJD = k_CHTD.new_empty(sum(self.samples), heads, self.slots, width)
         self.v_BHJD = torch.empty_like(self.k_BHJD)
         self.place_B = _places(self.samples, k_CHTD.device)
+        first = [0, *accumulate(self.samples)]  # sample of each caption, and one past the last
+        self.first_C = torch.tensor(first, device=k_CHTD.device)
 
     def put_image(self, state: int, k_BHD: Tensor, v_BHD: Tensor) -> None:
         """Key and value of image state `state` of every sample; states come in order."""

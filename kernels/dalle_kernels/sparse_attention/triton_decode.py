@@ -8,7 +8,6 @@ each sample's own, a few dozen, and are multiplied and summed without matrix uni
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +29,10 @@ def attend(q_BHD: Tensor, cache: DecodeCache, state: int) -> Tensor:
     """out_BHD; see `DecodeCache.attend`."""
     _, heads, width = q_BHD.shape
     q_BHD, out_BHD = q_BHD.contiguous(), torch.empty_like(q_BHD.contiguous())
-    first_C = torch.tensor([0, *itertools.accumulate(cache.samples)], device=q_BHD.device)
     start, stop = cache.filled(state)
     grid = (heads, triton.cdiv(max(cache.samples), BLOCK), len(cache.samples))
     attention_decode[grid](
-        q_BHD, cache.k_CHTD, cache.v_CHTD, cache.k_BHJD, cache.v_BHJD, out_BHD, first_C,
+        q_BHD, cache.k_CHTD, cache.v_CHTD, cache.k_BHJD, cache.v_BHJD, out_BHD, cache.first_C,
         cache.span.position(state), start, stop, math.log2(math.e) / math.sqrt(width),
         **decode_constants(cache.mask, cache.slots, width), num_warps=4,
     )  # fmt: skip
