@@ -1,0 +1,96 @@
+"""What compression has left out so far, one buffer per shard: the paper's error buffer.
+
+It doubles as the gradient buffer: `take_in` adds the new gradient, `leave` subtracts what has been
+sent. Kept in fp32, or as 1-6-9 codes at half the memory (the paper's way).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dalle_dist.distributed.wire import decode, encode
+
+FORMATS = ("fp32", "1-6-9")
+
+
+class ErrorBuffer(Protocol):
+    """Between `take_in` and one of `leave` and `keep`, `values` belongs to the buffer."""
+
+    def take_in(self, values: Tensor) -> Tensor:
+        """Gradient + error; the sum may live in `values` or in the buffer."""
+
+    def leave(self, values: Tensor, left: Tensor, right: Tensor) -> None:
+        """values := left @ right; error := sum - values."""
+
+    def keep(self, values: Tensor) -> None:
+        """Nothing was sent: error := sum if that is finite, else 0 (paper E.2, step 12)."""
+
+    def clear(self) -> None:
+        """All was sent: error := 0."""
+
+    def read(self) -> Tensor:
+        """The error in fp32; not to be written to."""
+
+    def write(self, error: Tensor) -> None:
+        """Replace the error."""
+
+
+def error_buffer(stored: str, like: Tensor) -> ErrorBuffer:
+    """An empty buffer for shards like this one, kept as `stored` (one of FORMATS)."""
+    return _CodedBuffer(like) if stored == "1-6-9" else _Fp32Buffer(like)
+
+
+class _Fp32Buffer:
+    def __init__(self, like: Tensor) -> None:
+        self._error = torch.zeros_like(like, memory_format=torch.contiguous_format)
+
+    def take_in(self, values: Tensor) -> Tensor:
+        return self._error.add_(values)
+
+    def leave(self, values: Tensor, left: Tensor, right: Tensor) -> None:
+        torch.mm(left, right, out=values)
+        self._error.sub_(values)
+
+    def keep(self, values: Tensor) -> None:
+        if not torch.isfinite(self._error).all():
+            self._error.zero_()
+
+    def clear(self) -> None:
+        self._error.zero_()
+
+    def read(self) -> Tensor:
+        return self._error
+
+    def write(self, error: Tensor) -> None:
+        self._error.copy_(error)
+
+
+class _CodedBuffer:
+    def __init__(self, like: Tensor) -> None:
+        self._codes = torch.zeros(like.shape, dtype=torch.uint16, device=like.device)
+
+    def take_in(self, values: Tensor) -> Tensor:
+        return values.add_(decode(self._codes))
+
+    def leave(self, values: Tensor, left: Tensor, right: Tensor) -> None:
+        sent = left @ right
+        self._codes = encode(values - sent)
+        values.copy_(sent)
+
+    def keep(self, values: Tensor) -> None:
+        if torch.isfinite(values).all():
+            self._codes = encode(values)
+        else:
+            self._codes.zero_()
+
+    def clear(self) -> None:
+        self._codes.zero_()
+
+    def read(self) -> Tensor:
+        return decode(self._codes)
+
+    def write(self, error: Tensor) -> None:
+        self._codes = encode(error.to(self._codes.device, torch.float32, copy=True))

@@ -1,0 +1,132 @@
+"""What PowerSGD remembers from step to step: error buffers and Q's; how they are saved and checked.
+
+It looks at a shard's `key` and `values` alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dalle_dist.distributed.compression import check_rank
+from dalle_dist.distributed.error_buffer import ErrorBuffer, error_buffer
+from dalle_dist.distributed.orthogonal import gaussian_RN
+from dalle_dist.distributed.wire import launch_mean
+from dalle_dist.errors import CheckpointError, ConfigError
+
+
+class Keyed(Protocol):
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def values(self) -> Tensor: ...
+
+
+class ReplicaState:
+    """Error buffers and transposed Q's by the key of their shard."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, rank: int | None, seed: int, stored: str, warm_start: bool
+    ) -> None:
+        self.step = 0
+        self.errors: dict[str, ErrorBuffer] = {}
+        self.queries: dict[str, Tensor] = {}
+        self._group, self._rank, self._seed = group, rank, seed
+        self._stored, self._warm_start = stored, warm_start
+        self._loaded: Mapping[str, Any] | None = None
+
+    def meet(self, shards: Sequence[Keyed]) -> None:
+        """Make what shards seen for the first time need, and compare it with the other replicas'.
+
+        Raises:
+            ConfigError: rank too large, or shards or Q's differ between replicas.
+            CheckpointError: the loaded state lacks one of them or holds others.
+        """
+        new = [shard for shard in shards if shard.key not in self.errors]
+        if not new:
+            return
+        if self._loaded is not None and not self.errors:
+            _check_keys(self._loaded["errors"], [shard.key for shard in shards])
+        facts = {}
+        for shard in new:
+            query_RN = self._query(shard)
+            facts[f"{shard.key} {tuple(shard.values.shape)}"] = _digest(query_RN)
+            self.queries[shard.key] = query_RN.to(shard.values.device)
+            self.errors[shard.key] = self._error(shard)
+        check_same(facts, self._group)
+
+    def state(self) -> dict[str, Any]:
+        """See `PowerSGD.state`."""
+        if not self.errors and self._loaded is not None:
+            return dict(self._loaded)
+        errors = {}
+        for key, buffer in self.errors.items():
+            error = buffer.read()
+            mean = launch_mean(error.reshape(-1).clone(), self._group).wait()
+            errors[key] = mean.view(error.shape).cpu()
+        warm = {key: q.cpu() for key, q in self.queries.items()} if self._warm_start else {}
+        return {"step": self.step, "seed": self._seed, "errors": errors, "queries": warm}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """See `PowerSGD.load`."""
+        self.step, self._seed = int(state["step"]), int(state["seed"])
+        self.errors, self.queries, self._loaded = {}, {}, state
+
+    def _query(self, shard: Keyed) -> Tensor:
+        short, long = sorted(shard.values.shape)
+        if self._rank is not None:
+            check_rank(shard.key, tuple(shard.values.shape), self._rank)
+        rank = self._rank or short
+        saved = self._loaded["queries"].get(shard.key) if self._loaded is not None else None
+        if self._warm_start and saved is not None and saved.shape == (rank, long):
+            return torch.as_tensor(saved)
+        return gaussian_RN(self._seed, shard.key, rank, long)
+
+    def _error(self, shard: Keyed) -> ErrorBuffer:
+        buffer = error_buffer(self._stored, like=shard.values)
+        if self._loaded is not None:
+            error = self._loaded["errors"][shard.key]
+            if error.shape != shard.values.shape:
+                raise CheckpointError(
+                    f"PowerSGD's error of {shard.key} is {tuple(error.shape)}, the shard is "
+                    f"{tuple(shard.values.shape)}; resume with as many ranks per machine"
+                )
+            buffer.write(error)
+        return buffer
+
+
+def check_same(facts: Mapping[str, str], group: dist.ProcessGroup) -> None:
+    """Raises ConfigError on all ranks of `group` unless they hold the same shards and Q's."""
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, list(facts.items()), group=group)
+    for machine, other in enumerate(found):
+        if [name for name, _ in other] != [name for name, _ in found[0]]:
+            raise ConfigError(
+                f"PowerSGD: machines 0 and {machine} hold different shards, or in another order; "
+                "start all with the same model and ranks per machine"
+            )
+        for (name, digest), (_, first) in zip(other, found[0], strict=True):
+            if digest != first:
+                raise ConfigError(
+                    f"PowerSGD: Q of {name} differs between machines 0 and {machine}; give all the "
+                    "same seed and the same version of torch"
+                )
+
+
+def _check_keys(saved: Iterable[str], wanted: Iterable[str]) -> None:
+    different = sorted(set(saved) ^ set(wanted))
+    if different:
+        raise CheckpointError(
+            f"PowerSGD's state fits other shards than these ({different[0]} is only in one of "
+            "both): resume with the same model, rank and ranks per machine as saved it"
+        )
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.blake2b(tensor.cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()

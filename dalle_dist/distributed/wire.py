@@ -1,0 +1,134 @@
+"""The mean of a vector over a group, in the number format that goes over the wire.
+
+| format | how | bytes that each of N ranks sends for n values |
+|---|---|---|
+| fp32 | all-reduce | 4 x 2n(N-1)/N |
+| bf16, fp16 | all-reduce that adds in this format | 2 x 2n(N-1)/N |
+| 1-6-9 | all-to-all of codes, mean in fp32, all-gather of its codes | 2 x 2n(N-1)/N |
+
+No library adds 1-6-9 codes; the two hops cost what an all-reduce of 16-bit values costs, for any N,
+and round twice, however many ranks there are. A bf16 or fp16 all-reduce rounds at each addition.
+
+The 16-bit formats bound what they send: infinities become the largest value, NaN becomes 0. Whether
+something was not finite must travel apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dalle_dist.errors import ConfigError
+
+FORMATS = ("fp32", "bf16", "fp16", "1-6-9")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Pending(Protocol):
+    """A mean on its way."""
+
+    def advance(self) -> None:
+        """Launch what follows the first hop. Waiting does so too; earlier, it overlaps."""
+
+    def wait(self) -> Tensor:
+        """The mean of `scale * values`, fp32 [n], bit for bit the same on all ranks."""
+
+
+def bytes_per_value(wire: str) -> int:
+    return 4 if wire == "fp32" else 2
+
+
+def check_format(option: str, value: str, formats: Sequence[str]) -> None:
+    """Raises ConfigError unless `value` is one of `formats`."""
+    if value not in formats:
+        raise ConfigError(f"parallel.{option}: '{value}' is not one of {', '.join(formats)}")
+
+
+def launch_mean(
+    values: Tensor, group: dist.ProcessGroup, wire: str = "fp32", scale: float = 1.0
+) -> Pending:
+    """Start averaging `scale * values` (fp32 [n]) over `group`; `values` is used up."""
+    if wire == "1-6-9":
+        return _CodedMean(values.mul_(scale), group)
+    return _ReducedMean(values, group, _DTYPES[wire], scale)
+
+
+class _ReducedMean:
+    def __init__(
+        self, values: Tensor, group: dist.ProcessGroup, dtype: torch.dtype, scale: float
+    ) -> None:
+        # Divided before the sum: N fp16 values of full size have no sum.
+        values.mul_(scale / group.size())
+        self._limit = torch.finfo(dtype).max
+        self._sent = values
+        if dtype != torch.float32:
+            self._sent = _bounded(values, self._limit).to(dtype)
+        self._work = dist.all_reduce(self._sent, group=group, async_op=True)
+
+    def advance(self) -> None:
+        pass
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        if self._sent.dtype == torch.float32:
+            return self._sent
+        return _bounded(self._sent.float(), self._limit)
+
+
+class _CodedMean:
+    """Rank k averages the k-th part of the vector for all."""
+
+    def __init__(self, values: Tensor, group: dist.ProcessGroup) -> None:
+        self._group, self._length = group, len(values)
+        part = -(-self._length // group.size())
+        values = torch.nn.functional.pad(values, (0, part * group.size() - self._length))
+        self._sent = encode(values)
+        self._parts = torch.empty_like(self._sent)
+        self._all: Tensor | None = None
+        self._work = dist.all_to_all_single(
+            _bytes(self._parts), _bytes(self._sent), group=group, async_op=True
+        )
+
+    def advance(self) -> None:
+        if self._all is not None:
+            return
+        self._work.wait()
+        mean = decode(self._parts).view(self._group.size(), -1).mean(0)
+        self._sent, self._all = encode(mean), torch.empty_like(self._parts)
+        self._work = dist.all_gather_into_tensor(
+            _bytes(self._all), _bytes(self._sent), group=self._group, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        self.advance()
+        self._work.wait()
+        assert self._all is not None
+        return decode(self._all)[: self._length]
+
+
+def encode(values: Tensor) -> Tensor:
+    """fp32 to 1-6-9 codes (uint16), infinities to +-15.98, NaN to 0."""
+    from dalle_kernels import minifloat
+
+    codes: Tensor = minifloat.pack(_bounded(values, torch.finfo(torch.float32).max), "1-6-9")
+    return codes
+
+
+def decode(codes: Tensor) -> Tensor:
+    """1-6-9 codes to fp32."""
+    from dalle_kernels import minifloat
+
+    values: Tensor = minifloat.unpack(codes, "1-6-9")
+    return values
+
+
+def _bounded(values: Tensor, limit: float) -> Tensor:
+    return values.nan_to_num_(nan=0.0).clamp_(-limit, limit)
+
+
+def _bytes(codes: Tensor) -> Tensor:
+    return codes.view(torch.uint8)
