@@ -158,6 +158,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How machines work together. Inside one, ZeRO shards as the file at train.deepspeed says."""
+
+    # "zero": ZeRO over all ranks; "dense" and "powersgd": ZeRO inside each machine, and between
+    # machines the mean of the gradients, whole or compressed (paper 2.5 and E)
+    between_machines: Literal["zero", "dense", "powersgd"] = "zero"
+    node_size: int = 0  # ranks that count as a machine; 0 = those of one host name
+    rank: int = 896  # of PowerSGD (paper, Table 1: 512, 640, 896 for 2.8, 5.6 and 12 billion) ...
+    rank_of: Literal["machine", "shard"] = "machine"  # ... over a machine's ranks, or of each
+    wire: Literal["fp32", "bf16", "fp16", "1-6-9"] = "bf16"  # number format of P and Q
+    p_scale: float = 1.0  # what P and Q are multiplied by, to lie well in that format
+    q_scale: float = 1.0
+    errors: Literal["fp32", "1-6-9"] = "fp32"  # number format of the error buffers
+    warm_start: bool = False  # the last Q for the next, instead of a fixed one
+    start_step: int = 0  # average whole gradients before this update
+    dense_every: int = 0  # average whole gradients at each such update; 0 = never
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     name: str = "custom"
     seed: int = 0
@@ -168,6 +187,7 @@ class Config:
     dvae_train: DVAETrainConfig = field(default_factory=DVAETrainConfig)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         validate(self)
@@ -208,6 +228,7 @@ def validate(config: Config) -> None:
         f"train.batch_size: {train.batch_size} is not a multiple of train.micro_batch "
         f"{train.micro_batch}",
     )
+    _positive(config.parallel, "parallel", "rank", "p_scale", "q_scale")
     for name, share in (("train.text_loss", train.text_loss), ("train.ema", train.ema)):
         _require(0 <= share < 1, f"{name}: {share} is not in [0, 1)")
     _require(

@@ -5,8 +5,7 @@ Shape suffix: K resblocks; where one more is meant, K1, the last stands for all 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,21 +13,7 @@ from torch import Tensor, nn
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.optim.ema import Fragment
 from dalle_dist.precision.scales import BlockScales
-from dalle_dist.transformer.blocks import attach_scales, resblocks
-
-Skip = Literal["update", "block"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What is to be done with an update; the same on every rank.
-
-    skip    nothing may change
-    frozen  names of parameters that may not change
-    """
-
-    skip: bool
-    frozen: frozenset[str]
+from dalle_dist.transformer.blocks import attach_scales, block_of, resblocks
 
 
 class BlockScaling:
@@ -37,30 +22,30 @@ class BlockScaling:
     `matrices` names the parameters whose gradients travel in fp16; all others stay fp32.
 
     Args:
-        skip: "update": a block whose gradients are not finite costs the whole update (paper 2.4);
-            "block": it costs the update of that block.
         dtype: what the blocks compute in; fp32 is for tests.
     """
 
-    def __init__(
-        self, model: nn.Module, ranks: Ranks, skip: Skip, dtype: torch.dtype = torch.float16
-    ) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks, dtype: torch.dtype = torch.float16) -> None:
         blocks = resblocks(model)
-        self._ranks, self._skip = ranks, skip
+        self._ranks, self._block = ranks, block_of(model)
         self.scales = BlockScales(len(blocks), ranks.world, ranks.device)
         attach_scales(model, self.scales, dtype)
-        self._names = [[f"{name}.{own}" for own, _ in b.named_parameters()] for name, b in blocks]
-        self._block = {name: k for k, names in enumerate(self._names) for name in names}
         self.matrices = frozenset(
             f"{name}.{own}" for name, b in blocks for own, p in b.named_parameters() if p.ndim == 2
         )
         self.telemetry: dict[str, list[float]] = {}
 
-    def unscale(self, gradients: list[Fragment], copies: int = 1, measure: bool = False) -> Verdict:
+    def unscale(
+        self, gradients: list[Fragment], copies: int = 1, measure: bool = False
+    ) -> frozenset[int | None]:
         """Sums over ranks and true units in place of scaled means over ranks; then new scales.
 
-        A gradient that is not finite is zero afterwards. `measure` renews `telemetry`, at the cost
-        of another pass over the gradients. `copies` of each piece exist among the ranks.
+        `measure` renews `telemetry`, at the cost of another pass over the gradients. `copies` of
+        each piece exist among the ranks.
+
+        Returns:
+            The blocks whose gradients are not finite on some rank (None: what is in no block); they
+            are zero afterwards.
         """
         tensors = [gradient.values for gradient in gradients]
         index = [self._block.get(gradient.name, len(self.scales)) for gradient in gradients]
@@ -70,16 +55,15 @@ class BlockScaling:
         factor_K1 = [*(world / scale for scale in self.scales.values), float(world)]
         if tensors:
             torch._foreach_mul_(tensors, [factor_K1[k] for k in index])
-        skip = bad_K1[-1] or (self._skip == "update" and any(bad_K1))
         for values, k in zip(tensors, index, strict=True):
-            if skip or bad_K1[k]:
+            if bad_K1[k]:
                 values.zero_()
         if measure:
             norms_K = self._norms(tensors, index, copies)
             self.telemetry = {"underflow": underflow_K, "block_norm": norms_K}
         self.scales.update(bad_K1[:-1])
-        frozen = [name for k, names in enumerate(self._names) if bad_K1[k] for name in names]
-        return Verdict(skip, frozenset() if skip else frozenset(frozen))
+        blocks = [*range(len(self.scales)), None]
+        return frozenset(block for block, bad in zip(blocks, bad_K1, strict=True) if bad)
 
     def numbers(self) -> dict[str, list[float]]:
         """For the log, per resblock: scale, overflows so far, and what was measured last.

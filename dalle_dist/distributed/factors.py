@@ -46,9 +46,9 @@ def split(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 
 def arrivals(launched: Sequence[GroupedMean]) -> Iterator[list[Tensor]]:
     """Each mean in turn; the next one's second hop is under way while the caller works on it."""
-    for now, following in zip(launched, [*launched[1:], None], strict=True):
+    for number, now in enumerate(launched):
         now.advance()
-        if following is not None:
+        for following in launched[number + 1 : number + 2]:
             following.advance()
         yield now.wait()
 

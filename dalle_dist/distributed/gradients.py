@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalle_dist.distributed.launch import Ranks
 from dalle_dist.optim.ema import Fragment
 
 
-def owned_gradients(module: nn.Module, optimizer: Any, stage: int, ranks: Ranks) -> list[Fragment]:
+def owned_gradients(module: nn.Module, optimizer: Any, stage: int, place: int) -> list[Fragment]:
     """fp32 gradients of this rank's pieces, as views: what is written to them, is applied.
 
-    Without ZeRO every rank owns all. Under ZeRO the ranks' pieces cover each parameter once.
+    Without ZeRO every rank owns all. Under ZeRO the pieces of the ranks that share the weights
+    cover each parameter once; `place` is this rank's number among them.
 
     Raises:
         RuntimeError: this DeepSpeed keeps its gradients elsewhere.
@@ -34,7 +36,7 @@ def owned_gradients(module: nn.Module, optimizer: Any, stage: int, ranks: Ranks)
         for number, group in enumerate(optimizer.fp16_groups):
             pieces = optimizer.averaged_gradients[number]
             found |= {id(p): piece for p, piece in zip(group, pieces, strict=True)}
-        fragments = [_zero3(name, p, found[id(p)], ranks.rank) for name, p in named]
+        fragments = [_zero3(name, p, found[id(p)], place) for name, p in named]
         return [fragment for fragment in fragments if fragment is not None]
     except (AttributeError, KeyError, TypeError) as error:
         raise RuntimeError(
@@ -43,17 +45,38 @@ def owned_gradients(module: nn.Module, optimizer: Any, stage: int, ranks: Ranks)
         ) from error
 
 
+@torch.no_grad()
+def put_together(optimizer: Any, owned: list[Fragment], group: dist.ProcessGroup) -> None:
+    """Where every rank keeps whole gradients, make them whole again of each rank's `owned` pieces.
+
+    That is bf16 under ZeRO-1, whose norm and clipping look at all of them. `group` shares the
+    weights. Costs an all-reduce of the gradient inside the machine.
+    """
+    wholes = getattr(optimizer, "fp32_groups_gradients_flat", None)
+    if wholes is None:
+        return
+    pieces = [(fragment.values, fragment.values.clone()) for fragment in owned]
+    for whole in wholes:
+        whole.zero_()
+    for values, piece in pieces:
+        values.copy_(piece)
+    for whole in wholes:
+        dist.all_reduce(whole, group=group)
+
+
 def _zero12(name: str, parameter: Any) -> Fragment:
     mapping = parameter._hp_mapping
     place = mapping.lp_fragment_address
     values: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+    if values.numel() == parameter.numel():  # bf16 under ZeRO-1 keeps whole gradients
+        values = values[place.start : place.start + place.numel]
     if values.numel() != place.numel:
         raise AttributeError(f"{name}: {values.numel()} elements instead of {place.numel}")
     return Fragment(name, place.start, values)
 
 
-def _zero3(name: str, parameter: Any, piece: Tensor, rank: int) -> Fragment | None:
+def _zero3(name: str, parameter: Any, piece: Tensor, place: int) -> Fragment | None:
     # Every rank holds an equal piece, the last ones filled up beyond the parameter's end.
-    start = rank * parameter.ds_tensor.ds_numel
+    start = place * parameter.ds_tensor.ds_numel
     numel = min(piece.numel(), parameter.ds_numel - start)
     return Fragment(name, start, piece.view(-1)[:numel]) if numel > 0 else None

@@ -5,7 +5,6 @@ Shape suffix: K resblocks, in the order of the forward pass: attention and MLP o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,12 +21,13 @@ class BlockScales:
     """The scales of all resblocks, the same on every rank; they change between updates only.
 
     Kept as binary logarithms in double precision, so that a million small steps lose nothing and
-    a saved run goes on bit for bit.
+    a saved run goes on bit for bit; and as those of one replica, so that it may go on with another
+    number of them.
     """
 
     def __init__(self, blocks: int, replicas: int, device: torch.device | str = "cpu") -> None:
-        self._replicas = math.log2(replicas)  # the loss is divided by the batch of all of them
-        self._logs = [START + self._replicas] * blocks
+        self._replicas = replicas  # the loss is divided by the batch of all of them
+        self._logs = [START] * blocks
         self._since_cut = [WINDOW] * blocks  # updates; a first overflow divides at once
         self.overflows = [0] * blocks
         self.scale_K = torch.empty(blocks, device=device)
@@ -54,7 +54,7 @@ class BlockScales:
             elif self._since_cut[block] > WINDOW:
                 log, self._since_cut[block] = log - CUT, 0
             self.overflows[block] += bad
-            self._logs[block] = min(max(log, LOW + self._replicas), HIGH + self._replicas)
+            self._logs[block] = min(max(log, LOW), HIGH)
         self._publish()
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,7 +71,8 @@ class BlockScales:
         self._publish()
 
     def _publish(self) -> None:
-        self.scale_K.copy_(torch.tensor(self._logs, dtype=torch.float64).exp2())
+        one_K = torch.tensor(self._logs, dtype=torch.float64).exp2()
+        self.scale_K.copy_(self._replicas * one_K)
 
 
 class BlockScale:

@@ -2,6 +2,7 @@
 
 step-00001000/deepspeed/       weights, moments and master weights as DeepSpeed keeps them
              /weights/         fp32 fragments, raw and averaged (see checkpoint/weights.py)
+             /compression/     what PowerSGD goes on from: the machines' mean error
              /training.json    update, schedule, gradient scales, how it was made
              /config.yaml      the config in force
 """
@@ -16,6 +17,7 @@ from typing import Any
 import yaml
 
 from dalle_dist.checkpoint import store
+from dalle_dist.checkpoint.compression import load_compression, save_compression
 from dalle_dist.checkpoint.convert import find_checkpoint
 from dalle_dist.checkpoint.release import CONFIG
 from dalle_dist.checkpoint.weights import load_fragments, save_fragments
@@ -28,8 +30,8 @@ from dalle_dist.optim.schedule import Schedule
 
 TRAINING = "training.json"
 SHAPE = ("tokenizer", "dvae", "transformer")  # config sections that a resumed run keeps
-# Must be the same: DeepSpeed's files depend on them.
-MADE_BY = ("ranks", "zero_stage", "precision", "moments")
+# Must be the same: DeepSpeed's files depend on them. `ranks` share the weights between them.
+MADE_BY = ("ranks", "zero_stage", "precision", "moments", "between_machines")
 
 
 class State:
@@ -59,40 +61,49 @@ class State:
         self._refuse_other(checkpoint, saved)
         self.engine.load(checkpoint)
         self.schedule.load_state_dict(saved["schedule"])
-        if self.engine.scaling is not None:
-            self.engine.scaling.load_state_dict(saved["scales"])
-        self.ema.load(load_fragments(checkpoint, "ema", self.ranks.rank), saved["ema_folds"])
+        scaling, replicas = self.engine.path.scaling, self.engine.path.replicas
+        if scaling is not None:
+            scaling.load_state_dict(saved["scales"])
+        if replicas is not None:
+            replicas.load(load_compression(checkpoint, self.engine.place))
+        self.ema.load(load_fragments(checkpoint, "ema", self.engine.place), saved["ema_folds"])
         self.update = saved["update"]
 
     def _write(self, folder: Path) -> None:
-        # DeepSpeed's saving is collective: a rank whose own files fail must still take part.
-        error = _failure(lambda: self._write_ours(folder))
+        # Two things are collective: a rank whose own files fail must still take part in them.
+        replicas = self.engine.path.replicas
+        mean = None if replicas is None else replicas.state()
+        error = _failure(lambda: self._write_ours(folder, mean))
         self.engine.save(folder)
         if error is not None:
             raise error
 
-    def _write_ours(self, folder: Path) -> None:
-        fragments = self.engine.fragments()
-        rank = self.ranks.rank
-        save_fragments(folder, "raw", rank, {f.key: f.values for f in fragments})
-        save_fragments(folder, "ema", rank, self.ema.state(fragments))
-        if rank == 0:
+    def _write_ours(self, folder: Path, mean: dict[str, Any] | None) -> None:
+        if self.engine.machine > 0:
+            return  # the first machine's are the same
+        fragments, place = self.engine.fragments(), self.engine.place
+        save_fragments(folder, "raw", place, {f.key: f.values for f in fragments})
+        save_fragments(folder, "ema", place, self.ema.state(fragments))
+        if mean is not None:
+            save_compression(folder, place, mean)
+        if self.ranks.rank == 0:
             (folder / TRAINING).write_text(json.dumps(self._summary(), indent=1))
             (folder / CONFIG).write_text(to_yaml(self.config))
 
     def _summary(self) -> dict[str, Any]:
+        scaling = self.engine.path.scaling
         return {
             "update": self.update,
             "schedule": self.schedule.state_dict(),
-            "scales": self.engine.scaling.state_dict() if self.engine.scaling else None,
+            "scales": scaling.state_dict() if scaling is not None else None,
             "ema_folds": self.ema.folds,
             "fingerprints": self.fingerprints,
             "made_by": self._made_by(),
         }
 
     def _made_by(self) -> dict[str, Any]:
-        train = self.config.train
-        values = (self.ranks.world, self.engine.stage, train.precision, train.moments)
+        train, between = self.config.train, self.config.parallel.between_machines
+        values = (self.engine.places, self.engine.stage, train.precision, train.moments, between)
         return dict(zip(MADE_BY, values, strict=True))
 
     def _refuse_other(self, checkpoint: Path, saved: dict[str, Any]) -> None:
@@ -110,7 +121,7 @@ class State:
         if lines:
             raise CheckpointError(
                 f"{checkpoint}: DeepSpeed's state was written otherwise: {'; '.join(lines)}; start "
-                "with the same number of ranks, ZeRO stage, precision and moments"
+                "alike (with another number of machines, if ZeRO stays inside each)"
             )
 
 

@@ -22,8 +22,8 @@ from dalle_dist.data.loader import TokenDataset, batches, collate_tokens
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed import launch
+from dalle_dist.distributed.build import build_engine
 from dalle_dist.distributed.ds_config import deepspeed_config
-from dalle_dist.distributed.engine import build_engine
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.errors import ConfigError, UserError
 from dalle_dist.tokenizer import Tokenizer
@@ -190,9 +190,7 @@ class _Trainer:
         settings, update = self.settings, self.state.update
         last = update == settings.updates
         if update % settings.log_every == 0 or last:
-            scaling = self.engine.scaling
-            blocks = {} if scaling is None else scaling.numbers()
-            self.run.log(update, **numbers, **self._speed(), **blocks)
+            self.run.log(update, **numbers, **self._speed(), **self.engine.path.numbers())
             bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
         if update % settings.eval_every == 0 or last:
             losses = held_out_losses(

@@ -118,6 +118,21 @@ def resblocks(model: nn.Module) -> list[tuple[str, Resblock]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, Resblock)]
 
 
+def stacked_matrices(model: nn.Module) -> dict[str, int]:
+    """How many matrices lie one upon the other in a parameter, where it is more than one."""
+    blocks = resblocks(model)
+    return {f"{name}.qkv.weight": 3 for name, block in blocks if isinstance(block, Attention)}
+
+
+def block_of(model: nn.Module) -> dict[str, int]:
+    """The number of its resblock, by the name of each parameter that is in one."""
+    return {
+        f"{name}.{own}": number
+        for number, (name, block) in enumerate(resblocks(model))
+        for own, _ in block.named_parameters()
+    }
+
+
 def attach_scales(model: nn.Module, scales: BlockScales, dtype: torch.dtype) -> None:
     """Let every resblock compute in `dtype` and scale its gradients; one scale for each."""
     for index, (_, block) in enumerate(resblocks(model)):

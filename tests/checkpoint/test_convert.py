@@ -8,7 +8,7 @@ import torch
 from dalle_dist.checkpoint.convert import convert, find_checkpoint
 from dalle_dist.checkpoint.formats import load_tensors
 from dalle_dist.checkpoint.release import load_release
-from dalle_dist.distributed.engine import build_engine
+from dalle_dist.distributed.build import build_engine
 from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.testing import run_distributed
 from dalle_dist.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dalle_dist.config import Config, TrainConfig
-from dalle_dist.distributed.engine import build_engine
+from dalle_dist.distributed.build import build_engine
 from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.optim.ema import EMA, assemble
 from dalle_dist.testing import run_distributed

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dalle_dist.config import load
-from dalle_dist.distributed.engine import build_engine
+from dalle_dist.distributed.build import build_engine
 from dalle_dist.testing import run_distributed
 from dalle_dist.tokenizer import PAD
 from dalle_dist.train.held_out import LossTransformer
@@ -50,7 +50,7 @@ def course(ranks, stage, micro):
     """Loss and norm of five updates, and the scales of one replica after them."""
     engine = build(ranks, stage, f"train.micro_batch={micro}")
     curve = [(backward(engine, ranks, n), engine.step(1e-3)) for n in range(5)]
-    return {"curve": np.array(curve), "scales": np.array(engine.scaling.scales.values)}
+    return {"curve": np.array(curve), "scales": np.array(engine.path.scaling.scales.values)}
 
 
 def courses(ranks, micro):
@@ -80,7 +80,7 @@ def kinds(ranks, stage):
     engine = build(ranks, stage, f"train.micro_batch={8 // ranks.world}")
     backward(engine, ranks, 0)
     return [
-        (f.name in engine.scaling.matrices, f.values.half().float().equal(f.values))
+        (f.name in engine.path.scaling.matrices, f.values.half().float().equal(f.values))
         for f in engine.gradients()
     ]
 
@@ -132,7 +132,7 @@ def overflow(ranks, stage, skip, name):
                    "train.clip=0", "train.moments=16-bit")  # fmt: skip
     backward(engine, ranks, 0)
     engine.step(1e-3)
-    before, scales = state_of(engine), engine.scaling.scales.values
+    before, scales = state_of(engine), engine.path.scaling.scales.values
     if ranks.rank == ranks.world - 1:
         handle = spoil(engine, name)
     backward(engine, ranks, 1)
@@ -145,12 +145,12 @@ def overflow(ranks, stage, skip, name):
     for number in range(2):
         backward(clean, ranks, number)
         clean.step(1e-3)
-    factors = np.array(engine.scaling.scales.values) / np.array(scales)
+    factors = np.array(engine.path.scaling.scales.values) / np.array(scales)
     steps = {int(s["step"]) for s in engine._engine.basic_optimizer.state.values()}
     return {
         "changed": changed(before, after), "all": set(before), "skipped": engine.skipped,
         "unlike_clean": changed(after, state_of(clean)), "factors": factors,
-        "overflows": engine.scaling.scales.overflows, "steps": steps,
+        "overflows": engine.path.scaling.scales.overflows, "steps": steps,
         "finite": all(v.isfinite().all() for vs in after.values() for v in vs[:1]),
     }  # fmt: skip
 
@@ -217,11 +217,11 @@ def resumed(ranks, stage, folder, moments):
         place.mkdir()
     ranks.barrier()
     engine.save(place)
-    saved = engine.scaling.state_dict()
+    saved = engine.path.scaling.state_dict()
     ahead = [(backward(engine, ranks, n), engine.step(1e-3)) for n in range(3, 6)]
     again = build(ranks, stage, *overrides)
     again.load(place)
-    again.scaling.load_state_dict(saved)
+    again.path.scaling.load_state_dict(saved)
     return ahead == [(backward(again, ranks, n), again.step(1e-3)) for n in range(3, 6)] and (
         changed(state_of(engine), state_of(again)) == set()
     )
@@ -239,7 +239,7 @@ def test_a_loaded_engine_goes_on_bit_for_bit(tmp_path):
 def telemetry(ranks, stage):
     """What is logged at scales so small that a good part of the gradients is lost."""
     engine = build(ranks, stage, f"train.micro_batch={8 // ranks.world}")
-    engine.scaling.scales.scale_K.fill_(ranks.world * 2.0**-8)
+    engine.path.scaling.scales.scale_K.fill_(ranks.world * 2.0**-8)
     backward(engine, ranks, 0)
     up = [f.values for f in engine.gradients() if f.name == "blocks.1.mlp.up.weight"]
     down = [f.values for f in engine.gradients() if f.name == "blocks.1.mlp.down.weight"]
@@ -247,7 +247,7 @@ def telemetry(ranks, stage):
     if stage == 0:
         zeros /= ranks.world
     engine.step(1e-3, measure=True)
-    return engine.scaling.numbers() | {"counted": zeros / (2 * 64 * 256)}
+    return engine.path.scaling.numbers() | {"counted": zeros / (2 * 64 * 256)}
 
 
 def telemetries(ranks):

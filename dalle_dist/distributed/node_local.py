@@ -1,0 +1,49 @@
+"""ZeRO inside a machine: what DeepSpeed is told so that it never looks beyond.
+
+DeepSpeed asks an `mpu` object for its data-parallel group. Given the machine's, it shards, reduces,
+clips and checkpoints there, as if the machine were the world; the rest is `replicas.py`'s.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dalle_dist.distributed.groups import Groups
+from dalle_dist.distributed.launch import Ranks
+
+
+class NodeLocal:
+    """DeepSpeed's view of one machine: its ranks are all that is data-parallel."""
+
+    def __init__(self, groups: Groups, ranks: Ranks) -> None:
+        self._shard = groups.shard
+        self._alone, _ = dist.new_subgroups(1)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._shard
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._shard.size()
+
+    def get_data_parallel_rank(self) -> int:
+        return self._shard.rank()
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._alone
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+
+@torch.no_grad()
+def start_alike(model: nn.Module, ranks: Ranks) -> None:
+    """Rank 0's weights on every rank: DeepSpeed would spread each machine's own."""
+    for parameter in model.parameters():
+        values = parameter.data.to(ranks.device)
+        dist.broadcast(values, src=0)
+        parameter.data.copy_(values)
