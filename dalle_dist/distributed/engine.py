@@ -42,6 +42,7 @@ class Engine:
         groups: Groups | None = None,
     ) -> None:
         self._engine, self._ranks, self.path = deepspeed_engine, ranks, path
+        self.config = config
         # Among the ranks that share the weights between them: all, or those of this machine.
         self.place, self.places = ranks.rank, ranks.world
         self.machine, self._groups = 0, groups

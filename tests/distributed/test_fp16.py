@@ -29,18 +29,18 @@ def build(ranks, stage, *overrides):
     return build_engine(model, config, ranks)
 
 
-def backward(engine, ranks, number):
+def backward(engine, ranks, number, batch=BATCH):
     """All micro-batches of update `number`; the batch is the same for any number of ranks."""
     generator = torch.Generator().manual_seed(number)
-    text_BT = torch.randint(2, 50, (BATCH, 6), generator=generator)
+    text_BT = torch.randint(2, 50, (batch, 6), generator=generator)
     text_BT[::2, 1:] = PAD
-    codes_BN = torch.randint(0, 20, (BATCH, 16), generator=generator)
-    size, total = BATCH // engine.accumulation // ranks.world, 0.0
+    codes_BN = torch.randint(0, 20, (batch, 16), generator=generator)
+    size, total = batch // engine.accumulation // ranks.world, 0.0
     for step in range(engine.accumulation):
         first = (step * ranks.world + ranks.rank) * size
         part = slice(first, first + size)
         text, _, image, _ = engine(text_BT[part], codes_BN[part])
-        loss = text / (8 * BATCH * 6) + 7 * image / (8 * BATCH * 16)
+        loss = text / (8 * batch * 6) + 7 * image / (8 * batch * 16)
         engine.backward(loss)
         total += loss.item()
     return ranks.sum([total])[0]

@@ -1,36 +1,251 @@
-"""ZeRO inside each machine and averages between them: processes as ranks, node_size as machines."""
+"""ZeRO inside each machine and means between them: processes as ranks, node_size as machines."""
+
+import contextlib
+import hashlib
+import io
 
 import numpy as np
+import pytest
+import torch
 
+from dalle_dist.errors import ConfigError
 from dalle_dist.testing import run_distributed
-from tests.distributed.test_fp16 import backward, build
+from dalle_dist.train.state import State
+from tests.distributed.test_fp16 import backward, build, changed, spoil, state_of
 
-STAGES = (1, 2, 3)
+STAGES, PRECISIONS = (1, 2, 3), ("fp32", "bf16", "fp16")
+BATCH = 24  # divides among 2, 3 and 4 ranks, once and in four parts
 
 
-def build_on(ranks, stage, size, *overrides):
-    """`size` ranks to a machine; rank 8 of 64 and more, so that every matrix is compressed."""
+def build_on(ranks, stage, between, *overrides, size=2, parts=1):
+    """`size` ranks to a machine, `parts` micro-batches; matrices are 64 wide and more."""
     return build(
-        ranks, stage, f"train.micro_batch={max(1, 4 // ranks.world)}", f"parallel.node_size={size}",
+        ranks, stage, f"train.batch_size={BATCH}",
+        f"train.micro_batch={BATCH // ranks.world // parts}",
+        f"parallel.between_machines={between}", f"parallel.node_size={size}",
         "parallel.rank_of=shard", "parallel.rank=8", "parallel.wire=fp32", *overrides,
     )  # fmt: skip
 
 
-def course(ranks, stage, size, *overrides, updates=6):
-    engine = build_on(ranks, stage, size, *overrides)
-    curve = [(backward(engine, ranks, n), engine.step(3e-3, measure=True)) for n in range(updates)]
-    digest = sum(float(f.values.double().sum()) for f in engine.fragments())
-    return {"curve": np.array(curve), "digest": digest, "numbers": engine.path.numbers()}
+def update(engine, ranks, number):
+    return backward(engine, ranks, number, BATCH), engine.step(3e-3, measure=True)
 
 
-if __name__ == "__main__":
-    for s in STAGES:
-        for b in ("zero", "dense", "powersgd"):
-            for p in ("fp32", "bf16", "fp16"):
-                r = run_distributed(
-                    course, 4, s, 2, f"parallel.between_machines={b}", f"train.precision={p}"
-                )
-                print(
-                    s, b, p, r[0]["curve"].T.round(4).tolist(), [round(x["digest"], 3) for x in r]
-                )
-    print(r[0]["numbers"])
+def digest(engine):
+    """Of this rank's live weights."""
+    sha = hashlib.sha256()
+    for fragment in engine.fragments():
+        sha.update(fragment.values.detach().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def course(ranks, stage, between, *overrides, updates=6, **layout):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        engine = build_on(ranks, stage, between, *overrides, **layout)
+        curve = [update(engine, ranks, number) for number in range(updates)]
+    return {
+        "curve": np.array(curve), "digest": digest(engine), "said": said.getvalue(),
+        "numbers": engine.path.numbers(), "skipped": engine.skipped,
+    }  # fmt: skip
+
+
+def courses(ranks, stage):
+    """Two machines of two ranks."""
+    return {
+        (between, precision): course(ranks, stage, between, f"train.precision={precision}")
+        for between in ("zero", "dense", "powersgd")
+        for precision in PRECISIONS
+    }
+
+
+@pytest.fixture(scope="module", params=STAGES, ids=["zero1", "zero2", "zero3"])
+def four(request):
+    return run_distributed(courses, 4, request.param)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_dense_means_between_machines_are_zero_over_all_ranks(four, precision):
+    close = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 3e-4}[precision]
+    for rank in four:
+        found, expected = (rank[between, precision]["curve"] for between in ("dense", "zero"))
+        assert np.allclose(found, expected, rtol=close)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("between", ["dense", "powersgd"])
+def test_replicas_have_the_same_bits_after_some_updates(four, between, precision):
+    digests = [rank[between, precision]["digest"] for rank in four]
+    assert digests[:2] == digests[2:] and digests[0] != digests[1]
+    curves = [rank[between, precision]["curve"] for rank in four]
+    assert all(np.array_equal(curve, curves[0]) for curve in curves)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_powersgd_follows_the_dense_course_and_sends_less(four, precision):
+    compressed, dense = (four[0][b, precision] for b in ("powersgd", "dense"))
+    losses = [found["curve"][:, 0] for found in (compressed, dense)]
+    assert np.allclose(*losses, rtol=2e-3) and not np.array_equal(*losses)
+    numbers = compressed["numbers"]
+    assert len(numbers["compression_error"]) == 8
+    assert all(0 < error < 0.9 for error in numbers["compression_error"])
+    assert 0 < numbers["sent_megabytes"] < 0.5 * numbers["dense_megabytes"]
+    assert "PowerSGD at rank 8 per shard leaves out" in compressed["said"]
+    assert four[1]["powersgd", precision]["said"] == ""
+
+
+def layouts(ranks, size):
+    return [
+        course(ranks, 2, between, "train.precision=fp32", size=size, parts=parts)["curve"]
+        for between, parts in (("zero", 1), ("dense", 1), ("powersgd", 1), ("powersgd", 2))
+    ]
+
+
+@pytest.mark.parametrize(("machines", "size"), [(3, 1), (4, 1)])
+def test_machines_of_one_rank(machines, size):
+    zero, dense, once, twice = run_distributed(layouts, machines * size, size)[0]
+    assert np.allclose(dense, zero, rtol=1e-5)
+    assert np.allclose(once[:, 0], zero[:, 0], rtol=2e-3)
+    assert np.allclose(once, twice, rtol=1e-4), "accumulation changes nothing"
+
+
+def clipped(ranks, between):
+    engine = build_on(ranks, 2, between, "train.precision=fp32", "train.clip=0.01")
+    before = {name: values[0] for name, values in state_of(engine).items()}
+    norms = [update(engine, ranks, number)[1] for number in range(3)]
+    first = torch.stack([m.norm() for ms in state_of(engine).values() for m in ms[1:2]]).norm()
+    return norms, before, float(first)
+
+
+def test_clipping_takes_the_norm_of_what_came_out_of_the_compression():
+    """Moments hold 0.1, 0.19, 0.271 of gradients of norm 0.01 each, over both ranks of a machine."""
+    for between in ("dense", "powersgd"):
+        ranks = run_distributed(clipped, 4, between)
+        assert min(ranks[0][0]) > 0.05
+        machine = np.hypot(ranks[0][2], ranks[1][2])
+        assert 0.1 * 0.01 < machine <= 0.271 * 0.01 * 1.001
+
+
+def errors_of(engine):
+    """PowerSGD's error buffers of this rank, by shard."""
+    held = engine.path.replicas._powersgd._held.errors
+    return {key: [buffer.read().clone()] for key, buffer in held.items()}
+
+
+def overflow(ranks, stage, precision, skip):
+    """A good update, then one with an infinity in one block on the last rank alone."""
+    engine = build_on(ranks, stage, "powersgd", f"train.precision={precision}",
+                      f"train.skip={skip}", "train.clip=0")  # fmt: skip
+    update(engine, ranks, 0)
+    weights, errors = state_of(engine), errors_of(engine)
+    handle = spoil(engine, "blocks.1.attention.out") if ranks.rank == 3 else None
+    backward(engine, ranks, 1, BATCH)
+    engine.step(3e-3)
+    if handle is not None:
+        handle.remove()
+    return {
+        "weights": changed(weights, state_of(engine)), "all": set(weights),
+        "errors": changed(errors, errors_of(engine)), "keys": set(errors),
+        "skipped": engine.skipped, "digest": digest(engine),
+        "finite": all(e[0].isfinite().all() for e in errors_of(engine).values()),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_an_infinity_on_one_rank_skips_the_update_everywhere_and_enters_no_error(precision, stage):
+    found = run_distributed(overflow, 4, stage, precision, "update")
+    for rank in found:
+        assert rank["skipped"] and rank["weights"] == set() and rank["finite"]
+        spoiled = {key for key in rank["keys"] if key.startswith("blocks.1.attention.")}
+        assert not rank["errors"] & spoiled
+    assert found[0]["digest"] == found[2]["digest"] and found[1]["digest"] == found[3]["digest"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_infinity_on_one_rank_costs_its_block_alone(stage):
+    found = run_distributed(overflow, 4, stage, "fp16", "block")
+    for rank in found:
+        inside = {name for name in rank["all"] if name.startswith("blocks.1.attention.")}
+        spoiled = {key for key in rank["keys"] if key.startswith("blocks.1.attention.")}
+        assert not rank["skipped"] and rank["weights"] == rank["all"] - inside
+        assert rank["errors"] == rank["keys"] - spoiled and rank["finite"]
+    assert found[0]["digest"] == found[2]["digest"] and found[1]["digest"] == found[3]["digest"]
+
+
+RESUMED = ("train.precision=fp16", "train.moments=16-bit", "train.ema_every=1")
+
+
+def state_on(ranks, stage, warm):
+    config_overrides = (*RESUMED, f"parallel.warm_start={warm}")
+    engine = build_on(ranks, stage, "powersgd", *config_overrides, size=1)
+    return engine, State(engine.config, ranks, engine, {})
+
+
+def save_on_three(ranks, folder, stage, warm):
+    engine, state = state_on(ranks, stage, warm)
+    for number in range(4):
+        update(engine, ranks, number)
+        state.ema.update(engine.fragments())
+    state.update = 4
+    place = state.save(folder)
+    return str(place), np.array([update(engine, ranks, number) for number in range(4, 9)])
+
+
+def resume_on_two(ranks, place, stage, warm):
+    from pathlib import Path
+
+    engine, state = state_on(ranks, stage, warm)
+    state.load(Path(place))
+    assert state.update == 4 and state.ema.folds == 4
+    return np.array([update(engine, ranks, number) for number in range(4, 9)])
+
+
+@pytest.mark.parametrize("warm", ["false", "true"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_saved_on_three_machines_and_gone_on_with_on_two(tmp_path, stage, warm):
+    """PowerSGD's output depends on the machines' mean error alone, and that is what is saved."""
+    place, ahead = run_distributed(save_on_three, 3, tmp_path, stage, warm)[0]
+    resumed = run_distributed(resume_on_two, 2, place, stage, warm)[0]
+    assert np.allclose(resumed[:, 0], ahead[:, 0], rtol=2e-5)
+    assert np.allclose(resumed[:, 1], ahead[:, 1], rtol=2e-3)
+
+
+def without_errors(ranks, place, stage):
+    """The same, but with error buffers that were thrown away."""
+    from pathlib import Path
+
+    engine, state = state_on(ranks, stage, "false")
+    state.load(Path(place))
+    loaded = engine.path.replicas._powersgd._held._loaded
+    for error in loaded["errors"].values():
+        error.zero_()
+    return np.array([update(engine, ranks, number) for number in range(4, 9)])
+
+
+def test_what_is_saved_matters(tmp_path):
+    place, ahead = run_distributed(save_on_three, 3, tmp_path, 2, "false")[0]
+    resumed = run_distributed(without_errors, 2, place, 2)[0]
+    assert not np.allclose(resumed[:, 1], ahead[:, 1], rtol=2e-3)
+
+
+def refused(ranks, overrides, stage):
+    try:
+        engine = build_on(ranks, stage, "powersgd", *overrides)
+        update(engine, ranks, 0)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage", "said"),
+    [
+        (["parallel.node_size=3"], 2, "parallel.node_size: 3 does not divide 2 ranks"),
+        ([], 0, "parallel.between_machines: powersgd needs ZeRO 1, 2 or 3"),
+        (["parallel.rank=64"], 2, "parallel.rank: 64 per shard compresses nothing"),
+        (["parallel.rank_of=machine", "parallel.rank=9"], 2, "parallel.rank: 9 is not a multiple"),
+    ],
+)
+def test_what_cannot_be_compressed_is_refused_in_one_line(overrides, stage, said):
+    for message in run_distributed(refused, 2, overrides, stage):
+        assert said in message and "\n" not in message
