@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
     [
         ("train_step", {"training step", "speed", "GEMM peak", "share of GEMM peak"}),
         ("sampling", {"sampling", "one image", "step", "step time", "time"}),
+        ("powersgd_math", {"layer shards", "ours, layer", "share of a step's FLOP"}),
     ],
 )
 def test_smoke_writes_rows(tmp_path, name, metrics):
@@ -61,3 +62,18 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch):
     monkeypatch.setitem(api.BACKENDS, "cpu", lambda qkv, mask: Skewed.apply(right(qkv, mask)))
     with pytest.raises(SystemExit, match="gradients differ"):
         train_step.check(model, *batch)
+
+
+def test_a_lossy_powersgd_is_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    import torch
+
+    from benchmarks import powersgd_math
+    from dalle_dist.distributed import factors, launch
+
+    device = launch.init().device
+    powersgd_math.check_ours([(32, 256)] * 2, 8, device)
+    right = factors.orthonormal_BMR
+    monkeypatch.setattr(factors, "orthonormal_BMR", lambda p: right(torch.flip(p, [0])))
+    with pytest.raises(SystemExit, match="our output differs"):
+        powersgd_math.check_ours([(32, 256)] * 2, 8, device)
