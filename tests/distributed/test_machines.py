@@ -110,18 +110,17 @@ def test_machines_of_one_rank(machines, size):
 
 def clipped(ranks, between):
     engine = build_on(ranks, 2, between, "train.precision=fp32", "train.clip=0.01")
-    before = {name: values[0] for name, values in state_of(engine).items()}
     norms = [update(engine, ranks, number)[1] for number in range(3)]
-    first = torch.stack([m.norm() for ms in state_of(engine).values() for m in ms[1:2]]).norm()
-    return norms, before, float(first)
+    means = torch.stack([values[1].norm() for values in state_of(engine).values()])
+    return norms, float(means.norm())
 
 
 def test_clipping_takes_the_norm_of_what_came_out_of_the_compression():
-    """Moments hold 0.1, 0.19, 0.271 of gradients of norm 0.01 each, over both ranks of a machine."""
+    """The mean of three gradients clipped to 0.01 is at most 0.271 of that, on a whole machine."""
     for between in ("dense", "powersgd"):
         ranks = run_distributed(clipped, 4, between)
         assert min(ranks[0][0]) > 0.05
-        machine = np.hypot(ranks[0][2], ranks[1][2])
+        machine = np.hypot(ranks[0][1], ranks[1][1])
         assert 0.1 * 0.01 < machine <= 0.271 * 0.01 * 1.001
 
 
@@ -172,60 +171,57 @@ def test_an_infinity_on_one_rank_costs_its_block_alone(stage):
     assert found[0]["digest"] == found[2]["digest"] and found[1]["digest"] == found[3]["digest"]
 
 
-RESUMED = ("train.precision=fp16", "train.moments=16-bit", "train.ema_every=1")
-
-
-def state_on(ranks, stage, warm):
-    config_overrides = (*RESUMED, f"parallel.warm_start={warm}")
-    engine = build_on(ranks, stage, "powersgd", *config_overrides, size=1)
+def state_on(ranks, stage, *overrides):
+    engine = build_on(ranks, stage, "powersgd", "train.ema_every=1", *overrides, size=1)
     return engine, State(engine.config, ranks, engine, {})
 
 
-def save_on_three(ranks, folder, stage, warm):
-    engine, state = state_on(ranks, stage, warm)
+def save_on_three(ranks, folder, stage, *overrides):
+    """Four updates, a checkpoint, and where the run goes from there."""
+    engine, state = state_on(ranks, stage, *overrides)
     for number in range(4):
         update(engine, ranks, number)
         state.ema.update(engine.fragments())
     state.update = 4
     place = state.save(folder)
-    return str(place), np.array([update(engine, ranks, number) for number in range(4, 9)])
+    return place, np.array([update(engine, ranks, number) for number in range(4, 9)])
 
 
-def resume_on_two(ranks, place, stage, warm):
-    from pathlib import Path
-
-    engine, state = state_on(ranks, stage, warm)
-    state.load(Path(place))
+def resume_on_two(ranks, place, stage, forget, *overrides):
+    engine, state = state_on(ranks, stage, *overrides)
+    state.load(place)
     assert state.update == 4 and state.ema.folds == 4
+    if forget:
+        for error in engine.path.replicas._powersgd._held._loaded["errors"].values():
+            error.zero_()
     return np.array([update(engine, ranks, number) for number in range(4, 9)])
 
 
-@pytest.mark.parametrize("warm", ["false", "true"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_saved_on_three_machines_and_gone_on_with_on_two(tmp_path, stage, warm):
+def resumed(folder, stage, forget, *overrides):
+    place, ahead = run_distributed(save_on_three, 3, folder, stage, *overrides)[0]
+    return run_distributed(resume_on_two, 2, place, stage, forget, *overrides)[0], ahead
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "close"),
+    [
+        (2, ["train.precision=fp32", "parallel.warm_start=true"], 1e-5),
+        pytest.param(1, ["train.precision=fp32"], 1e-5, marks=pytest.mark.slow),
+        pytest.param(3, ["train.precision=fp32"], 1e-5, marks=pytest.mark.slow),
+        pytest.param(1, ["train.precision=bf16"], 2e-3, marks=pytest.mark.slow),
+        (3, ["train.precision=fp16", "train.moments=16-bit"], 5e-4),
+    ],
+)
+def test_saved_on_three_machines_and_gone_on_with_on_two(tmp_path, stage, overrides, close):
     """PowerSGD's output depends on the machines' mean error alone, and that is what is saved."""
-    place, ahead = run_distributed(save_on_three, 3, tmp_path, stage, warm)[0]
-    resumed = run_distributed(resume_on_two, 2, place, stage, warm)[0]
-    assert np.allclose(resumed[:, 0], ahead[:, 0], rtol=2e-5)
-    assert np.allclose(resumed[:, 1], ahead[:, 1], rtol=2e-3)
+    found, ahead = resumed(tmp_path, stage, False, *overrides)
+    assert np.allclose(found, ahead, rtol=close)
 
 
-def without_errors(ranks, place, stage):
-    """The same, but with error buffers that were thrown away."""
-    from pathlib import Path
-
-    engine, state = state_on(ranks, stage, "false")
-    state.load(Path(place))
-    loaded = engine.path.replicas._powersgd._held._loaded
-    for error in loaded["errors"].values():
-        error.zero_()
-    return np.array([update(engine, ranks, number) for number in range(4, 9)])
-
-
-def test_what_is_saved_matters(tmp_path):
-    place, ahead = run_distributed(save_on_three, 3, tmp_path, 2, "false")[0]
-    resumed = run_distributed(without_errors, 2, place, 2)[0]
-    assert not np.allclose(resumed[:, 1], ahead[:, 1], rtol=2e-3)
+def test_errors_that_are_not_saved_would_be_missed(tmp_path):
+    """Norms, which show it first; losses follow."""
+    found, ahead = resumed(tmp_path, 2, True, "train.precision=fp32")
+    assert not np.allclose(found[:, 1], ahead[:, 1], rtol=5e-4)
 
 
 def refused(ranks, overrides, stage):
