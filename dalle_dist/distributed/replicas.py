@@ -57,7 +57,8 @@ class Replicas:
             q_scale=config.q_scale,
             stored=config.errors,
             warm_start=config.warm_start,
-            start_step=config.start_step,
+            # A single machine has nothing to compress; errors of a larger run come out whole.
+            start_step=config.start_step if groups.machines > 1 else 2**62,
             dense_every=config.dense_every,
         )
         self._compressed: list[Shard] = []

@@ -245,3 +245,12 @@ def refused(ranks, overrides, stage):
 def test_what_cannot_be_compressed_is_refused_in_one_line(overrides, stage, said):
     for message in run_distributed(refused, 2, overrides, stage):
         assert said in message and "\n" not in message
+
+
+def alone(ranks, between):
+    return course(ranks, 2, between, "train.precision=fp32", size=1)["curve"]
+
+
+def test_a_single_machine_compresses_nothing():
+    compressed, dense = (run_distributed(alone, 1, between)[0] for between in ("powersgd", "zero"))
+    assert np.allclose(compressed, dense, rtol=1e-6)
