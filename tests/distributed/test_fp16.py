@@ -20,13 +20,21 @@ SHAPE = [
 ]  # fmt: skip
 
 
-def build(ranks, stage, *overrides):
-    config = load("emoji", [*SHAPE, f"train.deepspeed=ds_configs/zero{stage}.json", *overrides])
+def config_of(stage, *overrides):
+    return load("emoji", [*SHAPE, f"train.deepspeed=ds_configs/zero{stage}.json", *overrides])
+
+
+def model_of(config):
     torch.manual_seed(0)
     model = LossTransformer(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)  # the unembeddings start at zero
-    return build_engine(model, config, ranks)
+    return model
+
+
+def build(ranks, stage, *overrides):
+    config = config_of(stage, *overrides)
+    return build_engine(model_of(config), config, ranks)
 
 
 def backward(engine, ranks, number, batch=BATCH):

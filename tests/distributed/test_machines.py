@@ -8,23 +8,36 @@ import numpy as np
 import pytest
 import torch
 
+from dalle_dist.distributed.build import build_engine
 from dalle_dist.errors import ConfigError
 from dalle_dist.testing import run_distributed
 from dalle_dist.train.state import State
-from tests.distributed.test_fp16 import backward, build, changed, spoil, state_of
+from tests.distributed.test_fp16 import (
+    backward,
+    changed,
+    config_of,
+    model_of,
+    spoil,
+    state_of,
+)
 
 STAGES, PRECISIONS = (1, 2, 3), ("fp32", "bf16", "fp16")
 BATCH = 24  # divides among 2, 3 and 4 ranks, once and in four parts
 
 
-def build_on(ranks, stage, between, *overrides, size=2, parts=1):
+def config_on(ranks, stage, between, *overrides, size=2, parts=1):
     """`size` ranks to a machine, `parts` micro-batches; matrices are 64 wide and more."""
-    return build(
-        ranks, stage, f"train.batch_size={BATCH}",
+    return config_of(
+        stage, f"train.batch_size={BATCH}",
         f"train.micro_batch={BATCH // ranks.world // parts}",
         f"parallel.between_machines={between}", f"parallel.node_size={size}",
         "parallel.rank_of=shard", "parallel.rank=8", "parallel.wire=fp32", *overrides,
     )  # fmt: skip
+
+
+def build_on(ranks, stage, between, *overrides, **layout):
+    config = config_on(ranks, stage, between, *overrides, **layout)
+    return build_engine(model_of(config), config, ranks)
 
 
 def update(engine, ranks, number):
