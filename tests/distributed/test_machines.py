@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dalle_dist.distributed.build import build_engine
-from dalle_dist.errors import ConfigError
+from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.testing import run_distributed
 from dalle_dist.train.state import State
 from tests.distributed.test_fp16 import (
@@ -251,13 +251,31 @@ def refused(ranks, overrides, stage):
     [
         (["parallel.node_size=3"], 2, "parallel.node_size: 3 does not divide 2 ranks"),
         ([], 0, "parallel.between_machines: powersgd needs ZeRO 1, 2 or 3"),
-        (["parallel.rank=64"], 2, "parallel.rank: 64 per shard compresses nothing"),
+        (["parallel.rank=64"], 2, "attention.qkv.weight of shape 64x64; the largest allowed is 63"),
+        (["parallel.rank=32"], 3, "attention.qkv.weight of shape 32x64; the largest allowed is 31"),
         (["parallel.rank_of=machine", "parallel.rank=9"], 2, "parallel.rank: 9 is not a multiple"),
     ],
 )
 def test_what_cannot_be_compressed_is_refused_in_one_line(overrides, stage, said):
     for message in run_distributed(refused, 2, overrides, stage):
         assert said in message and "\n" not in message
+
+
+def diverged(ranks, folder):
+    """One bit of one weight differs on one machine."""
+    engine = build_on(ranks, 2, "dense", "train.precision=fp32")
+    engine.save(folder)
+    if ranks.rank == 2:
+        with torch.no_grad():
+            engine.fragments()[3].values[:1].mul_(1 + 2**-22)
+    with pytest.raises(CheckpointError) as caught:
+        engine.save(folder)
+    return str(caught.value)
+
+
+def test_machines_that_have_come_apart_do_not_save(tmp_path):
+    for message in run_distributed(diverged, 4, tmp_path):
+        assert "the machines' weights differ" in message and "\n" not in message
 
 
 def alone(ranks, between):

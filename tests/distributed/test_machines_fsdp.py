@@ -48,7 +48,7 @@ class ByFSDP2:
         self.config, self.accumulation = config_on(ranks, 3, "powersgd", *PLAIN), 1
         self.groups, self.module = machine_groups(ranks, 2), model_of(self.config)
         self.replicas = Replicas(
-            self.module, self.config.parallel, self.groups, ranks, self.config.seed
+            self.module, self.config.parallel, self.groups, ranks, self.config.seed, True
         )
         named = dict(self.module.named_parameters())
         self.shapes = {name: tuple(named[name].shape) for name in children_first(self.module)}
