@@ -176,6 +176,7 @@ def figures(seeds: list[dict[str, Curve]]) -> list[Measured]:
     for rival in ("global, all fp16", "global"):
         pairs = [(curves[rival], curves["per resblock"]) for curves in seeds]
         cuts = [cut(*pair) for pair in pairs if all(curve.underflow for curve in pair)]
+        cuts = [times for times in cuts if times is not None]
         if cuts:
             rows.append(Measured(f"{rival} / per resblock", CUT, "x", cuts))
     return rows
@@ -186,12 +187,17 @@ def means(probes: list[list[float]]) -> list[float]:
     return [statistics.fmean(of_block) for of_block in zip(*probes, strict=True)]
 
 
-def cut(rival: Curve, ours: Curve) -> float:
-    """Underflow in the rival's WORST resblocks by ours in the same ones; without any, infinite."""
+def cut(rival: Curve, ours: Curve) -> float | None:
+    """Underflow in the rival's WORST resblocks by ours in the same ones.
+
+    Infinite where ours is none, None where the rival's is none either.
+    """
     theirs, own = means(rival.underflow), means(ours.underflow)
     worst = sorted(range(len(own)), key=theirs.__getitem__)[-WORST:]
-    lost = sum(own[k] for k in worst)
-    return sum(theirs[k] for k in worst) / lost if lost else float("inf")
+    lost, still_lost = (sum(shares[k] for k in worst) for shares in (theirs, own))
+    if lost == 0:
+        return None
+    return lost / still_lost if still_lost else float("inf")
 
 
 def make_model(plan: Plan) -> Transformer:
