@@ -60,6 +60,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.sampling
+	$(BIN)/python -m benchmarks.precision --threads=1
 
 # torch goes first: DeepSpeed's set-up imports it, and must not bring another one of its own.
 $(VENV)/ready: setup.py kernels/setup.py constraints.txt

@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+MAY_BE_ZERO = {
+    "updates skipped",
+    "gradient underflow, worst resblock",
+    "gradient underflow, all resblocks",
+}
 
 
 @pytest.mark.parametrize(
@@ -21,6 +26,7 @@ ROOT = Path(__file__).parents[1]
         ),
         ("sampling", {"sampling", "one image", "step", "step time", "time"}),
         ("powersgd_math", {"layer shards", "ours, layer", "share of a step's FLOP"}),
+        ("precision", {"held-out loss", "held-out loss / fp32's", "updates skipped"}),
     ],
 )
 def test_smoke_writes_rows(tmp_path, name, metrics):
@@ -37,7 +43,7 @@ def test_smoke_writes_rows(tmp_path, name, metrics):
     assert metrics <= {row["metric"] for row in rows}
     assert len(rows) % 2 == 0, "a second run appends as many rows, under one header"
     for row in rows:
-        assert float(row["median"]) > 0
+        assert float(row["median"]) > 0 or row["metric"] in MAY_BE_ZERO
         assert row["hardware"] and row["torch"] and row["threads"] == "1"
 
 
@@ -134,3 +140,46 @@ def test_a_lossy_powersgd_is_not_timed(monkeypatch):
     monkeypatch.setattr(factors, "orthonormal_BMR", lambda p: right(torch.flip(p, [0])))
     with pytest.raises(SystemExit, match="our output differs"):
         powersgd_math.check_ours([(32, 256)] * 2, 8, device)
+
+
+def test_gradients_that_only_fp16_loses_are_counted(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    import torch
+
+    from benchmarks import precision
+
+    plan = precision.plans(smoke=True)[0]
+    torch.manual_seed(0)
+    model = precision.make_model(plan)
+    for head in (model.text_unembedding, model.image_unembedding):
+        torch.nn.init.normal_(head.weight, std=0.02)
+    with torch.no_grad():  # a dead unit, whose gradients are zero in fp32 too
+        model.blocks[0].mlp.up.weight[0] = model.blocks[0].mlp.down.weight[0] = 0
+    blocks = len(precision.resblocks(model))
+
+    def probed(log2):
+        scheme = precision.Scheme("global", precision.GlobalScale(blocks, 9))
+        state = {"log2": [log2] * blocks, "since_cut": [0] * blocks, "overflows": [0] * blocks}
+        scheme.scales.load_state_dict(state)
+        curve = precision.Curve()
+        precision.Run(model, scheme, plan, curve)._probe()
+        return curve
+
+    assert max(probed(13.0).underflow[0]) == 0, "what is zero in fp32 as well does not count"
+    assert max(probed(13.0).error[0]) < 0.01
+    assert 0.05 < min(probed(-12.0).underflow[0]) < min(probed(-14.0).underflow[0]) < 1
+    assert min(probed(-40.0).underflow[0]) == 1
+    assert not probed(40.0).underflow, "overflow is not measured as underflow"
+
+
+def test_one_global_scale_doubles_and_halves(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import precision
+
+    scale = precision.GlobalScale(2, window=3)
+    seen = []
+    for bad in ([False, False], [False, True], *[[False, False]] * 6, [True, False]):
+        scale.update(bad)
+        assert scale.values[0] == scale.values[1]
+        seen.append(scale.values[0] / 2**13)
+    assert seen == [1, 0.5, 0.5, 0.5, 1, 1, 1, 2, 1]
