@@ -48,6 +48,7 @@ class Outcome:
     """Of one rank. Lists have one number per update."""
 
     seconds: list[float]
+    cpu_seconds: list[float]  # of this process, gloo's threads among it
     sent_bytes: list[int]  # by this machine's end of the wire, headers and all
     losses: list[float]  # of the whole batch
     weights: str  # digest of all parameters after the last update
@@ -126,15 +127,16 @@ def train(
 ) -> Outcome:
     update, stream = updater(trainer, config, ranks), token_batches(config, ranks)
     schedule, losses = Schedule(config.train), []
-    seconds, sent = [], []
+    seconds, processor, sent = [], [], []
     for number in range(1, updates + 1):
         dist.barrier()
-        before, start = int(SENT_BYTES.read_text()), time.perf_counter()
+        before, busy, start = int(SENT_BYTES.read_text()), time.process_time(), time.perf_counter()
         losses.append(update(*next(stream), schedule.rate(number)))
         seconds.append(time.perf_counter() - start)
+        processor.append(time.process_time() - busy)
         dist.barrier()  # else the other machine's last packets would count as the next update's
         sent.append(int(SENT_BYTES.read_text()) - before)
-    return Outcome(seconds, sent, losses, digest(model))
+    return Outcome(seconds, processor, sent, losses, digest(model))
 
 
 def updater(

@@ -193,7 +193,7 @@ def test_a_thin_wire_is_thin_and_counts(thin_wire, tmp_path):
     [
         ("import os, sys, time; time.sleep(60) if os.environ['RANK'] == '0' else sys.exit(3)",
          "rank 1 ended with 3"),
-        ("import subprocess, time; subprocess.Popen(['sleep', '67']); time.sleep(60)",
+        ("import subprocess, time; subprocess.Popen(['sleep', '67.125']); time.sleep(60)",
          "not done in 2 s"),
     ],
 )  # fmt: skip
@@ -203,8 +203,20 @@ def test_a_failed_run_leaves_nothing(thin_wire, program, message):
         wire.run([sys.executable, "-c", program], 1, 2)
     assert time.monotonic() - start < 10
     assert not any(machine in namespaces() for machine in wire.machines)
-    listed = subprocess.run(["pgrep", "-f", "^sleep 67"], capture_output=True, text=True).stdout
+    listed = subprocess.run(["pgrep", "-f", "^sleep 67.125"], capture_output=True, text=True).stdout
     assert not listed, "what a rank has started outlives it"
+
+
+def test_a_terminated_benchmark_leaves_nothing(thin_wire):
+    command = [sys.executable, "-m", "benchmarks.powersgd_wire", "--smoke", "--threads=1"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    stem, deadline = f"thin{process.pid}n", time.monotonic() + 60
+    # Number 0 only proves that there can be one; the first contender trains in number 1.
+    while f"{stem}1b" not in namespaces() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    assert "terminated" in process.communicate(timeout=20)[1]
+    assert stem not in namespaces()
 
 
 def test_without_root_the_wire_says_why(monkeypatch, capsys):
@@ -224,7 +236,7 @@ def test_contenders_that_train_another_model_are_refused(monkeypatch):
     from benchmarks import powersgd_wire
     from benchmarks.wire_rank import Outcome
 
-    good = Outcome([1.0] * 5, [9] * 5, [3.0, 2.5, 2.0, 1.5, 1.0], "a")
+    good = Outcome([1.0] * 5, [0.5] * 5, [9] * 5, [3.0, 2.5, 2.0, 1.5, 1.0], "a")
     slow = powersgd_wire.RATES[1]
 
     def results(**changes):
