@@ -1,0 +1,132 @@
+"""Two network namespaces with a shaped cable between them: two machines, as far as TCP can tell."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+INTERFACE = "wire"  # its name in both namespaces
+SENT_BYTES = Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes")
+_ADDRESSES = ("10.77.0.1", "10.77.0.2")
+_PORT = 29500  # nobody else listens in a new namespace
+_numbers = itertools.count()
+
+
+def missing() -> str | None:
+    """Why there can be no such wire here, or None."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        return "network namespaces need root on Linux"
+    if not (shutil.which("ip") and shutil.which("tc")):
+        return "the programs ip and tc are missing (Debian: apt-get install iproute2)"
+    try:
+        with ThinWire(1000):
+            return None
+    except subprocess.CalledProcessError as error:
+        return f"{' '.join(error.cmd)}: {error.stderr.strip()}"
+
+
+class ThinWire:
+    """Context manager: the namespaces, and nothing of them afterwards.
+
+    Both directions are limited apart, as in a full-duplex Ethernet.
+
+    Raises:
+        subprocess.CalledProcessError: the kernel refuses something.
+    """
+
+    def __init__(self, megabits: int) -> None:
+        self._megabits = megabits
+        stem = f"thin{os.getpid()}n{next(_numbers)}"
+        self.machines = (f"{stem}a", f"{stem}b")
+
+    def __enter__(self) -> ThinWire:
+        first, second = self.machines
+        try:
+            for machine in self.machines:
+                _run("ip", "netns", "add", machine)
+            _run(
+                *("ip", "link", "add", INTERFACE, "netns", first, "type", "veth"),
+                *("peer", "name", INTERFACE, "netns", second),
+            )
+            for machine, address in zip(self.machines, _ADDRESSES, strict=True):
+                self._set_up(machine, address)
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._remove()
+
+    def run(self, command: Sequence[str], per_machine: int, seconds: float) -> None:
+        """`command` as a rank `per_machine` times in each namespace, until all have ended.
+
+        Raises:
+            RuntimeError: a rank fails, or they take longer than `seconds`; all are dead by then.
+        """
+        world = 2 * per_machine
+        ranks = [self._start(command, rank, world) for rank in range(world)]
+        deadline = time.monotonic() + seconds
+        try:
+            while any(rank.poll() is None for rank in ranks):
+                failed = [number for number, rank in enumerate(ranks) if rank.poll()]
+                if failed:
+                    raise RuntimeError(f"rank {failed[0]} ended with {ranks[failed[0]].returncode}")
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"not done in {seconds:g} s")
+                time.sleep(0.05)
+        finally:
+            for rank in ranks:
+                if rank.poll() is None:
+                    os.killpg(rank.pid, signal.SIGKILL)
+                rank.wait()
+        failed = [number for number, rank in enumerate(ranks) if rank.returncode]
+        if failed:
+            raise RuntimeError(f"rank {failed[0]} ended with {ranks[failed[0]].returncode}")
+
+    def _start(self, command: Sequence[str], rank: int, world: int) -> subprocess.Popen[bytes]:
+        machine, local = divmod(rank, world // 2)
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world // 2),
+            "MASTER_ADDR": _ADDRESSES[0],
+            "MASTER_PORT": str(_PORT),
+            "GLOO_SOCKET_IFNAME": INTERFACE,
+            "DS_ACCELERATOR": "cpu",
+        }
+        inside = ("ip", "netns", "exec", self.machines[machine], *command)
+        # A session of its own, so that what a rank has started dies with it.
+        return subprocess.Popen(inside, env=environment, start_new_session=True)
+
+    def _set_up(self, machine: str, address: str) -> None:
+        _run("ip", "-n", machine, "addr", "add", f"{address}/24", "dev", INTERFACE)
+        for interface in ("lo", INTERFACE):
+            _run("ip", "-n", machine, "link", "set", interface, "up")
+        _run(
+            *("tc", "-n", machine, "qdisc", "add", "dev", INTERFACE, "root", "tbf"),
+            *("rate", f"{self._megabits}mbit", "burst", "256kb", "latency", "100ms"),
+        )
+
+    def _remove(self) -> None:
+        """The cable goes with its ends."""
+        for machine in self.machines:
+            subprocess.run(["ip", "netns", "del", machine], capture_output=True)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
