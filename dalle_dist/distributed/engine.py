@@ -49,6 +49,9 @@ class Engine:
             self.place, self.places, self.machine = groups.local, groups.node_size, groups.machine
         self.skipped = False  # whether the last `step` left everything as it was
         self.stage = int(deepspeed_engine.zero_optimization_stage())
+        if any(hasattr(parameter, "_hp_mapping") for parameter in self.module.parameters()):
+            # Before 0.18.4 DeepSpeed's bf16 without ZeRO shards the optimizer all the same.
+            self.stage = max(self.stage, 1)
         self.accumulation = accumulation(config.train, ranks.world)
         self.shapes: dict[str, tuple[int, ...]] = {
             name: tuple(getattr(parameter, "ds_shape", parameter.shape))
@@ -75,6 +78,7 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts
 
+    @torch.no_grad()  # DeepSpeed 0.18.9 gathers weights in place into a tensor of a graph
     def step(self, lr: float, measure: bool = False) -> float:
         """Clip and apply the summed gradient; returns its norm before clipping.
 
