@@ -123,7 +123,9 @@ def _add_convert(verbs: argparse._SubParsersAction) -> None:
 
 def _add_plot(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("plot", help="what a run logged for each resblock, as a picture")
-    verb.add_argument("what", choices=("scales",), metavar="scales", help="gradient scales (fp16)")
+    verb.add_argument(
+        "what", choices=("scales", "compression"), help="gradient scales (fp16), or PowerSGD's loss"
+    )
     verb.add_argument("run", metavar="RUN")
     verb.set_defaults(handler=_plot)
 

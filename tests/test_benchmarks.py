@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
             {"forward", "forward + backward speed", "forward share of floor", "peak memory"},
         ),
         ("sampling", {"sampling", "one image", "step", "step time", "time"}),
+        ("powersgd_math", {"layer shards", "ours, layer", "share of a step's FLOP"}),
     ],
 )
 def test_smoke_writes_rows(tmp_path, name, metrics):
@@ -118,3 +119,18 @@ def test_flex_is_given_the_mask(monkeypatch, kind):
     for rule in (attention_rivals.mask_mod(mask), attention_rivals.mask_table(mask, order)):
         allowed = rule(state, state, state[:, None], state[None, :])
         assert allowed[back][:, back].equal(mask.dense())
+
+
+def test_a_lossy_powersgd_is_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    import torch
+
+    from benchmarks import powersgd_math
+    from dalle_dist.distributed import factors, launch
+
+    device = launch.init().device
+    powersgd_math.check_ours([(32, 256)] * 2, 8, device)
+    right = factors.orthonormal_BMR
+    monkeypatch.setattr(factors, "orthonormal_BMR", lambda p: right(torch.flip(p, [0])))
+    with pytest.raises(SystemExit, match="our output differs"):
+        powersgd_math.check_ours([(32, 256)] * 2, 8, device)

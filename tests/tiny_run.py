@@ -34,13 +34,15 @@ train: {batch_size: 8, micro_batch: 2, updates: 6, lr: 5e-3, warmup: 2, ema_ever
 """
 
 
-def make(folder: Path, **train: object) -> Config:
+def make(folder: Path, parallel: dict[str, object] | None = None, **train: object) -> Config:
     """Write the inputs below `folder` (once), and return the config of a run that uses them.
 
-    `train` replaces values of its train section; the run's folder is `folder`/run.
+    `train` replaces values of its train section, `parallel` is another section; the run's folder is
+    `folder`/run.
     """
     tree = yaml.safe_load(CONFIG)
     tree["train"] |= train
+    tree["parallel"] = parallel or {}
     names = ("images", "tokens", "tokenizer", "dvae_run", "run")
     tree["paths"] = {name: str(folder / name) for name in names}
     config = from_dict(tree)

@@ -15,7 +15,7 @@ from torch import nn
 
 from dalle_dist.config import Config
 from dalle_dist.distributed.block_scaling import BlockScaling
-from dalle_dist.distributed.ds_config import deepspeed_config
+from dalle_dist.distributed.ds_config import deepspeed_config, stage
 from dalle_dist.distributed.engine import Engine
 from dalle_dist.distributed.gradient_path import GradientPath
 from dalle_dist.distributed.groups import Groups, machine_groups
@@ -68,7 +68,8 @@ def _path(model: nn.Module, config: Config, ranks: Ranks, groups: Groups | None)
         scaling = BlockScaling(model, ranks)
         _mark(model, scaling.matrices)
     if groups is not None:
-        replicas = Replicas(model, config.parallel, groups, ranks, config.seed)
+        cut = stage(config.train) == 3
+        replicas = Replicas(model, config.parallel, groups, ranks, config.seed, cut)
     return GradientPath(model, config.train.skip, scaling, replicas)
 
 

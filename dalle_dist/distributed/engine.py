@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle_dist.config import Config
@@ -42,6 +43,7 @@ class Engine:
         groups: Groups | None = None,
     ) -> None:
         self._engine, self._ranks, self.path = deepspeed_engine, ranks, path
+        self.config = config
         # Among the ranks that share the weights between them: all, or those of this machine.
         self.place, self.places = ranks.rank, ranks.world
         self.machine, self._groups = 0, groups
@@ -140,13 +142,30 @@ class Engine:
 
         Raises what went wrong on this rank, only after all ranks are through: nobody is left
         waiting in DeepSpeed's barriers.
+
+        Raises:
+            CheckpointError: on all ranks, when the machines' weights have come apart.
         """
+        self._refuse_diverged()
         files = self._engine.checkpoint_engine
         files.error = None
         (folder / FOLDER).mkdir(exist_ok=True)
         self._engine.save_checkpoint(str(folder), tag=FOLDER, save_latest=False)
         if files.error is not None:
             raise files.error
+
+    def _refuse_diverged(self) -> None:
+        if self._groups is None:
+            return
+        bits = [f.values.view(torch.int32).sum(dtype=torch.int64) for f in self.fragments()]
+        sums = torch.stack(bits or [torch.zeros((), dtype=torch.int64)]).to(self._ranks.device)
+        first = sums.clone()
+        dist.broadcast(first, dist.get_global_rank(self._groups.replica, 0), self._groups.replica)
+        if self._ranks.any(not first.equal(sums)):
+            raise CheckpointError(
+                "the machines' weights differ, which their all-reduces should make impossible; "
+                "resume from the last checkpoint, and look for hardware that is not like the rest"
+            )
 
     def load(self, folder: Path) -> None:
         """Take over what `save` wrote, bit for bit. Raises CheckpointError when it does not fit."""

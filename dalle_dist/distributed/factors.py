@@ -76,15 +76,15 @@ Launch = Callable[[Tensor, Sequence[torch.Size]], GroupedMean]
 
 
 def launch_p(works: Sequence[Work], launch: Launch) -> tuple[GroupedMean, list[Tensor]]:
-    """P = (gradient + error) Q of each, on its way; and the norm of each rank's own P."""
+    """P = (gradient + error) Q of each, on its way; and the square norm of this rank's own P."""
     shapes = [torch.Size((min(w.values.shape), w.q_RN.shape[0])) for w in works]
     flat = works[0].values.new_empty(sum(map(math.prod, shapes)))
     parts = split(flat, shapes)
     for work, p_MR in zip(works, parts, strict=True):
         work.take_in()
         torch.mm(work.sum_MN, work.q_RN.T, out=p_MR)
-    norms = [torch.linalg.vector_norm(p) for p in parts]
-    return launch(flat, shapes), norms
+    sizes = [square_norm(p) for p in parts]
+    return launch(flat, shapes), sizes
 
 
 def launch_q(
@@ -97,8 +97,8 @@ def launch_q(
     parts = split(flat, shapes)
     for work, q_RN in zip(works, parts, strict=True):
         torch.mm(work.p_MR.T, work.sum_MN, out=q_RN)
-    norms = [torch.linalg.vector_norm(q) for q in parts]
-    return launch(flat, shapes), norms
+    sizes = [square_norm(q) for q in parts]
+    return launch(flat, shapes), sizes
 
 
 def orthogonalise(works: Sequence[Work], means: Sequence[Tensor]) -> None:
@@ -108,6 +108,12 @@ def orthogonalise(works: Sequence[Work], means: Sequence[Tensor]) -> None:
         bases = orthonormal_BMR(torch.stack([means[i] for i in alike]))
         for i, basis in zip(alike, bases, strict=True):
             works[i].p_MR = basis
+
+
+def square_norm(values: Tensor) -> Tensor:
+    """Sum of squares: of all reductions the cheapest that no infinity and no NaN survives."""
+    flat = values.reshape(-1)
+    return torch.dot(flat, flat)
 
 
 def columns_like_gaussian(q_RN: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from dalle_dist.distributed.factors import (
     columns_like_gaussian,
     launch_p,
     launch_q,
+    square_norm,
 )
 from dalle_dist.distributed.replica_state import ReplicaState
 from dalle_dist.distributed.wire import FORMATS as WIRE_FORMATS
@@ -170,7 +171,7 @@ class PowerSGD:
         """
         self._held.meet(compressed)
         shards = [*compressed, *dense]
-        sizes = [torch.linalg.vector_norm(shard.values) for shard in shards]
+        sizes = [square_norm(shard.values) for shard in shards]
         whole = self._launch_whole([shard.values for shard in dense]) if dense else None
         broken = self._agree([shard.block for shard in shards], sizes, bad)
         good = [shard for shard in compressed if shard.block not in broken]
@@ -233,12 +234,13 @@ class PowerSGD:
                 if shard.block in late:
                     work.error.keep(work.values)
                     continue
-                q_RN.div_(self._q_scale)
+                if self._q_scale != 1:
+                    q_RN.div_(self._q_scale)
                 work.leave(q_RN)
-                norms[shard.key] = torch.linalg.vector_norm(q_RN)
+                norms[shard.key] = square_norm(q_RN)
                 if self._warm_start:
                     self._held.queries[shard.key] = columns_like_gaussian(q_RN)
-        return _squares(norms), late
+        return _numbers(norms), late
 
     def _send_whole(
         self, shards: Sequence[Shard], dense: Sequence[Shard], whole: GroupedMean | None
@@ -253,7 +255,7 @@ class PowerSGD:
                 error.clear()
         owners = {shard.key: shard.block for shard in [*shards, *dense]}
         late = self._agree([owners[key] for key in norms], list(norms.values()))
-        return _squares(norms), late
+        return _numbers(norms), late
 
     def _agree(
         self, blocks: Sequence[Block], sizes: Sequence[Tensor], bad: Collection[Block] = ()
@@ -330,12 +332,13 @@ def _by_block(shards: Sequence[Shard]) -> list[list[Shard]]:
 
 
 def _receive(shards: Sequence[Shard], mean: GroupedMean | None) -> dict[str, Tensor]:
-    """Put the means into the shards; their norms."""
+    """Put the means into the shards; their square norms."""
     for shard, value in zip(shards, mean.wait() if mean else [], strict=True):
         shard.values.copy_(value)
-    return {shard.key: torch.linalg.vector_norm(shard.values) for shard in shards}
+    return {shard.key: square_norm(shard.values) for shard in shards}
 
 
-def _squares(norms: Mapping[str, Tensor]) -> dict[str, float]:
-    values = torch.stack(list(norms.values())).double().square().tolist() if norms else []
+def _numbers(norms: Mapping[str, Tensor]) -> dict[str, float]:
+    """From the device, all at once."""
+    values = torch.stack(list(norms.values())).tolist() if norms else []
     return dict(zip(norms, values, strict=True))

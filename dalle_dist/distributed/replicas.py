@@ -15,11 +15,10 @@ import torch.distributed as dist
 from torch import nn
 
 from dalle_dist.config import ParallelConfig
-from dalle_dist.distributed.compression import ratio, shard_rank, table
+from dalle_dist.distributed.compression import check_rank, ratio, shard_rank, table
 from dalle_dist.distributed.groups import Groups
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.distributed.powersgd import Outcome, PowerSGD, Shard
-from dalle_dist.errors import ConfigError
 from dalle_dist.optim.ema import Fragment
 from dalle_dist.transformer.blocks import block_of, resblocks, stacked_matrices
 
@@ -29,14 +28,23 @@ Block = int | None
 class Replicas:
     """This rank's pieces and their replicas on the other machines.
 
+    Args:
+        rows_cut: each matrix is cut into the machine's ranks (ZeRO-3), not whole on one of them.
+
     Raises:
-        ConfigError: at the first `reduce`, when the rank compresses none of the pieces.
+        ConfigError: the rank does not compress the pieces of some matrix.
     """
 
     def __init__(
-        self, model: nn.Module, config: ParallelConfig, groups: Groups, ranks: Ranks, seed: int
+        self,
+        model: nn.Module,
+        config: ParallelConfig,
+        groups: Groups,
+        ranks: Ranks,
+        seed: int,
+        rows_cut: bool,
     ) -> None:
-        self._groups, self._ranks = groups, ranks
+        self._ranks = ranks
         self._block, self._stacked = block_of(model), stacked_matrices(model)
         self._shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
         self.matrices = [n for n, shape in self._shapes.items()
@@ -45,6 +53,7 @@ class Replicas:
         if config.between_machines == "powersgd":
             of_machine = config.rank_of == "machine"
             self._rank = shard_rank(config.rank, groups.node_size) if of_machine else config.rank
+            self._check_rank(groups.node_size if rows_cut else 1)
         self._powersgd = PowerSGD(
             groups.replica,
             blocks=len(resblocks(model)),
@@ -57,7 +66,8 @@ class Replicas:
             q_scale=config.q_scale,
             stored=config.errors,
             warm_start=config.warm_start,
-            start_step=config.start_step,
+            # A single machine has nothing to compress; errors of a larger run come out whole.
+            start_step=config.start_step if groups.machines > 1 else 2**62,
             dense_every=config.dense_every,
         )
         self._compressed: list[Shard] = []
@@ -72,8 +82,9 @@ class Replicas:
         """
         shards = [shard for gradient in gradients for shard in self._shards(gradient)]
         self._compressed = [shard for shard in shards if self._pays(shard)]
-        if self._rank and self._powersgd.step == 0:
-            self._announce()
+        if self._ranks.rank == 0 and self._rank and self._powersgd.step == 0:
+            shapes = {shard.key: tuple(shard.values.shape) for shard in self._compressed}
+            print(table(shapes, self._rank), flush=True)
         chosen = {id(shard) for shard in self._compressed}
         dense = [shard for shard in shards if id(shard) not in chosen]
         outcome = self._powersgd.reduce(self._compressed, dense, bad=bad, measure=measure)
@@ -123,17 +134,12 @@ class Replicas:
         shape = tuple(shard.values.shape)
         return self._rank < min(shape) and ratio(shape, self._rank) < 1
 
-    def _announce(self) -> None:
-        """Print what is saved; refuse a rank that is too large for all there is."""
-        shapes = {shard.key: tuple(shard.values.shape) for shard in self._compressed}
-        if not any(self._ranks.gather(bool(shapes))):
-            smallest = min(min(self._shapes[n]) for n in self.matrices) // self._groups.node_size
-            raise ConfigError(
-                f"parallel.rank: {self._rank} per shard compresses nothing: the shards' short "
-                f"sides begin at {smallest}; choose a smaller one"
-            )
-        if self._ranks.rank == 0 and shapes:
-            print(table(shapes, self._rank), flush=True)
+    def _check_rank(self, pieces: int) -> None:
+        """Pieces of the usual size; what a cut leaves over may be smaller, and goes whole."""
+        for name in self.matrices:
+            rows, columns = self._shapes[name]
+            rows //= pieces * self._stacked.get(name, 1)
+            check_rank(name, (rows, columns), self._rank)
 
     def _measured(self, outcome: Outcome) -> dict[str, list[float] | float]:
         """`compression_error`: ||what is left|| / ||gradient + error|| of each of `matrices`."""

@@ -62,7 +62,8 @@ class _ReducedMean:
         self, values: Tensor, group: dist.ProcessGroup, dtype: torch.dtype, scale: float
     ) -> None:
         # Divided before the sum: N fp16 values of full size have no sum.
-        values.mul_(scale / group.size())
+        if scale != group.size():
+            values.mul_(scale / group.size())
         self._limit = torch.finfo(dtype).max
         self._sent = values
         if dtype != torch.float32:

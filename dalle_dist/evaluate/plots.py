@@ -1,4 +1,4 @@
-"""Plots of what a run logs for each resblock: `dalle-dist plot scales RUN`."""
+"""Plots of what a run logs by resblock or matrix: `dalle-dist plot scales|compression RUN`."""
 
 from __future__ import annotations
 
@@ -36,29 +36,65 @@ def plot(what: str, run: str) -> str:
 
 def draw_scales(axes: Axes, updates: list[int], scales: list[list[float]]) -> None:
     """Scale of each resblock over updates (paper Fig. 12); scales are [update][resblock]."""
+    _draw(axes, updates, scales, [("attention", "-"), ("MLP", "--")])
+    axes.set_yscale("log", base=2)
+    axes.set_ylabel("gradient scale")
+
+
+def _draw(
+    axes: Axes, updates: list[int], values: list[list[float]], kinds: list[tuple[str, Any]]
+) -> None:
+    """One line per column of values; kinds (name, line style) take turns from first to last."""
     from matplotlib import colormaps
 
-    blocks = len(scales[0])
-    for block, values in enumerate(zip(*scales, strict=True)):
-        colour = colormaps["viridis"](block / max(blocks - 1, 1))
-        style = "--" if block % 2 else "-"
-        axes.plot(updates, values, style, color=colour, linewidth=1)
-    axes.set_yscale("log", base=2)
+    count = len(values[0])
+    for number, column in enumerate(zip(*values, strict=True)):
+        colour = colormaps["viridis"](number / max(count - 1, 1))
+        name, style = kinds[number % len(kinds)]
+        label = name if number < len(kinds) else None
+        axes.plot(updates, column, linestyle=style, color=colour, linewidth=1, label=label)
     axes.set_xlabel("update")
-    axes.set_ylabel("gradient scale")
-    axes.set_title("first resblock dark, last bright; attention solid, MLP dashed", fontsize=9)
+    axes.legend(fontsize=8, title="first layers dark, last bright", title_fontsize=8)
 
 
 def _scales(run: str, lines: Log) -> Figure:
     from matplotlib.figure import Figure
 
-    kept = [line for line in lines if "scale" in line]
-    if not kept:
-        raise DataError(f"{run}: its log has no scales; only train.precision=fp16 has them")
+    kept = _with("scale", lines, f"{run}: its log has no scales; train.precision=fp16 has them")
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     scales = [line["scale"] for line in kept]
     draw_scales(figure.subplots(), [line["update"] for line in kept], scales)
     return figure
 
 
-PLOTS: dict[str, Callable[[str, Log], Figure]] = {"scales": _scales}
+def _compression(run: str, lines: Log) -> Figure:
+    """Above, ||what is left|| / ||gradient + error|| of each matrix; below, what was sent."""
+    from matplotlib.figure import Figure
+
+    missing = f"{run}: its log has no compression; parallel.between_machines=powersgd has it"
+    kept = _with("compression_error", lines, missing)
+    updates = [line["update"] for line in kept]
+    figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")
+    above, below = figure.subplots(2, height_ratios=[3, 1], sharex=True)
+    styles = [("qkv", "-"), ("out", "--"), ("up", "-."), ("down", ":")]
+    _draw(above, updates, [line["compression_error"] for line in kept], styles)
+    above.set_ylabel("relative error of what is sent")
+    for name in ("dense", "sent"):
+        below.plot(updates, [line[f"{name}_megabytes"] for line in kept], label=name)
+    last = kept[-1]
+    saved = 1 - last["sent_megabytes"] / last["dense_megabytes"]
+    below.set_title(f"{saved:.1%} of the bytes saved", fontsize=9)
+    below.set_yscale("log")
+    below.set_ylabel("MB per update, all ranks")
+    below.legend(fontsize=8)
+    return figure
+
+
+def _with(key: str, lines: Log, missing: str) -> Log:
+    kept = [line for line in lines if key in line]
+    if not kept:
+        raise DataError(missing)
+    return kept
+
+
+PLOTS: dict[str, Callable[[str, Log], Figure]] = {"scales": _scales, "compression": _compression}

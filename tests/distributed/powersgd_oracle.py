@@ -11,12 +11,12 @@ from dalle_dist.testing import run_distributed
 RANK = 4
 # Wide, square, tall, and two of one shape in one block.
 COMPRESSED = {
+    "head": (None, (10, 30)),
     "0.qkv": (0, (24, 40)),
     "0.out": (0, (16, 16)),
     "1.up": (1, (12, 40)),
     "1.gate": (1, (12, 40)),
     "1.tall": (1, (48, 16)),
-    "head": (None, (10, 30)),
 }
 DENSE = {"0.gain": (0, (40,)), "embedding": (None, (10, 6))}
 BLOCKS = 2
@@ -83,4 +83,7 @@ def on_ranks(fn, world, *args):
 
 
 def _pickled(ranks, fn, *args):
-    return pickle.dumps(fn(ranks, *args))
+    found = pickle.dumps(fn(ranks, *args))
+    # Who leaves first must not break a connection that a slower rank still reads from.
+    ranks.barrier()
+    return found

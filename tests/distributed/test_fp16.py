@@ -20,27 +20,35 @@ SHAPE = [
 ]  # fmt: skip
 
 
-def build(ranks, stage, *overrides):
-    config = load("emoji", [*SHAPE, f"train.deepspeed=ds_configs/zero{stage}.json", *overrides])
+def config_of(stage, *overrides):
+    return load("emoji", [*SHAPE, f"train.deepspeed=ds_configs/zero{stage}.json", *overrides])
+
+
+def model_of(config):
     torch.manual_seed(0)
     model = LossTransformer(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)  # the unembeddings start at zero
-    return build_engine(model, config, ranks)
+    return model
 
 
-def backward(engine, ranks, number):
+def build(ranks, stage, *overrides):
+    config = config_of(stage, *overrides)
+    return build_engine(model_of(config), config, ranks)
+
+
+def backward(engine, ranks, number, batch=BATCH):
     """All micro-batches of update `number`; the batch is the same for any number of ranks."""
     generator = torch.Generator().manual_seed(number)
-    text_BT = torch.randint(2, 50, (BATCH, 6), generator=generator)
+    text_BT = torch.randint(2, 50, (batch, 6), generator=generator)
     text_BT[::2, 1:] = PAD
-    codes_BN = torch.randint(0, 20, (BATCH, 16), generator=generator)
-    size, total = BATCH // engine.accumulation // ranks.world, 0.0
+    codes_BN = torch.randint(0, 20, (batch, 16), generator=generator)
+    size, total = batch // engine.accumulation // ranks.world, 0.0
     for step in range(engine.accumulation):
         first = (step * ranks.world + ranks.rank) * size
         part = slice(first, first + size)
         text, _, image, _ = engine(text_BT[part], codes_BN[part])
-        loss = text / (8 * BATCH * 6) + 7 * image / (8 * BATCH * 16)
+        loss = text / (8 * batch * 6) + 7 * image / (8 * batch * 16)
         engine.backward(loss)
         total += loss.item()
     return ranks.sum([total])[0]

@@ -1,36 +1,287 @@
-"""ZeRO inside each machine and averages between them: processes as ranks, node_size as machines."""
+"""ZeRO inside each machine and means between them: processes as ranks, node_size as machines."""
+
+import contextlib
+import hashlib
+import io
 
 import numpy as np
+import pytest
+import torch
 
+from dalle_dist.distributed.build import build_engine
+from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.testing import run_distributed
-from tests.distributed.test_fp16 import backward, build
+from dalle_dist.train.state import State
+from tests.distributed.test_fp16 import (
+    backward,
+    changed,
+    config_of,
+    model_of,
+    spoil,
+    state_of,
+)
 
-STAGES = (1, 2, 3)
+STAGES, PRECISIONS = (1, 2, 3), ("fp32", "bf16", "fp16")
+BATCH = 24  # divides among 2, 3 and 4 ranks, once and in four parts
 
 
-def build_on(ranks, stage, size, *overrides):
-    """`size` ranks to a machine; rank 8 of 64 and more, so that every matrix is compressed."""
-    return build(
-        ranks, stage, f"train.micro_batch={max(1, 4 // ranks.world)}", f"parallel.node_size={size}",
+def config_on(ranks, stage, between, *overrides, size=2, parts=1):
+    """`size` ranks to a machine, `parts` micro-batches; matrices are 64 wide and more."""
+    return config_of(
+        stage, f"train.batch_size={BATCH}",
+        f"train.micro_batch={BATCH // ranks.world // parts}",
+        f"parallel.between_machines={between}", f"parallel.node_size={size}",
         "parallel.rank_of=shard", "parallel.rank=8", "parallel.wire=fp32", *overrides,
     )  # fmt: skip
 
 
-def course(ranks, stage, size, *overrides, updates=6):
-    engine = build_on(ranks, stage, size, *overrides)
-    curve = [(backward(engine, ranks, n), engine.step(3e-3, measure=True)) for n in range(updates)]
-    digest = sum(float(f.values.double().sum()) for f in engine.fragments())
-    return {"curve": np.array(curve), "digest": digest, "numbers": engine.path.numbers()}
+def build_on(ranks, stage, between, *overrides, **layout):
+    config = config_on(ranks, stage, between, *overrides, **layout)
+    return build_engine(model_of(config), config, ranks)
 
 
-if __name__ == "__main__":
-    for s in STAGES:
-        for b in ("zero", "dense", "powersgd"):
-            for p in ("fp32", "bf16", "fp16"):
-                r = run_distributed(
-                    course, 4, s, 2, f"parallel.between_machines={b}", f"train.precision={p}"
-                )
-                print(
-                    s, b, p, r[0]["curve"].T.round(4).tolist(), [round(x["digest"], 3) for x in r]
-                )
-    print(r[0]["numbers"])
+def update(engine, ranks, number):
+    return backward(engine, ranks, number, BATCH), engine.step(3e-3, measure=True)
+
+
+def digest(engine):
+    """Of this rank's live weights."""
+    sha = hashlib.sha256()
+    for fragment in engine.fragments():
+        sha.update(fragment.values.detach().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def course(ranks, stage, between, *overrides, updates=6, **layout):
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        engine = build_on(ranks, stage, between, *overrides, **layout)
+        curve = [update(engine, ranks, number) for number in range(updates)]
+    return {
+        "curve": np.array(curve), "digest": digest(engine), "said": said.getvalue(),
+        "numbers": engine.path.numbers(), "skipped": engine.skipped,
+    }  # fmt: skip
+
+
+def courses(ranks, stage):
+    """Two machines of two ranks."""
+    return {
+        (between, precision): course(ranks, stage, between, f"train.precision={precision}")
+        for between in ("zero", "dense", "powersgd")
+        for precision in PRECISIONS
+    }
+
+
+@pytest.fixture(scope="module", params=STAGES, ids=["zero1", "zero2", "zero3"])
+def four(request):
+    return run_distributed(courses, 4, request.param)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_dense_means_between_machines_are_zero_over_all_ranks(four, precision):
+    close = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 3e-4}[precision]
+    for rank in four:
+        found, expected = (rank[between, precision]["curve"] for between in ("dense", "zero"))
+        assert np.allclose(found, expected, rtol=close)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("between", ["dense", "powersgd"])
+def test_replicas_have_the_same_bits_after_some_updates(four, between, precision):
+    digests = [rank[between, precision]["digest"] for rank in four]
+    assert digests[:2] == digests[2:] and digests[0] != digests[1]
+    curves = [rank[between, precision]["curve"] for rank in four]
+    assert all(np.array_equal(curve, curves[0]) for curve in curves)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_powersgd_follows_the_dense_course_and_sends_less(four, precision):
+    compressed, dense = (four[0][b, precision] for b in ("powersgd", "dense"))
+    losses = [found["curve"][:, 0] for found in (compressed, dense)]
+    assert np.allclose(*losses, rtol=2e-3) and not np.array_equal(*losses)
+    numbers = compressed["numbers"]
+    assert len(numbers["compression_error"]) == 8
+    assert all(0 < error < 0.9 for error in numbers["compression_error"])
+    assert 0 < numbers["sent_megabytes"] < 0.5 * numbers["dense_megabytes"]
+    assert "PowerSGD at rank 8 per shard leaves out" in compressed["said"]
+    assert four[1]["powersgd", precision]["said"] == ""
+
+
+def layouts(ranks, size):
+    return [
+        course(ranks, 2, between, "train.precision=fp32", size=size, parts=parts)["curve"]
+        for between, parts in (("zero", 1), ("dense", 1), ("powersgd", 1), ("powersgd", 2))
+    ]
+
+
+@pytest.mark.parametrize(("machines", "size"), [(3, 1), (4, 1)])
+def test_machines_of_one_rank(machines, size):
+    zero, dense, once, twice = run_distributed(layouts, machines * size, size)[0]
+    assert np.allclose(dense, zero, rtol=1e-5)
+    assert np.allclose(once[:, 0], zero[:, 0], rtol=2e-3)
+    assert np.allclose(once, twice, rtol=1e-4), "accumulation changes nothing"
+
+
+def clipped(ranks, between):
+    engine = build_on(ranks, 2, between, "train.precision=fp32", "train.clip=0.01")
+    norms = [update(engine, ranks, number)[1] for number in range(3)]
+    means = torch.stack([values[1].norm() for values in state_of(engine).values()])
+    return norms, float(means.norm())
+
+
+def test_clipping_takes_the_norm_of_what_came_out_of_the_compression():
+    """The mean of three gradients clipped to 0.01 is at most 0.271 of that, on a whole machine."""
+    for between in ("dense", "powersgd"):
+        ranks = run_distributed(clipped, 4, between)
+        assert min(ranks[0][0]) > 0.05
+        machine = np.hypot(ranks[0][1], ranks[1][1])
+        assert 0.1 * 0.01 < machine <= 0.271 * 0.01 * 1.001
+
+
+def errors_of(engine):
+    """PowerSGD's error buffers of this rank, by shard."""
+    held = engine.path.replicas._powersgd._held.errors
+    return {key: [buffer.read().clone()] for key, buffer in held.items()}
+
+
+def overflow(ranks, stage, precision, skip):
+    """A good update, then one with an infinity in one block on the last rank alone."""
+    engine = build_on(ranks, stage, "powersgd", f"train.precision={precision}",
+                      f"train.skip={skip}", "train.clip=0")  # fmt: skip
+    update(engine, ranks, 0)
+    weights, errors = state_of(engine), errors_of(engine)
+    handle = spoil(engine, "blocks.1.attention.out") if ranks.rank == 3 else None
+    backward(engine, ranks, 1, BATCH)
+    engine.step(3e-3)
+    if handle is not None:
+        handle.remove()
+    return {
+        "weights": changed(weights, state_of(engine)), "all": set(weights),
+        "errors": changed(errors, errors_of(engine)), "keys": set(errors),
+        "skipped": engine.skipped, "digest": digest(engine),
+        "finite": all(e[0].isfinite().all() for e in errors_of(engine).values()),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_an_infinity_on_one_rank_skips_the_update_everywhere_and_enters_no_error(precision, stage):
+    found = run_distributed(overflow, 4, stage, precision, "update")
+    for rank in found:
+        assert rank["skipped"] and rank["weights"] == set() and rank["finite"]
+        spoiled = {key for key in rank["keys"] if key.startswith("blocks.1.attention.")}
+        assert not rank["errors"] & spoiled
+    assert found[0]["digest"] == found[2]["digest"] and found[1]["digest"] == found[3]["digest"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_infinity_on_one_rank_costs_its_block_alone(stage):
+    found = run_distributed(overflow, 4, stage, "fp16", "block")
+    for rank in found:
+        inside = {name for name in rank["all"] if name.startswith("blocks.1.attention.")}
+        spoiled = {key for key in rank["keys"] if key.startswith("blocks.1.attention.")}
+        assert not rank["skipped"] and rank["weights"] == rank["all"] - inside
+        assert rank["errors"] == rank["keys"] - spoiled and rank["finite"]
+    assert found[0]["digest"] == found[2]["digest"] and found[1]["digest"] == found[3]["digest"]
+
+
+def state_on(ranks, stage, *overrides):
+    engine = build_on(ranks, stage, "powersgd", "train.ema_every=1", *overrides, size=1)
+    return engine, State(engine.config, ranks, engine, {})
+
+
+def save_on_three(ranks, folder, stage, *overrides):
+    """Four updates, a checkpoint, and where the run goes from there."""
+    engine, state = state_on(ranks, stage, *overrides)
+    for number in range(4):
+        update(engine, ranks, number)
+        state.ema.update(engine.fragments())
+    state.update = 4
+    place = state.save(folder)
+    return place, np.array([update(engine, ranks, number) for number in range(4, 9)])
+
+
+def resume_on_two(ranks, place, stage, forget, *overrides):
+    engine, state = state_on(ranks, stage, *overrides)
+    state.load(place)
+    assert state.update == 4 and state.ema.folds == 4
+    if forget:
+        for error in engine.path.replicas._powersgd._held._loaded["errors"].values():
+            error.zero_()
+    return np.array([update(engine, ranks, number) for number in range(4, 9)])
+
+
+def resumed(folder, stage, forget, *overrides):
+    place, ahead = run_distributed(save_on_three, 3, folder, stage, *overrides)[0]
+    return run_distributed(resume_on_two, 2, place, stage, forget, *overrides)[0], ahead
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "close"),
+    [
+        (2, ["train.precision=fp32", "parallel.warm_start=true"], 1e-5),
+        pytest.param(1, ["train.precision=fp32"], 1e-5, marks=pytest.mark.slow),
+        pytest.param(3, ["train.precision=fp32"], 1e-5, marks=pytest.mark.slow),
+        pytest.param(1, ["train.precision=bf16"], 2e-3, marks=pytest.mark.slow),
+        (3, ["train.precision=fp16", "train.moments=16-bit"], 5e-4),
+    ],
+)
+def test_saved_on_three_machines_and_gone_on_with_on_two(tmp_path, stage, overrides, close):
+    """PowerSGD's output depends on the machines' mean error alone, and that is what is saved."""
+    found, ahead = resumed(tmp_path, stage, False, *overrides)
+    assert np.allclose(found, ahead, rtol=close)
+
+
+def test_errors_that_are_not_saved_would_be_missed(tmp_path):
+    """Norms, which show it first; losses follow."""
+    found, ahead = resumed(tmp_path, 2, True, "train.precision=fp32")
+    assert not np.allclose(found[:, 1], ahead[:, 1], rtol=5e-4)
+
+
+def refused(ranks, overrides, stage):
+    try:
+        engine = build_on(ranks, stage, "powersgd", *overrides)
+        update(engine, ranks, 0)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage", "said"),
+    [
+        (["parallel.node_size=3"], 2, "parallel.node_size: 3 does not divide 2 ranks"),
+        ([], 0, "parallel.between_machines: powersgd needs ZeRO 1, 2 or 3"),
+        (["parallel.rank=64"], 2, "attention.qkv.weight of shape 64x64; the largest allowed is 63"),
+        (["parallel.rank=32"], 3, "attention.qkv.weight of shape 32x64; the largest allowed is 31"),
+        (["parallel.rank_of=machine", "parallel.rank=9"], 2, "parallel.rank: 9 is not a multiple"),
+    ],
+)
+def test_what_cannot_be_compressed_is_refused_in_one_line(overrides, stage, said):
+    for message in run_distributed(refused, 2, overrides, stage):
+        assert said in message and "\n" not in message
+
+
+def diverged(ranks, folder):
+    """One bit of one weight differs on one machine."""
+    engine = build_on(ranks, 2, "dense", "train.precision=fp32")
+    engine.save(folder)
+    if ranks.rank == 2:
+        with torch.no_grad():
+            engine.fragments()[3].values[:1].mul_(1 + 2**-22)
+    with pytest.raises(CheckpointError) as caught:
+        engine.save(folder)
+    return str(caught.value)
+
+
+def test_machines_that_have_come_apart_do_not_save(tmp_path):
+    for message in run_distributed(diverged, 4, tmp_path):
+        assert "the machines' weights differ" in message and "\n" not in message
+
+
+def alone(ranks, between):
+    return course(ranks, 2, between, "train.precision=fp32", size=1)["curve"]
+
+
+def test_a_single_machine_compresses_nothing():
+    compressed, dense = (run_distributed(alone, 1, between)[0] for between in ("powersgd", "zero"))
+    assert np.allclose(compressed, dense, rtol=1e-6)

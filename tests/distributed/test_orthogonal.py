@@ -5,13 +5,16 @@ from dalle_dist.distributed.orthogonal import gaussian_RN, orthonormal_BMR
 
 
 @pytest.mark.parametrize("panel_rows", [16, 24, 40, 1000])
-@pytest.mark.parametrize("rows", [8, 9, 31, 64, 67])
-def test_basis_is_orthonormal_and_spans_the_columns(rows, panel_rows):
-    p_BMR = torch.randn(3, rows, 8)
+@pytest.mark.parametrize(
+    ("rows", "rank"), [(8, 8), (9, 8), (31, 8), (64, 8), (67, 8), (64, 24), (24, 24)]
+)
+def test_basis_is_orthonormal_and_spans_the_columns(rows, rank, panel_rows):
+    """Also where a panel would have fewer rows than columns."""
+    p_BMR = torch.randn(3, rows, rank)
     basis = orthonormal_BMR(p_BMR.clone(), panel_rows)
     assert basis.shape == p_BMR.shape
     gram = basis.transpose(1, 2) @ basis
-    torch.testing.assert_close(gram, torch.eye(8).expand(3, 8, 8), rtol=0, atol=2e-6)
+    torch.testing.assert_close(gram, torch.eye(rank).expand(3, rank, rank), rtol=0, atol=2e-6)
     torch.testing.assert_close(basis @ (basis.transpose(1, 2) @ p_BMR), p_BMR, rtol=0, atol=1e-5)
 
 
@@ -27,6 +30,13 @@ def test_degenerate_columns_still_give_an_orthonormal_basis(kind, panel_rows):
         p_BMR += 1e-20 * torch.randn(1, 40, 8)
     basis = orthonormal_BMR(p_BMR, panel_rows)[0]
     torch.testing.assert_close(basis.T @ basis, torch.eye(8), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("panel_rows", [16, 1000])
+def test_columns_far_below_the_shift_give_way_to_it(panel_rows):
+    """Of p + 1e-6 I with |p| near 1e-9 nothing but I is left."""
+    basis = orthonormal_BMR(1e-9 * torch.randn(1, 40, 8), panel_rows)[0]
+    torch.testing.assert_close(basis.abs(), torch.eye(40, 8), rtol=0, atol=2e-2)
 
 
 def test_panels_of_graded_columns_stay_orthonormal():

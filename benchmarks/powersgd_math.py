@@ -1,0 +1,280 @@
+"""Cost of PowerSGD's arithmetic on one GPU's part of a 12B resblock, against torch's hook.
+
+A group of one process, so that all-reduces cost next to nothing; all else that both do in training
+is in. torch's hook at its defaults (warm start, error feedback), and with two of its options. Rank
+112 per shard; shards of 496x3968 (q, k, v, out) and 1984x3968 (MLP).
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torch_powersgd
+
+from benchmarks import common
+from benchmarks.common import Measured
+from dalle_dist.config import Config, load
+from dalle_dist.distributed import launch
+from dalle_dist.distributed.orthogonal import gaussian_RN, orthonormal_BMR
+from dalle_dist.distributed.powersgd import PowerSGD, Shard
+
+MACHINE, RANK = 8, 112
+HOOKS: dict[str, dict[str, bool] | None] = {
+    "ours": None,
+    "torch hook": {},
+    "torch hook, shapes batched": {"batch_tensors_with_same_shape": True},
+    "torch hook, Q drawn anew": {"warm_start": False},
+}
+FLOP = 6  # of a step per weight and token; recomputation would make it 8
+
+
+@dataclass
+class Bucket:
+    """What torch's hook asks of DDP's bucket, which only C++ can make."""
+
+    flat: Tensor
+    shapes: list[tuple[int, int]]
+
+    def index(self) -> int:
+        return 0
+
+    def is_last(self) -> bool:
+        return True
+
+    def buffer(self) -> Tensor:
+        return self.flat
+
+    def gradients(self) -> list[Tensor]:
+        parts = self.flat.split([rows * columns for rows, columns in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def main() -> None:
+    options = common.arguments(__doc__, rounds=15)
+    ranks = launch.init()
+    config = load("12b", ["name=smoke"] if options.smoke else [])
+    width, rank = (256, 8) if options.smoke else (config.transformer.width, RANK)
+    rows: list[Measured] = []
+    for name, shapes in blocks(width).items():
+        times = in_turn(shapes, rank, options.rounds, options.threads)
+        rows += figures(name, times)
+    rows += whole_layer(rows)
+    rows += orthogonalisation(width // 2, rank, ranks.device, options.rounds)
+    rows.append(Measured("12B on paper", "share of a step's FLOP", "%", [100 * share(config)]))
+    common.report("powersgd_math", config, rows, options)
+    launch.shutdown()
+
+
+def blocks(width: int) -> dict[str, list[tuple[int, int]]]:
+    """Shards of an attention and of an MLP resblock, cut along dim 0; `down` lies as [4d, d]."""
+    rows = width // MACHINE
+    return {"attention": [(rows, width)] * 4, "MLP": [(4 * rows, width)] * 2}
+
+
+def in_turn(
+    shapes: list[tuple[int, int]], rank: int, rounds: int, threads: int
+) -> dict[str, list[float]]:
+    """Seconds of each case, each in a process of its own that waits while another is timed.
+
+    In one process torch's hook would slow the others down: it computes in the callbacks' thread,
+    whose OpenMP workers go on spinning beside those of the main thread.
+    """
+    context = multiprocessing.get_context("spawn")
+    ends, processes = {}, []
+    for name in HOOKS:
+        ends[name], other = context.Pipe()
+        arguments = (other, name, shapes, rank, threads)
+        processes.append(context.Process(target=_case, args=arguments, daemon=True))
+        processes[-1].start()
+    for end in ends.values():
+        if refusal := end.recv():
+            raise SystemExit(refusal)
+    times: dict[str, list[float]] = {name: [] for name in HOOKS}
+    for timed in range(rounds + 1):
+        for name, end in ends.items():
+            end.send(True)
+            took = end.recv()
+            if timed:
+                times[name].append(took)
+    for end in ends.values():
+        end.send(False)
+    for process in processes:
+        process.join()
+    return times
+
+
+def _case(
+    end: Connection, name: str, shapes: list[tuple[int, int]], rank: int, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    device = launch.init().device
+    options = HOOKS[name]
+    try:
+        if options is None:
+            check_ours(shapes, rank, device)
+            run = ours(shapes, rank, device)[0]
+        else:
+            check_theirs(shapes, rank, device, **options)
+            run = theirs(shapes, rank, device, **options)[0]
+    except SystemExit as refusal:
+        end.send(str(refusal))
+        return
+    end.send("")
+    while end.recv():
+        end.send(common.seconds(run))
+    # Not by shutdown: the hook's thread may still hold the process group, and cannot end itself.
+    os._exit(0)
+
+
+def ours(
+    shapes: list[tuple[int, int]], rank: int, device: torch.device
+) -> tuple[Callable[[], None], list[Tensor], PowerSGD]:
+    sgd = PowerSGD(dist.group.WORLD, blocks=1, rank=rank, device=device)
+    values = Bucket(gradient(shapes, device), shapes).gradients()
+    shards = [Shard(f"w{i}", value, 0) for i, value in enumerate(values)]
+
+    def run() -> None:
+        sgd.reduce(shards)
+        _synchronise(device)
+
+    return run, values, sgd
+
+
+def theirs(
+    shapes: list[tuple[int, int]], rank: int, device: torch.device, **options: bool
+) -> tuple[Callable[[], None], list[Tensor], torch_powersgd.PowerSGDState]:
+    # Errors and a warm start need a start after step 1.
+    state = torch_powersgd.PowerSGDState(
+        dist.group.WORLD, rank, start_powerSGD_iter=2, min_compression_rate=1, **options
+    )
+    state.iter = 2
+    bucket = Bucket(gradient(shapes, device), shapes)
+
+    def run() -> None:
+        torch_powersgd.powerSGD_hook(state, bucket).wait()
+        _synchronise(device)
+
+    return run, bucket.gradients(), state
+
+
+def gradient(shapes: list[tuple[int, int]], device: torch.device) -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(sum(rows * columns for rows, columns in shapes)).to(device)
+
+
+def check_ours(shapes: list[tuple[int, int]], rank: int, device: torch.device) -> None:
+    """Refuse to time outputs that are not the projection they should be, or that lose something."""
+    run, values, sgd = ours(shapes, rank, device)
+    given = [value.clone() for value in values]
+    run()
+    errors = [sgd.state()["errors"][f"w{i}@0"].to(device) for i in range(len(shapes))]
+    q = gaussian_RN(0, "w0@0", rank, shapes[0][1]).to(device).double().T
+    basis, _ = torch.linalg.qr(given[0].double() @ q)
+    _require("our output", values[0], basis @ (basis.T @ given[0].double()))
+    for value, error, whole in zip(values, errors, given, strict=True):
+        _require("our output + error", value + error, whole)
+
+
+def check_theirs(
+    shapes: list[tuple[int, int]], rank: int, device: torch.device, **options: bool
+) -> None:
+    run, values, state = theirs(shapes, rank, device, **options)
+    given = [value.clone() for value in values]
+    run()
+    errors = Bucket(state.error_dict[0], shapes).gradients()
+    for value, error, whole in zip(values, errors, given, strict=True):
+        _require("torch's output + error", value + error, whole)
+
+
+def figures(block: str, times: dict[str, list[float]]) -> list[Measured]:
+    rows = [
+        Measured(name, f"{block} shards", "ms", [1e3 * t for t in took])
+        for name, took in times.items()
+    ]
+    for name, took in times.items():
+        if name != "ours":
+            pairs = zip(times["ours"], took, strict=True)
+            rows.append(Measured(f"/ {name}", f"ours, {block}", "x", [o / t for o, t in pairs]))
+    return rows
+
+
+def whole_layer(rows: list[Measured]) -> list[Measured]:
+    """Attention + MLP, round by round."""
+    parts: dict[str, list[list[float]]] = {}
+    for row in rows:
+        if row.unit == "ms":
+            parts.setdefault(row.case, []).append([value / 1e3 for value in row.values])
+    return figures(
+        "layer", {name: [sum(r) for r in zip(*took, strict=True)] for name, took in parts.items()}
+    )
+
+
+def orthogonalisation(rows: int, rank: int, device: torch.device, rounds: int) -> list[Measured]:
+    """Householder QR in panels, of the whole, and CholeskyQR2, of a Gaussian; how orthonormal."""
+    torch.manual_seed(0)
+    p_BMR = torch.randn(1, rows, rank).to(device)
+    turned = torch.linalg.qr(torch.randn(rank, rank))[0]
+    graded = p_BMR @ (torch.logspace(0, -5, rank)[:, None] * turned).to(device)
+    bases: dict[str, Callable[[Tensor], Tensor]] = {
+        "Householder, panels": lambda p: orthonormal_BMR(p.clone()),
+        "torch.linalg.qr": lambda p: torch.linalg.qr(p)[0],
+        "CholeskyQR2": cholesky_qr2,
+    }
+    times = common.interleaved(
+        {name: lambda f=f: (f(p_BMR), _synchronise(device)) for name, f in bases.items()}, rounds
+    )
+    found = [
+        Measured(name, f"QR of {rows}x{rank}", "ms", [1e3 * t for t in took])
+        for name, took in times.items()
+    ]
+    for name, basis in bases.items():
+        for kind, given in (("Gaussian", p_BMR), ("condition 1e5", graded)):
+            q = basis(given)[0].double()
+            worst = float((q.T @ q - torch.eye(rank).to(q)).abs().max().nan_to_num(math.inf))
+            found.append(Measured(name, f"max |PtP - I|, {kind}", "", [worst]))
+    return found
+
+
+def cholesky_qr2(p_BMR: Tensor) -> Tensor:
+    """Twice P := P R^-1, R from the Gram matrix; breaks down above condition 1e3 or so in fp32."""
+    for _ in range(2):
+        factor, _ = torch.linalg.cholesky_ex(p_BMR.transpose(1, 2) @ p_BMR)
+        p_BMR = torch.linalg.solve_triangular(factor.mT, p_BMR, upper=True, left=False)
+    return p_BMR
+
+
+def share(config: Config) -> float:
+    """FLOP of PowerSGD per FLOP of the step that it serves, on one of the paper's 1,024 GPUs.
+
+    The step: one sample per GPU, weights of the resblocks alone.
+    """
+    shape = config.transformer
+    shards = [s for block in blocks(shape.width).values() for s in block]
+    products = sum(3 * 2 * rows * columns * RANK for rows, columns in shards)
+    # Householder: 2 m r^2 for the triangle, as much for the basis.
+    factors = sum(4 * rows * RANK**2 for rows, _ in shards)
+    step = FLOP * 12 * shape.width**2 * shape.tokens
+    return (products + factors) / step
+
+
+def _require(what: str, found: Tensor, wanted: Tensor) -> None:
+    error, size = (found.double() - wanted.double()).norm(), wanted.double().norm()
+    if not error <= 1e-5 * size:
+        raise SystemExit(f"{what} differs by {error:.2g} of {size:.2g}: not timed")
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()
