@@ -1,6 +1,7 @@
 # make demo   a machine learns to draw from text: 14 minutes on 2 cores, ends with runs/demo/report.html
 # make test   all quick tests            make check   lint, format, types
 # make test-slow   the slower proofs     make bench   the figures in benchmarks/results
+# make test-deepspeed-matrix   what is asked of DeepSpeed, under each version of distributed/versions.py
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ RANKS := 2
 SET := paths.images=$(DATA) paths.tokens=$(DATA)-tokens paths.tokenizer=$(DATA)/tokenizer.json \
        paths.dvae_run=$(RUN)-dvae paths.run=$(RUN) $(EXTRA)
 
-.PHONY: demo demo-short test test-slow check format bench clean
+.PHONY: demo demo-short test test-slow test-deepspeed-matrix check format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.html
@@ -46,6 +47,16 @@ test: $(VENV)/triton
 
 test-slow: $(VENV)/triton
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# The newest is the one in the virtual environment; the others lie beside it, without what they need.
+OLD_DEEPSPEEDS := 0.18.9 0.17.5
+
+test-deepspeed-matrix: $(VENV)/ready $(OLD_DEEPSPEEDS:%=build/deepspeed-%)
+	set -e; for folder in "" $(OLD_DEEPSPEEDS:%=build/deepspeed-%); do \
+	  PYTHONPATH=$$folder $(BIN)/python -m pytest -q tests/distributed/test_deepspeed.py; done
+
+build/deepspeed-%: $(VENV)/ready
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target $@ deepspeed==$*
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """A model put under DeepSpeed as the config says.
 
-Tested with DeepSpeed 0.19.8. Private names in use: `checkpoint_engine`, `basic_optimizer`,
-`torch_autocast_gradscaler`, `save_zero_checkpoint`, `save_non_zero_checkpoint`, `groups.mpu`.
+Tested with DeepSpeed 0.19.8, 0.18.9 and 0.17.5 (`make test-deepspeed-matrix`). The private names in
+use, and what is refused under which version, are in `versions.py`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,19 @@ from dalle_dist.distributed.launch import Ranks
 from dalle_dist.distributed.node_local import NodeLocal, start_alike
 from dalle_dist.distributed.replicas import Replicas
 from dalle_dist.distributed.safe_pickle import safe_checkpoint_engine
+from dalle_dist.distributed.versions import (
+    check_version,
+    require,
+    require_names,
+    shards,
+    wait_for_all_gathers,
+)
 from dalle_dist.errors import ConfigError
 from dalle_dist.optim.adamw import AdamW
 from dalle_dist.optim.apex import fused_layer_norm
 from dalle_dist.optim.groups import param_groups
 from dalle_dist.transformer.blocks import compile_blocks
 from dalle_dist.transformer.embeddings import use_layer_norm
-
-# These sum only the last micro-batch into ZeRO-2's gradient (fixed by DeepSpeed #7665).
-_LOSES_MICRO_BATCHES = ((0, 17, 6), (0, 18, 2))
 
 
 def build_engine(model: nn.Module, config: Config, ranks: Ranks) -> Engine:
@@ -40,15 +44,18 @@ def build_engine(model: nn.Module, config: Config, ranks: Ranks) -> Engine:
     Raises:
         ConfigError: the JSON at train.deepspeed contradicts the config, sizes do not divide, what
             is asked for does not go together, or this DeepSpeed is known to be wrong.
+        RuntimeError: this DeepSpeed lacks a private name that is used here.
     """
     import deepspeed
 
-    _check_version(deepspeed.__version__)
+    between, precision = config.parallel.between_machines, config.train.precision
+    check_version(deepspeed.__version__, precision, stage(config.train), between)
+    wait_for_all_gathers(deepspeed.__version__, ranks.device.type)
     _quieten()
     tree = deepspeed_config(config.train, ranks.world)
     _check_together(config, tree)
     groups = None
-    if config.parallel.between_machines != "zero":
+    if between != "zero":
         groups = machine_groups(ranks, config.parallel.node_size or None)
         tree["train_batch_size"] //= groups.machines  # DeepSpeed knows of one
         start_alike(model, ranks)
@@ -98,6 +105,7 @@ def _initialize(
     from deepspeed.utils import groups as deepspeed_groups
 
     mpu = None if groups is None else NodeLocal(groups, ranks)
+    require(deepspeed_groups, "groups", "mpu")
     deepspeed_groups.mpu = None  # that of an earlier engine in this process
     deepspeed.init_distributed(dist_init_required=False)  # else ZeRO-3 takes the world for one
     if tree["zero_optimization"].get("stage") == 3:
@@ -115,6 +123,7 @@ def _initialize(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=tree, mpu=mpu, dist_init_required=False
     )
+    require_names(engine, shards(engine), config.train.precision == "fp16")
     for state in engine.basic_optimizer.state.values():
         state["step"].zero_()
     # With its autocast comes a scaler of its own, which would scale the loss behind our back.
@@ -167,14 +176,4 @@ def _check_together(config: Config, tree: dict[str, Any]) -> None:
         raise ConfigError(
             f"{file}: remove zero_optimization.offload_optimizer: neither fp16 nor averaging "
             "between machines finds gradients that DeepSpeed moves to the host"
-        )
-
-
-def _check_version(version: str) -> None:
-    first, last = _LOSES_MICRO_BATCHES
-    number = tuple(int(part) for part in version.split("+")[0].split(".")[:3])
-    if first <= number <= last:
-        raise ConfigError(
-            f"DeepSpeed {version} loses gradients when it accumulates under ZeRO-2; install "
-            "0.18.3 or later"
         )

@@ -21,6 +21,7 @@ from dalle_dist.distributed.gradient_path import GradientPath
 from dalle_dist.distributed.gradients import owned_gradients, put_together
 from dalle_dist.distributed.groups import Groups
 from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.versions import shards
 from dalle_dist.errors import CheckpointError
 from dalle_dist.optim.ema import Fragment
 
@@ -50,10 +51,11 @@ class Engine:
         if groups is not None:
             self.place, self.places, self.machine = groups.local, groups.node_size, groups.machine
         self.skipped = False  # whether the last `step` left everything as it was
-        self.stage = int(deepspeed_engine.zero_optimization_stage())
+        self.stage = shards(deepspeed_engine)
         self.accumulation = accumulation(config.train, ranks.world)
+        whole_shape = "ds_shape" if self.stage == 3 else "shape"
         self.shapes: dict[str, tuple[int, ...]] = {
-            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            name: tuple(getattr(parameter, whole_shape))
             for name, parameter in self.module.named_parameters()
         }
 
@@ -77,6 +79,7 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts
 
+    @torch.no_grad()  # DeepSpeed 0.18.9 gathers weights in place into a tensor of a graph
     def step(self, lr: float, measure: bool = False) -> float:
         """Clip and apply the summed gradient; returns its norm before clipping.
 
@@ -207,9 +210,9 @@ class Engine:
 
     def _whole(self) -> list[Fragment]:
         named = list(self.module.named_parameters())
-        masters = getattr(self._engine.optimizer, "fp32_groups", None)
-        if masters is None:
+        if self._engine.optimizer is self._engine.basic_optimizer:  # fp32
             return [Fragment(name, 0, p.data.view(-1)) for name, p in named]
+        masters = self._engine.optimizer.fp32_groups
         lows = [p for group in self._engine.optimizer.fp16_groups for p in group]
         highs = [p for group in masters for p in group]
         by_id = {id(low): high for low, high in zip(lows, highs, strict=True)}

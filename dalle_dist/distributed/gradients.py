@@ -2,7 +2,8 @@
 
 Private names of DeepSpeed in use: `param._hp_mapping`, `param._index_in_param_group` (ZeRO-1/2,
 what its `safe_get_full_grad` rests on), `optimizer.averaged_gradients`, `optimizer.fp16_groups`
-(ZeRO-3). One that is gone is an error, never a gradient left as it was.
+(ZeRO-3), `optimizer.bf16_groups`, `fp32_groups_gradients` and `_flat` (bf16 under ZeRO-1). One that
+is gone is an error, never a gradient left as it was.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dalle_dist.distributed.versions import TESTED, keeps_whole_gradients
 from dalle_dist.optim.ema import Fragment
 
 
@@ -30,18 +32,20 @@ def owned_gradients(module: nn.Module, optimizer: Any, stage: int, place: int) -
         if stage == 0:
             return [Fragment(name, 0, p.grad.view(-1)) for name, p in named]
         if stage < 3:
+            whole = _whole(optimizer) if keeps_whole_gradients(optimizer) else {}
             owned = [(name, p) for name, p in named if p._hp_mapping is not None]
-            return [_zero12(name, parameter) for name, parameter in owned]
-        found: dict[int, Tensor] = {}
-        for number, group in enumerate(optimizer.fp16_groups):
-            pieces = optimizer.averaged_gradients[number]
-            found |= {id(p): piece for p, piece in zip(group, pieces, strict=True)}
+            return [_zero12(name, p, whole.get(id(p))) for name, p in owned]
+        found = {
+            id(p): piece
+            for number, group in enumerate(optimizer.fp16_groups)
+            for p, piece in zip(group, optimizer.averaged_gradients[number], strict=True)
+        }
         fragments = [_zero3(name, p, found[id(p)], place) for name, p in named]
         return [fragment for fragment in fragments if fragment is not None]
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise RuntimeError(
-            f"DeepSpeed: its gradients are not where 0.19.8 keeps them ({error!r}); this version "
-            "of dalle-dist does not know that one"
+            f"DeepSpeed does not keep its gradients where they were ({error!r}); install one that "
+            f"dalle-dist is tested with: {', '.join(TESTED)}"
         ) from error
 
 
@@ -52,9 +56,9 @@ def put_together(optimizer: Any, owned: list[Fragment], group: dist.ProcessGroup
     That is bf16 under ZeRO-1, whose norm and clipping look at all of them. `group` shares the
     weights. Costs an all-reduce of the gradient inside the machine.
     """
-    wholes = getattr(optimizer, "fp32_groups_gradients_flat", None)
-    if wholes is None:
+    if not keeps_whole_gradients(optimizer):
         return
+    wholes = optimizer.fp32_groups_gradients_flat
     pieces = [(fragment.values, fragment.values.clone()) for fragment in owned]
     for whole in wholes:
         whole.zero_()
@@ -64,12 +68,18 @@ def put_together(optimizer: Any, owned: list[Fragment], group: dist.ProcessGroup
         dist.all_reduce(whole, group=group)
 
 
-def _zero12(name: str, parameter: Any) -> Fragment:
+def _whole(optimizer: Any) -> dict[int, Tensor]:
+    """By parameter; asked for by `_index_in_param_group`, old DeepSpeeds give another one's."""
+    groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+    return {id(p): g for ps, gs in groups for p, g in zip(ps, gs, strict=True)}
+
+
+def _zero12(name: str, parameter: Any, whole: Tensor | None) -> Fragment:
     mapping = parameter._hp_mapping
     place = mapping.lp_fragment_address
+    if whole is not None:
+        return Fragment(name, place.start, whole.view(-1).narrow(0, place.start, place.numel))
     values: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
-    if values.numel() == parameter.numel():  # bf16 under ZeRO-1 keeps whole gradients
-        values = values[place.start : place.start + place.numel]
     if values.numel() != place.numel:
         raise AttributeError(f"{name}: {values.numel()} elements instead of {place.numel}")
     return Fragment(name, place.start, values)
