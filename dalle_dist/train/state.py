@@ -121,7 +121,8 @@ class State:
         if lines:
             raise CheckpointError(
                 f"{checkpoint}: DeepSpeed's state was written otherwise: {'; '.join(lines)}; start "
-                "alike (with another number of machines, if ZeRO stays inside each)"
+                "with the same number of ranks (of a machine, where ZeRO stays inside each), ZeRO "
+                "stage, precision and moments"
             )
 
 
