@@ -49,9 +49,9 @@ class Contender:
     trained: bool = True  # whether its loss is compared, after more updates than it takes to time
 
 
-def ours(wire: str, **more: Any) -> Contender:
-    name = ", ".join([f"ours, {wire}", *(option.replace("_", " ") for option in more)])
-    return Contender(name, {"between_machines": "powersgd", "wire": wire, **more})
+def ours(wire: str, trained: bool = True) -> Contender:
+    parallel = {"between_machines": "powersgd", "wire": wire}
+    return Contender(f"ours, {wire}", parallel, trained=trained)
 
 
 DENSE = Contender("dense all-reduce", {"between_machines": "dense"})
