@@ -72,6 +72,8 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.precision --threads=1
+	$(BIN)/python -m benchmarks.powersgd_math
+	$(BIN)/python -m benchmarks.powersgd_wire --threads=1
 
 # torch goes first: DeepSpeed's set-up imports it, and must not bring another one of its own.
 $(VENV)/ready: setup.py kernels/setup.py constraints.txt
