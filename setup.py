@@ -11,7 +11,7 @@ setup(
     package_data={"dalle_dist.presets": ["*.yaml"]},
     install_requires=[
         "torch>=2.7",
-        "deepspeed>=0.17.5,!=0.17.6,!=0.18.0,!=0.18.1,!=0.18.2",
+        "deepspeed>=0.17.5,!=0.17.6,!=0.18.0,!=0.18.1,!=0.18.2,!=0.18.3",
         "dalle-kernels",
         "boto3",
         "emoji",

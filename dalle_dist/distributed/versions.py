@@ -33,7 +33,9 @@ FAULTS = (
     Fault((0, 0, 0), (0, 17, 4), "is older than what is tested"),
     # DeepSpeed #7665.
     Fault((0, 17, 6), (0, 18, 2), "keeps only the last micro-batch's gradient under ZeRO-2"),
-    # Up to 0.18.4 nothing is sharded; then ranks apply gradients that were never summed.
+    # It divides by the accumulation steps although told not to (`scale_wrt_gas=False`).
+    Fault((0, 18, 3), (0, 18, 3), "makes accumulated gradients too small"),
+    # Up to 0.18.4 nothing is sharded; later norms are 0.178 instead of 0.140.
     Fault((0, 18, 0), (0, 18, 9), "does not do ZeRO-1 in bf16", "bf16", 1),
     Fault(
         (0, 17, 5), (0, 19, 7), "has no fp32 gradients of bf16 under ZeRO-2 to average between "
