@@ -314,14 +314,19 @@ def test_contenders_that_train_another_model_are_refused(monkeypatch):
 def test_powersgd_wire_smoke(thin_wire, tmp_path):
     out = tmp_path / "rows.csv"
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.powersgd_wire", "--smoke", "--rounds=2", "--threads=1",
+        [sys.executable, "-m", "benchmarks.powersgd_wire", "--smoke", "--rounds=5", "--threads=1",
          "--out", str(out)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     with out.open(newline="") as file:
-        rows = {(row["case"], row["metric"]): float(row["median"]) for row in csv.DictReader(file)}
-    share = "bytes at 1000 Mbit/s"
-    assert rows["dense all-reduce", share] == 100
-    assert 48 < rows["DDP, fp16", share] < 55
-    assert rows["ours, bf16", share] < 0.95 * rows["ours, fp32", share] < 50
+        # Busy processors delay acknowledgements, and TCP then sends twice: the least is the truth.
+        sent = {
+            row["case"]: float(row["low"])
+            for row in csv.DictReader(file)
+            if row["metric"] == "sent per update at 1000 Mbit/s"
+        }
+    dense = sent["dense all-reduce"]
+    assert 0.48 < sent["DDP, fp16"] / dense < 0.55
+    assert sent["ours, bf16"] < 0.95 * sent["ours, fp32"]
+    assert sent["ours, fp32"] < 0.5 * dense
