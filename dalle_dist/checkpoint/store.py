@@ -36,6 +36,7 @@ def save(folder: Path, step: int, write: Callable[[Path], None], ranks: Ranks, k
     target = folder / f"step-{step:08d}"
     partial = folder / f"{target.name}.tmp"
     _attempt(partial, ranks, lambda: _prepare(folder, partial) if ranks.rank == 0 else None)
+    _attempt(partial, ranks, lambda: _require_shared(partial))
     _attempt(partial, ranks, lambda: write(partial))
     digests: list[dict[str, Any]] = []
     _attempt(partial, ranks, lambda: digests.append(_describe(partial, ranks)))
@@ -55,7 +56,9 @@ def latest(folder: Path, ranks: Ranks | None = None) -> Path | None:
 
     With `ranks`, all of them must call it: they share the work of reading and agree.
     """
-    for step in sorted(steps(folder), reverse=True):
+    # Rank 0's list: on folders that differ, ranks would not check equally many.
+    found = steps(folder) if ranks is None else ranks.broadcast(steps(folder))
+    for step in reversed(found):
         path = folder / f"step-{step:08d}"
         if problem(path, ranks) is None:
             return path
@@ -128,6 +131,15 @@ def _prepare(folder: Path, partial: Path) -> None:
     for leftover in folder.glob("step-*.tmp"):
         shutil.rmtree(leftover)
     partial.mkdir()
+
+
+def _require_shared(partial: Path) -> None:
+    """Or else `write` would fail on some ranks alone, while others wait in its collectives."""
+    if not partial.is_dir():
+        raise OSError(
+            "it does not see the folder that rank 0 made: all ranks must share the run's folder "
+            "(a remote run's working copy is in DALLE_DIST_CACHE)"
+        )
 
 
 def _describe(partial: Path, ranks: Ranks) -> dict[str, Any]:
