@@ -155,9 +155,9 @@ class PowerSGD:
 
         A block is bad when a gradient in it is not finite on some rank (nor may its squares
         overflow), or when `bad` names it on some rank. Its gradient then enters no error buffer,
-        its values become zero and its norms inf. When P or Q of finite gradients is not finite, the
-        block is as bad, but its buffers hold the gradient already: they are kept if they are
-        finite, else zeroed. Other blocks are not touched by it.
+        its values become zero and its norms inf. When what is sent for finite gradients (P or Q, or
+        gradient + error) is not finite, the block is as bad, but its buffers hold the gradient
+        already: they are kept if they are finite, else zeroed. Other blocks are not touched by it.
 
         Args:
             compressed: 2-D shards, the same in the same order on all replicas and at each step.
@@ -250,11 +250,15 @@ class PowerSGD:
         for block in _by_block(shards):
             errors = [self._held.errors[shard.key] for shard in block]
             sums = [e.take_in(shard.values) for e, shard in zip(errors, block, strict=True)]
-            norms |= _receive(block, self._launch_whole(sums))
-            for error in errors:
-                error.clear()
+            mean = self._launch_whole(sums)
+            for error, total in zip(errors, sums, strict=True):
+                error.keep(total)  # whether the block is bad is not known yet
+            norms |= _receive(block, mean)
         owners = {shard.key: shard.block for shard in [*shards, *dense]}
         late = self._agree([owners[key] for key in norms], list(norms.values()))
+        for shard in shards:
+            if shard.block not in late:
+                self._held.errors[shard.key].clear()
         return _numbers(norms), late
 
     def _agree(

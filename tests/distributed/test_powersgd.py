@@ -300,39 +300,57 @@ def test_a_bad_block_without_shards_on_this_rank_makes_the_norm_infinite_too():
     assert Outcome(frozenset(), {"w@0": 4.0, "b@0": 1.0}, 0, 0, {}).square_norm == 5
 
 
-def _late_failure(ranks, poison):
-    """Q' of block 1 is NaN on rank 0 at the second step; or an error buffer holds an infinity."""
-    sgd, groups = build(ranks, 1)
-    right = factors.orthonormal_BMR
-    for step in range(2):
+def _nan_in_block_1(launch):
+    """The only block of three shards."""
+    return lambda sums: launch([s * (math.nan if len(sums) == 3 else 1) for s in sums])
+
+
+def _late_failure(ranks, poison, options):
+    """What rank 0 sends of block 1 is NaN at the third step; or its error buffer has an infinity.
+
+    The third step is one of factors, or a dense one.
+    """
+    sgd, groups = build(ranks, 1, **options)
+    right, whole = factors.orthonormal_BMR, sgd._launch_whole
+    for step in range(3):
         given = shards(COMPRESSED, step, groups.machine)
         sums = {s.key: s.values.clone() for s in given}
-        if step == 1:
+        if step == 2:
             for key, total in sums.items():
                 total += sgd._held.errors[key].read()
-            if poison == "Q" and ranks.rank == 0:
+            if poison == "sent" and ranks.rank == 0:
                 factors.orthonormal_BMR = lambda p: right(p) * (math.nan if len(p) == 2 else 1)
+                sgd._launch_whole = _nan_in_block_1(whole)
             elif poison == "error" and ranks.rank == 0:
                 sgd._held.errors["1.up@0"].read()[0, 0] = math.inf
         outcome = sgd.reduce(given)
-    factors.orthonormal_BMR = right
+    factors.orthonormal_BMR, sgd._launch_whole = right, whole
     errors = {key: buffer.read().clone() for key, buffer in sgd._held.errors.items()}
-    again = sgd.reduce(shards(COMPRESSED, 2, groups.machine))
+    again = sgd.reduce(shards(COMPRESSED, 3, groups.machine))
     return outcome.bad, sums, errors, {s.name: s.values for s in given}, again.bad
 
 
-@pytest.mark.parametrize("poison", ["Q", "error"])
-def test_a_failure_after_the_gradient_went_in_keeps_finite_buffers_and_zeroes_others(poison):
-    for rank, found in enumerate(on_ranks(_late_failure, 3, poison)):
+@pytest.mark.parametrize("dense_every", [0, 2], ids=["factors", "dense"])
+@pytest.mark.parametrize(
+    ("poison", "stored"),
+    [("sent", "fp32"), pytest.param("sent", "1-6-9", marks=needs_minifloat), ("error", "fp32")],
+)
+def test_a_failure_after_the_gradient_went_in_keeps_finite_buffers_and_zeroes_others(
+    poison, stored, dense_every
+):
+    options = {"stored": stored, "dense_every": dense_every}
+    for rank, found in enumerate(on_ranks(_late_failure, 3, poison, options)):
         bad, sums, errors, values, again = found
         assert bad == {1} and again == frozenset()
         for key in ("1.up@0", "1.gate@0", "1.tall@0"):
             assert not values[key[:-2]].any()
             zeroed = poison == "error" and rank == 0 and key == "1.up@0"
             wanted = torch.zeros_like(sums[key]) if zeroed else sums[key]
-            assert torch.equal(errors[key], wanted)
+            rounding = 0 if stored == "fp32" else 2**-9
+            assert torch.allclose(errors[key], wanted, rtol=rounding, atol=0)
         for key in ("0.qkv@0", "0.out@0", "head@0"):
             assert values[key[:-2]].any() and not torch.equal(errors[key], sums[key])
+            assert dense_every == 0 or not errors[key].any()
 
 
 @pytest.mark.parametrize("warm_start", [False, True])
