@@ -76,7 +76,8 @@ class ReplicaState:
     def load(self, state: Mapping[str, Any]) -> None:
         """See `PowerSGD.load`."""
         self.step, self._seed = int(state["step"]), int(state["seed"])
-        self.errors, self.queries, self._loaded = {}, {}, state
+        unused = self.step == 0 and not state["errors"]  # saved before the first `reduce`
+        self.errors, self.queries, self._loaded = {}, {}, None if unused else state
 
     def _query(self, shard: Keyed) -> Tensor:
         short, long = sorted(shard.values.shape)

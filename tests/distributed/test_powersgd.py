@@ -391,6 +391,22 @@ def test_a_state_that_was_loaded_and_not_used_is_saved_again_as_it_was():
     assert all(torch.equal(again["errors"][k], e) for k, e in state["errors"].items())
 
 
+def _saved_before_use(ranks, options):
+    """Outputs of one that goes on from another's state, which was never used."""
+    state = build(ranks, 1, **options)[0].state()
+    assert state["step"] == 0 and not state["errors"]
+    # The seed comes with the state: the one given here must not matter.
+    return run(ranks, 1, options | {"seed": 4}, 2, [state])
+
+
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_saved_before_use_and_then_reduced_it_is_as_if_it_were_new(warm_start):
+    options = {"seed": 3, "warm_start": warm_start}
+    wanted, _, _ = on_ranks(run, 2, 1, options, 2)[0]
+    for outputs, state, _ in on_ranks(_saved_before_use, 2, options):
+        assert digest(outputs) == digest(wanted) and state["step"] == 2
+
+
 def _load_misfit(ranks, state):
     sgd, groups = build(ranks, 1)
     sgd.load(state)
@@ -405,6 +421,8 @@ def test_states_of_other_shards_are_refused():
     errors["0.out@7"] = errors.pop("0.out@0")
     for text in on_ranks(_load_misfit, 2, state | {"errors": errors}):
         assert "0.out@0 is only in one of both" in text
+    for text in on_ranks(_load_misfit, 2, state | {"errors": {}}):
+        assert "0.out@0 is only in one of both" in text, "used, and its errors are gone"
     errors = state["errors"] | {"0.out@0": torch.zeros(8, 16)}
     for text in on_ranks(_load_misfit, 2, state | {"errors": errors}):
         assert "error of 0.out@0 is (8, 16), the shard is (16, 16)" in text
