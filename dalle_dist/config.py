@@ -165,8 +165,10 @@ class ParallelConfig:
     # machines the mean of the gradients, whole or compressed (paper 2.5 and E)
     between_machines: Literal["zero", "dense", "powersgd"] = "zero"
     node_size: int = 0  # ranks that count as a machine; 0 = those of one host name
-    rank: int = 896  # of PowerSGD (paper, Table 1: 512, 640, 896 for 2.8, 5.6 and 12 billion) ...
-    rank_of: Literal["machine", "shard"] = "machine"  # ... over a machine's ranks, or of each
+    rank: int = 896  # of PowerSGD (paper, Table 1: 512, 640, 896 for 2.8, 5.6 and 12 billion)
+    # "machine": the sum over the shards of a matrix, which is cut by rows into node_size of them;
+    # "shard": of each shard, a matrix under ZeRO-1 and 2, node_size parts of it under ZeRO-3
+    rank_of: Literal["machine", "shard"] = "machine"
     wire: Literal["fp32", "bf16", "fp16", "1-6-9"] = "bf16"  # number format of P and Q
     p_scale: float = 1.0  # what P and Q are multiplied by, to lie well in that format
     q_scale: float = 1.0

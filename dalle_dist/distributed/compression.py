@@ -32,6 +32,11 @@ def ratio(shape: Shape, rank: int) -> float:
     return (rows + columns) * rank / (rows * columns)
 
 
+def pays(shape: Shape, rank: int) -> bool:
+    """Whether a 2-D shard can be compressed at `rank`, and P and Q are smaller than it."""
+    return 0 < rank < min(shape) and ratio(shape, rank) < 1
+
+
 def check_rank(name: str, shape: Shape, rank: int) -> None:
     """Raises ConfigError unless 1 <= rank < min(shape): beyond, P and Q exceed the shard."""
     if not 1 <= rank < min(shape):
@@ -41,39 +46,32 @@ def check_rank(name: str, shape: Shape, rank: int) -> None:
         )
 
 
-def compressible(shapes: Mapping[str, Shape], rank: int) -> set[str]:
-    """Names of the 2-D shards that P and Q make smaller; the others are to be sent as they are.
-
-    Raises ConfigError as `check_rank` does, for 2-D shards.
-    """
-    names = set()
+def check_ranks(shapes: Mapping[str, Shape], rank: int) -> None:
+    """Raises ConfigError as `check_rank` does, and when no shard becomes smaller."""
     for name, shape in shapes.items():
-        if len(shape) == 2:
-            check_rank(name, shape, rank)
-            if ratio(shape, rank) < 1:
-                names.add(name)
-    return names
+        check_rank(name, shape, rank)
+    if not any(pays(shape, rank) for shape in shapes.values()):
+        raise ConfigError(
+            f"parallel.rank: {rank} per shard makes P and Q no smaller than any shard; lower it"
+        )
 
 
 def saved(shapes: Mapping[str, Shape], rank: int) -> float:
-    """Part of the values of all 2-D `shapes` that compression leaves out."""
-    chosen = compressible(shapes, rank)
-    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2}
-    dense = {name: rows * columns for name, (rows, columns) in matrices.items()}
-    sent = sum(
-        size * (ratio(matrices[name], rank) if name in chosen else 1)
-        for name, size in dense.items()
-    )
-    return 1 - sent / sum(dense.values())
+    """Part of the values of all these 2-D shards that compression leaves out."""
+    sizes = [rows * columns for rows, columns in shapes.values()]
+    sent = [
+        size * (ratio(shape, rank) if pays(shape, rank) else 1)
+        for size, shape in zip(sizes, shapes.values(), strict=True)
+    ]
+    return 1 - sum(sent) / sum(sizes) if sizes else 0.0
 
 
 def table(shapes: Mapping[str, Shape], rank: int) -> str:
-    """One line per shape: how many shards have it, and what is sent of each."""
-    chosen = compressible(shapes, rank)
-    matrices = [shape for shape in shapes.values() if len(shape) == 2]
+    """One line per shape: how many of these 2-D shards have it, and what is sent of each."""
     lines = [f"PowerSGD at rank {rank} per shard leaves out {saved(shapes, rank):.1%}"]
-    for shape in sorted(set(matrices)):
-        small = any(name in chosen for name, found in shapes.items() if found == shape)
-        sent = f"{ratio(shape, rank):.1%} sent" if small else "sent whole: P and Q are no smaller"
-        lines.append(f"  {matrices.count(shape):5} x {shape[0]}x{shape[1]}: {sent}")
+    every = list(shapes.values())
+    for shape in sorted(set(every)):
+        whole = "sent whole: P and Q are no smaller"
+        sent = f"{ratio(shape, rank):.1%} sent" if pays(shape, rank) else whole
+        lines.append(f"  {every.count(shape):5} x {shape[0]}x{shape[1]}: {sent}")
     return "\n".join(lines)

@@ -1,26 +1,26 @@
 """The mean of the gradients between machines, whole or by PowerSGD (paper 2.5 and E.2).
 
-A rank owns pieces of parameters: rows of matrices under ZeRO-3, and under ZeRO-1 and 2 a long run
-of whole matrices with a cut one at each end. The whole rows of each piece are a shard to compress;
-what is left of a cut row, and all that is no matrix of a resblock, is averaged as it is.
+Matrices of resblocks are compressed shard by shard (`matrix_shards`); what is left of a cut row,
+and all that is no matrix of a resblock, is averaged as it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from dalle_dist.config import ParallelConfig
-from dalle_dist.distributed.compression import check_rank, ratio, shard_rank, table
+from dalle_dist.distributed.compression import check_ranks, pays, shard_rank, table
 from dalle_dist.distributed.groups import Groups
 from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.matrix_shards import MatrixShards
 from dalle_dist.distributed.powersgd import Outcome, PowerSGD, Shard
 from dalle_dist.optim.ema import Fragment
-from dalle_dist.transformer.blocks import block_of, resblocks, stacked_matrices
+from dalle_dist.transformer.blocks import resblocks
 
 Block = int | None
 
@@ -30,9 +30,10 @@ class Replicas:
 
     Args:
         rows_cut: each matrix is cut into the machine's ranks (ZeRO-3), not whole on one of them.
+            A rank that is a machine's total is divided among as many shards in both cases.
 
     Raises:
-        ConfigError: the rank does not compress the pieces of some matrix.
+        ConfigError: the rank is too large for the shards of some matrix, or makes none smaller.
     """
 
     def __init__(
@@ -44,16 +45,12 @@ class Replicas:
         seed: int,
         rows_cut: bool,
     ) -> None:
-        self._ranks = ranks
-        self._block, self._stacked = block_of(model), stacked_matrices(model)
-        self._shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-        self.matrices = [n for n, shape in self._shapes.items()
-                         if n in self._block and len(shape) == 2]  # fmt: skip
-        self._rank = 0
+        self._ranks, self._machines, self._rank = ranks, groups.machines, 0
+        of_machine = config.rank_of == "machine"
+        self._cuts = MatrixShards(model, groups.node_size if rows_cut or of_machine else 1)
         if config.between_machines == "powersgd":
-            of_machine = config.rank_of == "machine"
             self._rank = shard_rank(config.rank, groups.node_size) if of_machine else config.rank
-            self._check_rank(groups.node_size if rows_cut else 1)
+            check_ranks(self._cuts.shapes, self._rank)
         self._powersgd = PowerSGD(
             groups.replica,
             blocks=len(resblocks(model)),
@@ -80,15 +77,15 @@ class Replicas:
 
         Gradients of blocks in `bad` are left out on every machine.
         """
-        shards = [shard for gradient in gradients for shard in self._shards(gradient)]
-        self._compressed = [shard for shard in shards if self._pays(shard)]
-        if self._ranks.rank == 0 and self._rank and self._powersgd.step == 0:
-            shapes = {shard.key: tuple(shard.values.shape) for shard in self._compressed}
-            print(table(shapes, self._rank), flush=True)
+        shards = [shard for gradient in gradients for shard in self._cuts.cut(gradient)]
+        matrices = [shard for shard in shards if shard.values.ndim == 2]
+        if self._powersgd.step == 0:
+            self._explain(matrices)
+        self._compressed = [shard for shard in matrices if pays(shard.values.shape, self._rank)]
         chosen = {id(shard) for shard in self._compressed}
         dense = [shard for shard in shards if id(shard) not in chosen]
         outcome = self._powersgd.reduce(self._compressed, dense, bad=bad, measure=measure)
-        if measure:
+        if measure and self._rank:
             self.telemetry = self._measured(outcome)
         return outcome.bad
 
@@ -104,47 +101,18 @@ class Replicas:
         """Continue from what `state` gave, on any number of machines."""
         self._powersgd.load(state)
 
-    def _shards(self, gradient: Fragment) -> Iterator[Shard]:
-        """A gradient's pieces: whole rows as 2-D views, the rest flat."""
-        name, start, values = gradient.name, gradient.start, gradient.values
-        block, end = self._block.get(name), gradient.start + gradient.values.numel()
-        if not self._rank or name not in self.matrices:
-            yield Shard(name, values, block, start)
-            return
-        columns = self._shapes[name][1]
-        first, last = -(-start // columns), end // columns
-        if first >= last:  # not one whole row
-            yield Shard(name, values, block, start)
-            return
-        if first * columns > start:
-            yield Shard(name, values[: first * columns - start], block, start)
-        # Queries, keys and values are three matrices, which the paper compresses one by one.
-        parts = math.gcd(self._stacked.get(name, 1), last - first)
-        rows = (last - first) // parts
-        for row in range(first, last, rows):
-            begin = row * columns - start
-            piece = values[begin : begin + rows * columns].view(rows, columns)
-            yield Shard(name, piece, block, row * columns)
-        if last * columns < end:
-            yield Shard(name, values[last * columns - start :], block, last * columns)
-
-    def _pays(self, shard: Shard) -> bool:
-        if shard.values.ndim != 2 or not self._rank:
-            return False
-        shape = tuple(shard.values.shape)
-        return self._rank < min(shape) and ratio(shape, self._rank) < 1
-
-    def _check_rank(self, pieces: int) -> None:
-        """Pieces of the usual size; what a cut leaves over may be smaller, and goes whole."""
-        for name in self.matrices:
-            rows, columns = self._shapes[name]
-            rows //= pieces * self._stacked.get(name, 1)
-            check_rank(name, (rows, columns), self._rank)
+    def _explain(self, matrices: Iterable[Shard]) -> None:
+        if self._rank and self._machines > 1 and self._ranks.rank == 0:
+            shapes = {shard.key: tuple(shard.values.shape) for shard in matrices}
+            print(table(shapes, self._rank), flush=True)
 
     def _measured(self, outcome: Outcome) -> dict[str, list[float] | float]:
-        """`compression_error`: ||what is left|| / ||gradient + error|| of each of `matrices`."""
-        count = len(self.matrices)
-        index = {name: number for number, name in enumerate(self.matrices)}
+        """`compression_error`: ||what is left|| / ||gradient + error|| of each matrix.
+
+        NaN where nothing was compressed: the block is bad, or the update is sent whole.
+        """
+        index = {name: number for number, name in enumerate(self._cuts.shapes)}
+        count = len(index)
         left, sent = [0.0] * count, [0.0] * count
         for shard in self._compressed:
             error = outcome.relative_errors.get(shard.key)
@@ -154,7 +122,7 @@ class Replicas:
                 left[index[shard.name]] += kept * error**2 / (1 - error**2)
         sums = self._ranks.sum([*left, *sent, outcome.sent_bytes, outcome.dense_bytes])
         pairs = zip(sums[:count], sums[count : 2 * count], strict=True)
-        errors = [math.sqrt(a / (a + b)) if a + b else 0.0 for a, b in pairs]
+        errors = [math.sqrt(a / (a + b)) if a + b else math.nan for a, b in pairs]
         return {
             "compression_error": errors,
             "sent_megabytes": sums[-2] / 1e6,
