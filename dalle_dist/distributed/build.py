@@ -15,7 +15,7 @@ from torch import nn
 
 from dalle_dist.config import Config
 from dalle_dist.distributed.block_scaling import BlockScaling
-from dalle_dist.distributed.ds_config import deepspeed_config, stage
+from dalle_dist.distributed.ds_config import check_together, deepspeed_config, stage
 from dalle_dist.distributed.engine import Engine
 from dalle_dist.distributed.gradient_path import GradientPath
 from dalle_dist.distributed.groups import Groups, machine_groups
@@ -30,7 +30,6 @@ from dalle_dist.distributed.versions import (
     shards,
     wait_for_all_gathers,
 )
-from dalle_dist.errors import ConfigError
 from dalle_dist.optim.adamw import AdamW
 from dalle_dist.optim.apex import fused_layer_norm
 from dalle_dist.optim.groups import param_groups
@@ -53,7 +52,7 @@ def build_engine(model: nn.Module, config: Config, ranks: Ranks) -> Engine:
     wait_for_all_gathers(deepspeed.__version__, ranks.device.type)
     _quieten()
     tree = deepspeed_config(config.train, ranks.world)
-    _check_together(config, tree)
+    check_together(config, tree)
     groups = None
     if between != "zero":
         groups = machine_groups(ranks, config.parallel.node_size or None)
@@ -163,17 +162,3 @@ def _mark(model: nn.Module, names: frozenset[str]) -> None:
     for name, parameter in model.named_parameters():
         if name in names:
             setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, torch.float16)
-
-
-def _check_together(config: Config, tree: dict[str, Any]) -> None:
-    zero, between = tree["zero_optimization"], config.parallel.between_machines
-    file = config.train.deepspeed
-    if between != "zero" and zero.get("stage", 0) == 0:
-        raise ConfigError(
-            f"parallel.between_machines: {between} needs ZeRO 1, 2 or 3, but {file} has stage 0"
-        )
-    if (between != "zero" or config.train.precision == "fp16") and "offload_optimizer" in zero:
-        raise ConfigError(
-            f"{file}: remove zero_optimization.offload_optimizer: neither fp16 nor averaging "
-            "between machines finds gradients that DeepSpeed moves to the host"
-        )

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dalle_dist.config import TrainConfig
+from dalle_dist.config import Config, TrainConfig
 from dalle_dist.errors import ConfigError
 
 # `scheduler` has no equal in our config: a plateau schedule cannot be said in DeepSpeed's terms.
@@ -64,10 +64,31 @@ def deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
         tree.setdefault("zero_force_ds_cpu_optimizer", False)
     if config.precision == "bf16" and zero.get("stage", 0) > 0:
         # Micro-batches are summed in fp32: a bf16 sum drops what is below 1/256 of it.
-        tree.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+        tree.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     tree.setdefault("steps_per_print", 2**62)
     tree["zero_allow_untested_optimizer"] = True  # ours; it is tested here
     return tree
+
+
+def check_together(config: Config, tree: dict[str, Any]) -> None:
+    """Raises ConfigError when what `deepspeed_config` gave cannot do what the config asks for."""
+    zero, between = tree["zero_optimization"], config.parallel.between_machines
+    file = config.train.deepspeed
+    if between != "zero" and zero.get("stage", 0) == 0:
+        raise ConfigError(
+            f"parallel.between_machines: {between} needs ZeRO 1, 2 or 3, but {file} has stage 0"
+        )
+    summed = tree.get("data_types", {}).get("grad_accum_dtype") or "fp32"
+    if between != "zero" and summed != "fp32":
+        raise ConfigError(
+            f"{file}: remove data_types.grad_accum_dtype ({summed}): averaging between machines "
+            "wants gradients in fp32"
+        )
+    if (between != "zero" or config.train.precision == "fp16") and "offload_optimizer" in zero:
+        raise ConfigError(
+            f"{file}: remove zero_optimization.offload_optimizer: neither fp16 nor averaging "
+            "between machines finds gradients that DeepSpeed moves to the host"
+        )
 
 
 def stage(config: TrainConfig) -> int:

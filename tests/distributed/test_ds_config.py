@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dalle_dist.config import TrainConfig
-from dalle_dist.distributed.ds_config import accumulation, deepspeed_config
+from dalle_dist.config import Config, ParallelConfig, TrainConfig
+from dalle_dist.distributed.ds_config import accumulation, check_together, deepspeed_config
 from dalle_dist.errors import ConfigError
 
 FP32 = TrainConfig(batch_size=16, micro_batch=2, precision="fp32")
@@ -89,3 +89,19 @@ def test_a_missing_file_and_a_batch_that_cannot_be_split_are_refused():
     for world in (3, 16):
         with pytest.raises(ConfigError, match=r"train.batch_size: 16 is not a multiple"):
             accumulation(FP32, world)
+
+
+def test_micro_batches_are_summed_in_fp32_unless_the_json_says_otherwise(tmp_path):
+    bf16, zero = replace(FP32, precision="bf16"), {"zero_optimization": {"stage": 2}}
+    for section in ({}, {"data_types": {}}, {"data_types": {"grad_accum_dtype": "fp32"}}):
+        tree = deepspeed_config(_with_json(tmp_path, zero | section, bf16), 1)
+        assert tree["data_types"] == {"grad_accum_dtype": "fp32"}
+    train = _with_json(tmp_path, zero | {"data_types": {"grad_accum_dtype": "bf16"}}, bf16)
+    tree = deepspeed_config(train, 1)
+    assert tree["data_types"] == {"grad_accum_dtype": "bf16"}
+    check_together(Config(train=train), tree)
+    for between in ("dense", "powersgd"):
+        with pytest.raises(ConfigError, match=r"remove data_types.grad_accum_dtype \(bf16\)"):
+            check_together(
+                Config(train=train, parallel=ParallelConfig(between_machines=between)), tree
+            )
