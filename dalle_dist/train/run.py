@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -86,10 +87,12 @@ class Run:
         """One line of log.jsonl, and the same numbers to TensorBoard (and W&B if asked for).
 
         Of a list there is one number per resblock; TensorBoard has them as NAME/000 and so on.
+        NaN, which JSON does not have, is written as null.
         """
         if not self.main or self._log is None:
             return
-        line = {"update": update, "time": round(time.time(), 3), **numbers}
+        finite = {name: _without_nan(number) for name, number in numbers.items()}
+        line = {"update": update, "time": round(time.time(), 3), **finite}
         self._log.write(json.dumps(line) + "\n")
         numbers = dict(_single(numbers))
         for name, number in numbers.items():
@@ -162,6 +165,12 @@ def saved_config(folder: Path) -> dict[str, Any]:
     """The config a run was started with, as a nested dict; empty when there is none."""
     path = folder / "config.yaml"
     return yaml.safe_load(path.read_text()) if path.exists() else {}
+
+
+def _without_nan(value: float | list[float]) -> Any:
+    if isinstance(value, list):
+        return [_without_nan(number) for number in value]
+    return None if math.isnan(value) else value
 
 
 def _single(numbers: dict[str, float | list[float]]) -> Iterator[tuple[str, float]]:

@@ -1,15 +1,18 @@
 """Plots of what a real run logs: fp16 with scales, PowerSGD between two machines of one rank."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from dalle_dist.cli import main
+from dalle_dist.distributed import launch
 from dalle_dist.errors import DataError
-from dalle_dist.evaluate.plots import plot
+from dalle_dist.evaluate.plots import _compression, plot
 from dalle_dist.testing import run_distributed
-from dalle_dist.train.run import read_log
+from dalle_dist.train.run import Run, read_log
 from dalle_dist.train.train import train
 from tests.tiny_run import make
 
@@ -83,3 +86,17 @@ def test_a_run_without_such_numbers_is_told_so(tmp_path):
         plot("scales", str(tmp_path))
     with pytest.raises(DataError, match="no run here"):
         plot("compression", str(tmp_path / "nowhere"))
+
+
+def test_what_was_not_measured_is_null_in_the_log_and_a_gap_in_the_plot(tmp_path):
+    config = make(tmp_path)
+    run = Run(config.paths.run, config, launch.init(), resume=False, shape=())
+    for update, error in ((1, 0.5), (2, math.nan), (3, 0.4)):
+        sizes = {"sent_megabytes": 1.0, "dense_megabytes": 4.0}
+        run.log(update, compression_error=[error, 0.2], **sizes)
+    run.close()
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
+    lines = read_log(tmp_path / "run")
+    assert [line["compression_error"] for line in lines] == [[0.5, 0.2], [None, 0.2], [0.4, 0.2]]
+    axes = _compression(str(tmp_path), lines).axes[0]
+    assert np.isnan(axes.lines[0].get_ydata(orig=False)).tolist() == [False, True, False]
