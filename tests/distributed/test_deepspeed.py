@@ -95,8 +95,7 @@ def test_every_element_of_the_gradient_is_owned_once(pair, stage):
 
 
 def cells(stage):
-    ways = [(b, p) for p in PRECISIONS for b in ("zero", "dense")]
-    ways += [("powersgd", "fp32"), ("powersgd", "bf16")]
+    ways = [(b, p) for p in PRECISIONS for b in ("zero", "dense", "powersgd")]
     return [(between, p) for between, p in ways if works(stage, p, between)]
 
 
