@@ -33,24 +33,23 @@ class BlockScaling:
         self.matrices = frozenset(
             f"{name}.{own}" for name, b in blocks for own, p in b.named_parameters() if p.ndim == 2
         )
-        self.telemetry: dict[str, list[float]] = {}
+        self._other_overflows = 0  # updates in which what is in no block was not finite
+        self._underflow_K: list[float] = []
+        self._norms_K: list[float] = []
 
-    def unscale(
-        self, gradients: list[Fragment], copies: int = 1, measure: bool = False
-    ) -> frozenset[int | None]:
+    def unscale(self, gradients: list[Fragment], measure: bool = False) -> frozenset[int | None]:
         """Sums over ranks and true units in place of scaled means over ranks; then new scales.
 
-        `measure` renews `telemetry`, at the cost of another pass over the gradients. `copies` of
-        each piece exist among the ranks.
+        `measure` counts underflow, at the cost of another pass over the gradients.
 
         Returns:
             The blocks whose gradients are not finite on some rank (None: what is in no block); they
             are zero afterwards.
         """
-        tensors = [gradient.values for gradient in gradients]
-        index = [self._block.get(gradient.name, len(self.scales)) for gradient in gradients]
+        tensors, index = self._tensors(gradients)
         bad_K1 = self._bad(tensors, index)
-        underflow_K = self._underflow(gradients, index) if measure else []
+        if measure:
+            self._underflow_K = self._underflow(gradients, index)
         world = self._ranks.world
         factor_K1 = [*(world / scale for scale in self.scales.values), float(world)]
         if tensors:
@@ -58,27 +57,41 @@ class BlockScaling:
         for values, k in zip(tensors, index, strict=True):
             if bad_K1[k]:
                 values.zero_()
-        if measure:
-            norms_K = self._norms(tensors, index, copies)
-            self.telemetry = {"underflow": underflow_K, "block_norm": norms_K}
         self.scales.update(bad_K1[:-1])
+        self._other_overflows += bad_K1[-1]
         blocks = [*range(len(self.scales)), None]
         return frozenset(block for block, bad in zip(blocks, bad_K1, strict=True) if bad)
 
-    def numbers(self) -> dict[str, list[float]]:
+    def measure_norms(self, gradients: list[Fragment], copies: int) -> None:
+        """Norm of each block's gradient, as it is; `copies` of each piece exist among the ranks."""
+        tensors, index = self._tensors(gradients)
+        self._norms_K = self._norms(tensors, index, copies)
+
+    def numbers(self) -> dict[str, float | list[float]]:
         """For the log, per resblock: scale, overflows so far, and what was measured last.
 
         `underflow` is the share of the matrices' gradient entries that are zero, `block_norm` the
-        norm of the block's gradient in true units.
+        norm of the block's gradient in true units, `other_overflows` those outside of resblocks.
         """
-        overflows = [float(count) for count in self.scales.overflows]
-        return {"scale": self.scales.values, "overflows": overflows, **self.telemetry}
+        numbers: dict[str, float | list[float]] = {
+            "scale": self.scales.values,
+            "overflows": [float(count) for count in self.scales.overflows],
+            "other_overflows": float(self._other_overflows),
+        }
+        measured = {"underflow": self._underflow_K, "block_norm": self._norms_K}
+        return numbers | {name: values for name, values in measured.items() if values}
 
     def state_dict(self) -> dict[str, Any]:
-        return self.scales.state_dict()
+        return self.scales.state_dict() | {"other_overflows": self._other_overflows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scales.load_state_dict(state)
+        self._other_overflows = state["other_overflows"]
+
+    def _tensors(self, gradients: list[Fragment]) -> tuple[list[Tensor], list[int]]:
+        """Values, and the number of the block that each belongs to."""
+        index = [self._block.get(gradient.name, len(self.scales)) for gradient in gradients]
+        return [gradient.values for gradient in gradients], index
 
     def _bad(self, tensors: list[Tensor], index: list[int]) -> list[bool]:
         flags_K1 = torch.zeros(len(self.scales) + 1, device=self._ranks.device)

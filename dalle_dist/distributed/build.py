@@ -73,6 +73,8 @@ def _path(model: nn.Module, config: Config, ranks: Ranks, groups: Groups | None)
     if config.train.precision == "fp16":
         scaling = BlockScaling(model, ranks)
         _mark(model, scaling.matrices)
+        # cuBLAS may else add up parts of a long sum in fp16.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if groups is not None:
         cut = stage(config.train) == 3
         replicas = Replicas(model, config.parallel, groups, ranks, config.seed, cut)

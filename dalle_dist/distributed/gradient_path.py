@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -44,6 +44,7 @@ class GradientPath:
         self, model: nn.Module, skip: Skip, scaling: BlockScaling | None, replicas: Replicas | None
     ) -> None:
         self.scaling, self.replicas = scaling, replicas
+        self.skipped = 0  # updates so far
         self._skip, self._block = skip, block_of(model)
 
     def prepare(
@@ -59,13 +60,18 @@ class GradientPath:
             return Verdict()
         pieces, bad = gradients(), frozenset[Block]()
         if self.scaling is not None:
-            bad = self.scaling.unscale(pieces, copies, measure)
+            bad = self.scaling.unscale(pieces, measure)
+        if self.replicas is not None:
+            self.replicas.telemetry = {}  # the last update's, which this one may not renew
         # An update that will be skipped is not sent, and no error buffer changes.
         if self.replicas is not None and not self._skips(bad):
             bad = self.replicas.reduce(pieces, bad, measure)
             if self._skips(bad):
                 self.replicas.undo()
+        if self.scaling is not None and measure:
+            self.scaling.measure_norms(pieces, copies)
         skip = self._skips(bad)
+        self.skipped += skip
         if skip:
             for piece in pieces:
                 piece.values.zero_()
@@ -74,8 +80,12 @@ class GradientPath:
 
     def numbers(self) -> dict[str, float | list[float]]:
         """For the log; lists have one number per resblock or per matrix."""
-        scaling: dict[str, Any] = {} if self.scaling is None else self.scaling.numbers()
-        return scaling | ({} if self.replicas is None else self.replicas.telemetry)
+        if self.scaling is None and self.replicas is None:
+            return {}
+        numbers: dict[str, float | list[float]] = {"skipped": float(self.skipped)}
+        if self.scaling is not None:
+            numbers |= self.scaling.numbers()
+        return numbers | ({} if self.replicas is None else self.replicas.telemetry)
 
     def _skips(self, bad: frozenset[Block]) -> bool:
         return None in bad or (self._skip == "update" and bool(bad))

@@ -62,6 +62,7 @@ class State:
         self.engine.load(checkpoint)
         self.schedule.load_state_dict(saved["schedule"])
         scaling, replicas = self.engine.path.scaling, self.engine.path.replicas
+        self.engine.path.skipped = saved.get("skipped", 0)  # absent before there was fp16
         if scaling is not None:
             scaling.load_state_dict(saved["scales"])
         if replicas is not None:
@@ -95,6 +96,7 @@ class State:
         return {
             "update": self.update,
             "schedule": self.schedule.state_dict(),
+            "skipped": self.engine.path.skipped,
             "scales": scaling.state_dict() if scaling is not None else None,
             "ema_folds": self.ema.folds,
             "fingerprints": self.fingerprints,

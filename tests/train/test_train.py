@@ -143,8 +143,9 @@ class TestTwoRanks:
     def outcomes(self, inputs):
         configs = [in_folder(inputs, f"zero{stage}", **zero(stage)) for stage in range(4)]
         configs.append(in_folder(inputs, "bf16-zero1", **zero(1, "bf16")))
+        configs.append(in_folder(inputs, "fp16-zero2", moments="16-bit", **zero(2, "fp16")))
         curves, held_out = run_distributed(train_all, 2, configs)[0]
-        return dict(zip(range(5), zip(configs, curves, held_out, strict=True), strict=True))
+        return dict(enumerate(zip(configs, curves, held_out, strict=True)))
 
     @pytest.mark.parametrize("stage", range(4))
     def test_zero_stages_follow_the_curve_of_one_process(self, alone, outcomes, stage):
@@ -169,14 +170,19 @@ class TestTwoRanks:
         for config in configs:
             assert list((Path(config.paths.run) / "checkpoints").iterdir()) == []
 
+    @pytest.mark.parametrize("course", [2, 5], ids=["fp32", "fp16"])
     def test_stopped_by_a_signal_to_one_rank_and_resumed_is_bit_for_bit_the_same(
-        self, inputs, outcomes
+        self, inputs, outcomes, course
     ):
-        config = in_folder(inputs, "stopped", **zero(2))
+        whole = outcomes[course][0]
+        folder = str(Path(inputs.paths.run).parent / f"stopped-{course}")
+        config = dataclasses.replace(whole, paths=dataclasses.replace(whole.paths, run=folder))
         stopped = run_distributed(train_and_stop, 2, config)
         assert stopped[0] == ["step-00000003", "step-00000004"]
-        whole = outcomes[2][0]
         assert curve(config) == curve(whole)
+        if course == 5:
+            scales = ("scale", "overflows", "skipped", "underflow", "block_norm")
+            assert curve(config, scales) == curve(whole, scales)
         assert curve(config, HELD_OUT) == curve(whole, HELD_OUT)
         for name in ("ema-rank-00000", "ema-rank-00001", "raw-rank-00000", "raw-rank-00001"):
             files = [
