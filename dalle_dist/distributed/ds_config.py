@@ -54,6 +54,11 @@ def deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
         if tree.get(section) and _enabled(tree[section]):
             raise ConfigError(f"{config.deepspeed}: remove '{section}': {mend}")
         tree.pop(section, None)
+    if config.precision == "fp16" and _enabled(tree.get("fp16") or {"enabled": False}):
+        raise ConfigError(
+            f"{config.deepspeed}: remove 'fp16': train.precision=fp16 has scales of its own, one "
+            "per resblock"
+        )
     _check_optimizer(config, tree.pop("optimizer", None))
     for key, (option, value) in _ours(config, world).items():
         _merge(config.deepspeed, tree, key, option, value)

@@ -14,10 +14,11 @@ from torch.autograd.function import once_differentiable
 
 
 class ResblockLinear(nn.Module):
-    """x @ weight + bias that, fed with fp16, rounds its matrix to fp16 and not its bias.
+    """x @ weight + bias that, fed with fp16, rounds its matrix to fp16.
 
-    The matrix's gradient is rounded to fp16, as the paper has it, the bias's is summed in fp32
-    (2.4). Fed with the dtype of its parameters it is a plain linear layer.
+    On CPUs the bias is added in fp32; a GPU's product takes it in fp16. The matrix's gradient is
+    rounded to fp16, as the paper has it, the bias's is summed in fp32 (2.4). Fed with the dtype of
+    its parameters it is a plain linear layer.
 
     Args:
         inputs_first: the weight is [I, O] instead of [O, I]. ZeRO-3 cuts along the first axis, and
