@@ -72,6 +72,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.precision --threads=1
+	$(BIN)/python -m benchmarks.precision_cost
 	$(BIN)/python -m benchmarks.powersgd_math
 	$(BIN)/python -m benchmarks.powersgd_wire --threads=1
 

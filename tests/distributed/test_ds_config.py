@@ -94,7 +94,7 @@ def test_a_missing_file_and_a_batch_that_cannot_be_split_are_refused():
 def test_deepspeeds_own_fp16_is_refused_under_ours(tmp_path):
     fp16, zero = replace(FP32, precision="fp16"), {"zero_optimization": {"stage": 2}}
     for section in ({"enabled": True}, {"enabled": "auto"}, {"loss_scale": 0}):
-        with pytest.raises(ConfigError, match="remove 'fp16': train.precision=fp16 has"):
+        with pytest.raises(ConfigError, match=r"remove 'fp16': train.precision=fp16 has"):
             deepspeed_config(_with_json(tmp_path, zero | {"fp16": section}, fp16), 1)
     tree = deepspeed_config(_with_json(tmp_path, zero | {"fp16": {"enabled": False}}, fp16), 1)
     assert tree["fp16"] == {"enabled": False}
