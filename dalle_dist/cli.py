@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides += rest
     try:
         options.handler(options)
+        _leave_group()
     except UserError as error:
         if not isinstance(error, ConfigError) or _is_first_rank():
             print(f"dalle-dist: error: {error}", file=sys.stderr)
@@ -33,6 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _leave_group() -> None:
+    """Or else the interpreter's end takes the group's threads apart, and now and then aborts."""
+    launch = sys.modules.get("dalle_dist.distributed.launch")
+    if launch is not None:
+        launch.shutdown()
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -122,6 +122,7 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path):
 def _train(ranks, folder, run="two"):
     overrides = ("dvae_train.updates=5", "dvae_train.lr_warmup=0")
     assert main(["train-dvae", *arguments(Path(folder), *overrides, run=run)]) == 0
+    assert not torch.distributed.is_initialized(), "a group that outlives main may abort at exit"
 
 
 def test_two_ranks_follow_one(tmp_path):
