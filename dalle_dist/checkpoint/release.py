@@ -119,7 +119,11 @@ def _masks(config: Config) -> dict[str, str]:
 
 
 def _refuse_other_masks(path: str, config: Config) -> None:
-    lines = difference(read_notes(path), _masks(config))
+    masks = _masks(config)
+    notes = {name: note for name, note in read_notes(path).items() if name in masks}
+    if not notes:
+        raise CheckpointError(f"{path}: does not say under which masks it was trained")
+    lines = difference(notes, masks)
     if lines:
         raise CheckpointError(
             f"{path}: trained under other masks than its config says: {'; '.join(lines)}"

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import tiny_run
 import torch
+from safetensors.torch import load_file, save_file
 
 from dalle_dist.checkpoint.convert import convert, find_checkpoint
-from dalle_dist.checkpoint.formats import load_tensors
+from dalle_dist.checkpoint.formats import load_tensors, read_notes
 from dalle_dist.checkpoint.release import load_release
 from dalle_dist.distributed.build import build_engine
 from dalle_dist.errors import CheckpointError, ConfigError
@@ -97,6 +98,18 @@ def test_weights_are_not_used_under_other_masks(saved, tmp_path, key, other):
     with pytest.raises(
         CheckpointError, match=f"other masks .*transformer.{name}: paper -> {other}"
     ):
+        load_release(str(out))
+
+
+def test_notes_of_others_do_not_matter_and_absent_ones_are_said(saved, tmp_path):
+    out = tmp_path / "release"
+    convert(str(saved[1][0]), str(out))
+    path = out / "transformer.safetensors"
+    state, notes = load_file(path), read_notes(path)
+    save_file(state, path, notes | {"format": "pt"})
+    assert load_release(str(out)).fingerprint
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="does not say under which masks"):
         load_release(str(out))
 
 

@@ -35,7 +35,7 @@ def gpu_qkv(dtype=torch.bfloat16, width=64):
 )
 def test_one_warning_says_to_what_and_why(monkeypatch, machine, qkv, reason):
     on_a_gpu(monkeypatch, **machine)
-    api._warn.cache_clear()
+    api.warn.cache_clear()
     with pytest.warns(RuntimeWarning, match=rf"falls back to dense.*\(reference\): .*{reason}"):
         assert api._quickest(gpu_qkv(**qkv), MASK) == "reference"
     with warnings.catch_warnings():
@@ -64,9 +64,17 @@ def test_on_cpus_images_of_some_size_take_the_structured_path():
     ("qkv", "name"),
     [
         (torch.zeros(1, MASK.tokens, 3, 1, 32, dtype=torch.int32), "qkv"),
+        (torch.zeros(1, MASK.tokens, 3, 1, 32).to(torch.float8_e4m3fn), "qkv"),
+        (torch.zeros(1, MASK.tokens, 3, 0, 32), "qkv"),
+        (QKV.tolist(), "qkv"),
         (QKV.to("meta"), "backend"),
     ],
 )
 def test_what_no_backend_takes(qkv, name):
     with pytest.raises(ValueError, match=f"^{name}: "):
         sparse_attention(qkv, MASK, "cpu")
+
+
+def test_a_dense_mask_is_named():
+    with pytest.raises(ValueError, match=r"^mask: Tensor is not an AttentionMask"):
+        sparse_attention(QKV, MASK.dense())

@@ -55,3 +55,22 @@ def test_arguments_that_do_not_fit_are_named():
         DecodeCache(mask, [1, 0])
     with pytest.raises(ValueError, match=r"^text: "):
         DecodeCache(mask, [1]).put_text(torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 8))
+
+
+def test_steps_that_do_not_fit_are_named(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    mask, one = AttentionMask("row", 2, 3, kernel=3), torch.zeros(1, 1, 32)
+    cache = DecodeCache(mask, [2])
+    cache.put_text(*torch.zeros(2, 1, 1, 2, 32))
+    two = torch.zeros(2, 1, 32)
+    for state in (-1, 9):
+        with pytest.raises(ValueError, match=f"^state: {state} is not in 0 to 8"):
+            cache.put_image(state, two, two)
+    with pytest.raises(ValueError, match=r"^k, v: shapes"):
+        cache.put_image(0, one, two)
+    cache.put_image(0, two, two)
+    with pytest.raises(ValueError, match=r"^backend: 'tritn' is not one of"):
+        cache.attend(two, 0, "tritn")
+    with pytest.raises(ValueError, match=r"^backend: 'triton' cannot run here: "):
+        cache.attend(two, 0, "triton")
+    assert cache.attend(two, 0).shape == two.shape

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ MASKS = [
     AttentionMask("row", 77, 19),
     AttentionMask("conv", 1, 5, kernel=3),
 ]
+FOLDER = Path(__file__).parent  # where decoding.py is
 SANITIZED = """
 import torch
 from dalle_kernels.masks import AttentionMask
@@ -31,6 +33,7 @@ for kind in ("row", "column", "conv"):
     mask = AttentionMask(kind, 37, 11, kernel=3)
     qkv = torch.randn(1, mask.tokens, 3, 2, 64, device="cuda", dtype=torch.float16)
     sparse_attention(qkv.requires_grad_(), mask, "triton").sum().backward()
+    decode(mask, [1, 3], torch.float16, "triton", device="cuda")
 torch.cuda.synchronize()
 """
 
@@ -85,5 +88,5 @@ def test_equal_inputs_give_equal_bits(mask):
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_is_clean(tool):
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c"]
-    done = subprocess.run([*command, SANITIZED], capture_output=True, text=True)
+    done = subprocess.run([*command, SANITIZED], capture_output=True, text=True, cwd=FOLDER)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -22,7 +22,7 @@ WIDTHS = (32, 64, 128)
 
 
 def _triton(qkv_BN3HD: Tensor, mask: AttentionMask) -> Tensor:
-    missing = triton_missing(qkv_BN3HD.device) or _unfit(qkv_BN3HD)
+    missing = unfit(qkv_BN3HD)
     if missing:
         raise ValueError(f"backend: 'triton' cannot run here: {missing}")
     from dalle_kernels.sparse_attention import triton_attention
@@ -73,10 +73,16 @@ def triton_missing(device: torch.device) -> str | None:
 
 
 def _check(qkv_BN3HD: Tensor, mask: AttentionMask, backend: str) -> None:
+    if not isinstance(qkv_BN3HD, Tensor):
+        raise ValueError(f"qkv: {type(qkv_BN3HD).__name__} is not a tensor")
+    if not isinstance(mask, AttentionMask):
+        raise ValueError(f"mask: {type(mask).__name__} is not an AttentionMask")
     if qkv_BN3HD.ndim != 5 or qkv_BN3HD.shape[2] != 3:
         raise ValueError(f"qkv: shape {tuple(qkv_BN3HD.shape)} is not [B, N, 3, H, D]")
-    if not qkv_BN3HD.is_floating_point():
-        raise ValueError(f"qkv: dtype {qkv_BN3HD.dtype} is not a float")
+    if min(qkv_BN3HD.shape[3:]) < 1:  # torch's fused kernel divides by it
+        raise ValueError(f"qkv: shape {tuple(qkv_BN3HD.shape)} has no heads or no width")
+    if qkv_BN3HD.dtype not in (*DTYPES, torch.float64):
+        raise ValueError(f"qkv: dtype {qkv_BN3HD.dtype} is not one of fp32, fp16, bf16, fp64")
     if qkv_BN3HD.shape[1] != mask.tokens:
         raise ValueError(f"mask: {mask.tokens} states, but qkv has {qkv_BN3HD.shape[1]}")
     if backend != "auto" and backend not in BACKENDS:
@@ -88,23 +94,24 @@ def _check(qkv_BN3HD: Tensor, mask: AttentionMask, backend: str) -> None:
 def _quickest(qkv_BN3HD: Tensor, mask: AttentionMask) -> str:
     if qkv_BN3HD.device.type == "cpu":
         return "cpu" if cpu.pays(mask) else "reference"
-    missing = triton_missing(qkv_BN3HD.device) or _unfit(qkv_BN3HD)
+    missing = unfit(qkv_BN3HD)
     if missing is None:
         return "triton"
-    _warn(missing)
+    warn("sparse_attention falls back to dense masked attention (reference)", missing)
     return "reference"
 
 
-def _unfit(qkv_BN3HD: Tensor) -> str | None:
-    if qkv_BN3HD.dtype not in DTYPES:
-        return f"dtype {qkv_BN3HD.dtype} is not one of fp32, fp16, bf16"
-    if qkv_BN3HD.shape[-1] not in WIDTHS:
-        return f"head width {qkv_BN3HD.shape[-1]} is not one of {WIDTHS}"
-    return None
+def unfit(x_D: Tensor) -> str | None:
+    """Why Triton kernels do not take a tensor of heads, of any leading shape; None if they do."""
+    missing = triton_missing(x_D.device)
+    if missing is None and x_D.dtype not in DTYPES:
+        missing = f"dtype {x_D.dtype} is not one of fp32, fp16, bf16"
+    if missing is None and x_D.shape[-1] not in WIDTHS:
+        missing = f"head width {x_D.shape[-1]} is not one of {WIDTHS}"
+    return missing
 
 
 @lru_cache
-def _warn(missing: str) -> None:
+def warn(what: str, missing: str) -> None:
     """Once per reason and process."""
-    message = f"sparse_attention falls back to dense masked attention (reference): {missing}"
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warnings.warn(f"{what}: {missing}", RuntimeWarning, stacklevel=4)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.spans import span
+from dalle_kernels.sparse_attention.api import unfit, warn
 
 
 class DecodeCache:
@@ -57,21 +58,42 @@ class DecodeCache:
 
     def put_image(self, state: int, k_BHD: Tensor, v_BHD: Tensor) -> None:
         """Key and value of image state `state` of every sample; states come in order."""
+        if not 0 <= state < self.mask.image:
+            raise ValueError(f"state: {state} is not in 0 to {self.mask.image - 1}")
+        room = (*self.k_BHJD.shape[:2], self.k_BHJD.shape[-1])
+        if not k_BHD.shape == v_BHD.shape == room:
+            raise ValueError(
+                f"k, v: shapes {tuple(k_BHD.shape)} and {tuple(v_BHD.shape)} are not both {room}"
+            )
         slot = self.span.position(state) % self.slots
         self.k_BHJD[:, :, slot], self.v_BHJD[:, :, slot] = k_BHD, v_BHD
 
     def attend(self, q_BHD: Tensor, state: int, backend: str = "auto") -> Tensor:
         """out_BHD of image state `state`, whose key and value are there already.
 
-        backend: "torch" (any device), "triton", or "auto": Triton on GPUs that run it.
+        backend: "torch" (any device), "triton", or "auto": Triton on GPUs that run it; on others
+            torch, after one warning.
+
+        Raises:
+            ValueError: naming the argument that does not fit.
         """
-        if backend == "auto":
-            backend = "triton" if q_BHD.is_cuda and _runs_triton(q_BHD) else "torch"
-        if backend == "triton":
+        if backend not in ("auto", "torch", "triton"):
+            raise ValueError(f"backend: {backend!r} is not one of auto, torch, triton")
+        if self._takes_triton(q_BHD, backend):
             from dalle_kernels.sparse_attention.triton_decode import attend
 
             return attend(q_BHD, self, state)
         return self._attend(q_BHD, state)
+
+    def _takes_triton(self, q_BHD: Tensor, backend: str) -> bool:
+        if backend == "torch" or (backend == "auto" and q_BHD.device.type == "cpu"):
+            return False
+        missing = unfit(q_BHD)
+        if missing and backend == "triton":
+            raise ValueError(f"backend: 'triton' cannot run here: {missing}")
+        if missing:
+            warn("decoding falls back to torch", missing)
+        return missing is None
 
     def filled(self, state: int) -> tuple[int, int]:
         """First and last + 1 of the slots that state `state` may look at."""
@@ -110,12 +132,6 @@ class DecodeCache:
         x_CHSn = x_BHn.unflatten(0, (captions, most)).transpose(1, 2)
         out_BHm = (x_CHSn @ y_CHnm).transpose(1, 2).flatten(0, 1)
         return out_BHm if self.place_B is None else out_BHm[self.place_B]
-
-
-def _runs_triton(q_BHD: Tensor) -> bool:
-    from dalle_kernels.sparse_attention.api import triton_missing
-
-    return triton_missing(q_BHD.device) is None and q_BHD.shape[-1] in (32, 64, 128)
 
 
 def _places(samples: tuple[int, ...], device: torch.device) -> Tensor | None:
