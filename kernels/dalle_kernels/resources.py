@@ -29,7 +29,12 @@ from dalle_kernels.masks import AttentionMask
 from dalle_kernels.minifloat import FORMATS, triton_minifloat
 from dalle_kernels.sparse_attention.decode import DecodeCache
 from dalle_kernels.sparse_attention.triton_backward import attention_backward
-from dalle_kernels.sparse_attention.triton_config import Tiles, backward_tiles, forward_tiles
+from dalle_kernels.sparse_attention.triton_config import (
+    Tiles,
+    backward_tiles,
+    decode_warps,
+    forward_tiles,
+)
 from dalle_kernels.sparse_attention.triton_decode import attention_decode, decode_constants
 from dalle_kernels.sparse_attention.triton_forward import attention_forward
 from dalle_kernels.sparse_attention.triton_tiles import mask_constants
@@ -50,6 +55,7 @@ def cases() -> Iterator[tuple[str, AttentionMask, int, torch.dtype]]:
     yield "row D64 fp32", row, 64, torch.float32
     yield "row D32 bf16", row, 32, torch.bfloat16
     yield "row D128 bf16", row, 128, torch.bfloat16
+    yield "row D128 fp32", row, 128, torch.float32
     yield "row D64 bf16, text 77, grid 16", AttentionMask("row", 77, 16), 64, torch.bfloat16
 
 
@@ -73,7 +79,11 @@ def measure(target: int) -> dict[str, Used]:
         signature = dict.fromkeys(names, tensor) | {"first_C": "*i64"}
         constants = decode_constants(mask, DecodeCache(mask, [1]).slots, width)
         found[f"decode {name}"] = _compile(
-            attention_decode, signature, constants, {"num_warps": 4}, target
+            attention_decode,
+            signature,
+            constants,
+            {"num_warps": decode_warps(width, dtype)},
+            target,
         )
     return found | _elementwise(target)
 

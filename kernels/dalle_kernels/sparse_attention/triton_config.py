@@ -63,8 +63,15 @@ def backward_tiles(
     capability: tuple[int, int], mask: AttentionMask, width: int, dtype: torch.dtype
 ) -> Backward:
     """Tiles of the backward kernel on a device of that compute capability."""
+    if dtype == torch.float32 and width == 128:
+        return Backward(BM=16, BT=32, BW=32, num_warps=8, num_stages=1)
     if dtype == torch.float32:
         return Backward(BM=32, BT=32, BW=32, num_warps=4, num_stages=1)
     if width == 128:
         return Backward(BM=32, BT=64, BW=32, num_warps=8, num_stages=1)
     return Backward(BM=64, BT=64, BW=32, num_warps=4, num_stages=2)
+
+
+def decode_warps(width: int, dtype: torch.dtype) -> int:
+    """Warps of one program of the decode kernel."""
+    return 8 if dtype == torch.float32 and width == 128 else 4

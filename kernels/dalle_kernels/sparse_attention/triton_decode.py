@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dalle_kernels.masks import AttentionMask
+from dalle_kernels.sparse_attention.triton_config import decode_warps
 from dalle_kernels.sparse_attention.triton_tiles import load_rows, mask_constants, visible
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def attend(q_BHD: Tensor, cache: DecodeCache, state: int) -> Tensor:
     attention_decode[grid](
         q_BHD, cache.k_CHTD, cache.v_CHTD, cache.k_BHJD, cache.v_BHJD, out_BHD, cache.first_C,
         cache.span.position(state), start, stop, math.log2(math.e) / math.sqrt(width),
-        **decode_constants(cache.mask, cache.slots, width), num_warps=4,
+        **decode_constants(cache.mask, cache.slots, width),
+        num_warps=decode_warps(width, q_BHD.dtype),
     )  # fmt: skip
     return out_BHD
 
