@@ -29,6 +29,7 @@ def main() -> None:
     ranks = launch.init()
     if ranks.device.type != "cuda" and not options.smoke:
         print("precision_cost: not measured: no GPU")
+        launch.shutdown()
         return
     steps = {p: step(cost_config(options.smoke, p), ranks) for p in PRECISIONS}
     losses: dict[str, list[float]] = {p: [] for p in PRECISIONS}

@@ -311,6 +311,34 @@ def test_contenders_that_train_another_model_are_refused(monkeypatch):
             powersgd_wire.check(results(**changes))
 
 
+def test_steps_that_do_not_train_alike_have_no_cost(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import precision_cost
+
+    bf16 = [3.0, 2.0, 1.0]
+    precision_cost.check({"bf16": bf16, "fp16": [3.0, 2.0, 1.01]})
+    wrong = {
+        "not finite": [3.0, float("nan"), 1.0],
+        "does not fall": [1.0, 1.0, 1.0],
+        "losses differ": [3.0, 2.0, 1.03],
+    }
+    for reason, fp16 in wrong.items():
+        with pytest.raises(SystemExit, match=reason):
+            precision_cost.check({"bf16": bf16, "fp16": fp16})
+    rows = precision_cost.figures({"bf16": [0.1, 0.2], "fp16": [0.3, 0.4]})
+    assert [list(row.values) for row in rows] == [[100, 200], [300, 400], pytest.approx([3, 2])]
+
+
+def test_without_a_gpu_the_cost_of_fp16_is_not_measured(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import precision_cost
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(sys, "argv", ["precision_cost", "--threads=1"])
+    precision_cost.main()
+    assert capsys.readouterr().out == "precision_cost: not measured: no GPU\n"
+
+
 @pytest.mark.slow
 def test_powersgd_wire_smoke(thin_wire, tmp_path):
     out = tmp_path / "rows.csv"

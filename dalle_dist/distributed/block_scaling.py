@@ -40,7 +40,8 @@ class BlockScaling:
     def unscale(self, gradients: list[Fragment], measure: bool = False) -> frozenset[int | None]:
         """Sums over ranks and true units in place of scaled means over ranks; then new scales.
 
-        `measure` counts underflow, at the cost of another pass over the gradients.
+        `measure` counts underflow, at the cost of another pass over the gradients, and forgets the
+        norms of the last update.
 
         Returns:
             The blocks whose gradients are not finite on some rank (None: what is in no block); they
@@ -49,7 +50,7 @@ class BlockScaling:
         tensors, index = self._tensors(gradients)
         bad_K1 = self._bad(tensors, index)
         if measure:
-            self._underflow_K = self._underflow(gradients, index)
+            self._underflow_K, self._norms_K = self._underflow(gradients, index), []
         world = self._ranks.world
         factor_K1 = [*(world / scale for scale in self.scales.values), float(world)]
         if tensors:
@@ -71,7 +72,8 @@ class BlockScaling:
         """For the log, per resblock: scale, overflows so far, and what was measured last.
 
         `underflow` is the share of the matrices' gradient entries that are zero, `block_norm` the
-        norm of the block's gradient in true units, `other_overflows` those outside of resblocks.
+        norm of the block's gradient in true units, absent where an update was skipped before the
+        machines' mean; `other_overflows` are those outside of resblocks.
         """
         numbers: dict[str, float | list[float]] = {
             "scale": self.scales.values,
@@ -86,7 +88,7 @@ class BlockScaling:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scales.load_state_dict(state)
-        self._other_overflows = state["other_overflows"]
+        self._other_overflows = state.get("other_overflows", 0)  # not counted at first
 
     def _tensors(self, gradients: list[Fragment]) -> tuple[list[Tensor], list[int]]:
         """Values, and the number of the block that each belongs to."""

@@ -64,11 +64,13 @@ class GradientPath:
         if self.replicas is not None:
             self.replicas.telemetry = {}  # the last update's, which this one may not renew
         # An update that will be skipped is not sent, and no error buffer changes.
-        if self.replicas is not None and not self._skips(bad):
+        unsent = self.replicas is not None and self._skips(bad)
+        if self.replicas is not None and not unsent:
             bad = self.replicas.reduce(pieces, bad, measure)
             if self._skips(bad):
                 self.replicas.undo()
-        if self.scaling is not None and measure:
+        # Of gradients that were not sent there is no mean over the machines to be measured.
+        if self.scaling is not None and measure and not unsent:
             self.scaling.measure_norms(pieces, copies)
         skip = self._skips(bad)
         self.skipped += skip

@@ -313,6 +313,25 @@ def test_block_norms_are_those_of_the_mean_gradient_in_true_units(between):
         assert norms == pytest.approx(plain, rel=0.02)
 
 
+def unsent(ranks):
+    """Names in the log after a good update and after one that is skipped before it is sent."""
+    engine = build(ranks, 2, "train.micro_batch=4", "parallel.between_machines=dense",
+                   "parallel.node_size=1")  # fmt: skip
+    names = []
+    for number in range(2):
+        backward(engine, ranks, number)
+        engine.step(1e-3, measure=True)
+        names.append(set(engine.path.numbers()))
+        if ranks.rank == 1:
+            spoil(engine, "blocks.1.mlp.up")
+    return names
+
+
+def test_gradients_that_were_not_sent_have_no_norm():
+    for good, skipped in run_distributed(unsent, 2):
+        assert good - skipped == {"block_norm"} and skipped < good
+
+
 def outside(ranks):
     """Two updates; in the first the last rank's loss gradient is not finite above all resblocks."""
     engine = build(ranks, 2, "train.micro_batch=4")
@@ -327,6 +346,18 @@ def outside(ranks):
     again = build(ranks, 2, "train.micro_batch=4").path.scaling
     again.load_state_dict(engine.path.scaling.state_dict())
     return engine.path.numbers(), again.numbers()
+
+
+def sums_in_fp16(ranks):
+    """Whether cuBLAS may add in fp16: before there is an engine, and with one."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction
+    build(ranks, 1, "train.micro_batch=8")
+    return before, matmul.allow_fp16_reduced_precision_reduction
+
+
+def test_sums_of_fp16_products_are_fp32():
+    assert run_distributed(sums_in_fp16, 1) == [(True, False)]
 
 
 def test_skipped_updates_and_overflows_outside_of_resblocks_are_counted():

@@ -44,6 +44,36 @@ def test_fp16_rounds_matrix_output_and_the_matrix_gradient_once(inputs_first):
     torch.testing.assert_close(made.bias.grad, flat.sum(0).float(), rtol=1e-6, atol=1e-6)
 
 
+def course(device, inputs_first, x_RI, grad_RO):
+    """Output and all gradients."""
+    torch.manual_seed(0)
+    made = ResblockLinear(x_RI.shape[1], grad_RO.shape[1], inputs_first)
+    torch.nn.init.normal_(made.weight, std=0.05)
+    torch.nn.init.normal_(made.bias)
+    made, x_RI = made.to(device), x_RI.to(device).requires_grad_()
+    out_RO = made(x_RI)
+    out_RO.backward(grad_RO.to(device))
+    return [t.cpu() for t in (out_RO, x_RI.grad, made.weight.grad, made.bias.grad)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("inputs_first", [False, True])
+def test_a_gpu_computes_what_a_cpu_does(inputs_first, monkeypatch):
+    """Up to fp16's rounding, that of the bias included; the sums of the long axis are fp32."""
+    matmul = torch.backends.cuda.matmul
+    monkeypatch.setattr(matmul, "allow_fp16_reduced_precision_reduction", False)
+    x_RI, grad_RO = torch.randn(4096, 64).half(), torch.randn(4096, 96).half() / 64
+    on_cpu, on_gpu = (course(device, inputs_first, x_RI, grad_RO) for device in ("cpu", "cuda"))
+    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+    grad_RO = torch.ones(4096, 96).half()
+    grad_RO[2048:] = -1  # half of the sum is 2^17, beyond fp16; the whole is zero
+    weight_grad = course("cuda", inputs_first, torch.full_like(x_RI, 64), grad_RO)[2]
+    assert not weight_grad.any()
+
+
 def test_a_bias_gradient_beyond_fp16_is_kept():
     made = layer(False)
     made(torch.ones(100, 6).half()).backward(torch.full((100, 10), 1000.0).half())

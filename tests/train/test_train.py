@@ -194,6 +194,37 @@ class TestTwoRanks:
         assert releases[0].fingerprint == releases[1].fingerprint
 
 
+def counts(ranks, config):
+    """What the log will count after a resume; and from a checkpoint of before it was counted."""
+    warnings.simplefilter("ignore")
+    fingerprints = program._Setup(config, ranks).fingerprints
+
+    def new():
+        engine = program.build_engine(program.LossTransformer(config), config, ranks)
+        return state.State(config, ranks, engine, fingerprints)
+
+    def old(checkpoint):
+        saved = read(checkpoint)
+        del saved["skipped"], saved["scales"]["other_overflows"]
+        return saved
+
+    first, read = new(), state._read
+    first.engine.path.skipped, first.engine.path.scaling._other_overflows = 3, 2
+    checkpoint, found = first.save(Path(config.paths.run)), []
+    for reader in (read, old):
+        second = new()
+        with mock.patch.object(state, "_read", reader):
+            second.load(checkpoint)
+        numbers = second.engine.path.numbers()
+        found.append((numbers["skipped"], numbers["other_overflows"]))
+    return found
+
+
+def test_what_was_skipped_is_counted_on_after_a_resume(inputs):
+    config = in_folder(inputs, "counts", micro_batch=8, **zero(2, "fp16"))
+    assert run_distributed(counts, 1, config) == [[(3, 2), (0, 0)]]
+
+
 def refused(ranks, config, resume=None):
     with pytest.raises(UserError) as caught:
         program.train(config, resume)
