@@ -56,13 +56,22 @@ def course(device, inputs_first, x_RI, grad_RO):
     return [t.cpu() for t in (out_RO, x_RI.grad, made.weight.grad, made.bias.grad)]
 
 
+@pytest.fixture
+def fp32_sums():
+    """monkeypatch cannot put this flag back: to it the module has no such attribute."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_fp16_reduced_precision_reduction = False
+    yield
+    matmul.allow_fp16_reduced_precision_reduction = before
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("fp32_sums")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("inputs_first", [False, True])
-def test_a_gpu_computes_what_a_cpu_does(inputs_first, monkeypatch):
+def test_a_gpu_computes_what_a_cpu_does(inputs_first):
     """Up to fp16's rounding, that of the bias included; the sums of the long axis are fp32."""
-    matmul = torch.backends.cuda.matmul
-    monkeypatch.setattr(matmul, "allow_fp16_reduced_precision_reduction", False)
     x_RI, grad_RO = torch.randn(4096, 64).half(), torch.randn(4096, 96).half() / 64
     on_cpu, on_gpu = (course(device, inputs_first, x_RI, grad_RO) for device in ("cpu", "cuda"))
     for ours, theirs in zip(on_gpu, on_cpu, strict=True):
