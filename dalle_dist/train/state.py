@@ -62,7 +62,7 @@ class State:
         self.engine.load(checkpoint)
         self.schedule.load_state_dict(saved["schedule"])
         scaling, replicas = self.engine.path.scaling, self.engine.path.replicas
-        self.engine.path.skipped = saved.get("skipped", 0)  # absent before there was fp16
+        self.engine.path.skipped = saved.get("skipped", 0)  # older runs did not count
         if scaling is not None:
             scaling.load_state_dict(saved["scales"])
         if replicas is not None:
