@@ -1,14 +1,27 @@
 """Package metadata. Versions are pinned in constraints.txt, tool settings in pyproject.toml."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+INIT = Path(__file__).parent / "dalle_dist" / "__init__.py"
+# They lie beside the package in the repository, and inside it in a wheel.
+DATA = {"dalle_dist.ds_configs": "ds_configs", "dalle_dist.slurm": "slurm"}
 
 setup(
     name="dalle-dist",
-    version="0.1.0",
+    # Read, not imported: the version is stated once, and setting up needs nothing of the package.
+    version=re.search(r'^__version__ = "(.+)"$', INIT.read_text(), re.MULTILINE)[1],
     description="Train DALL-E from a laptop's CPU to a cluster, with the same commands",
     python_requires=">=3.10",
-    packages=find_packages(include=["dalle_dist", "dalle_dist.*"]),
-    package_data={"dalle_dist.presets": ["*.yaml"]},
+    packages=[*find_packages(include=["dalle_dist", "dalle_dist.*"]), *DATA],
+    package_dir=DATA,
+    package_data={
+        "dalle_dist.presets": ["*.yaml"],
+        "dalle_dist.ds_configs": ["*.json"],
+        "dalle_dist.slurm": ["*.sbatch", "*.sh"],
+    },
     install_requires=[
         "torch>=2.7",
         "deepspeed>=0.17.5,!=0.17.6,!=0.18.0,!=0.18.1,!=0.18.2,!=0.18.3",

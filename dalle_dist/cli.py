@@ -6,8 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
+from dalle_dist import __version__
 from dalle_dist.config import Config, load, preset_names, to_yaml
 from dalle_dist.errors import ConfigError, UserError
 
@@ -47,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dalle-dist", description="Train DALL-E, from a laptop's CPU to a cluster."
     )
+    parser.add_argument("--version", action="version", version=_versions())
     # The `deepspeed` launcher puts this before the verb; ranks are read from the environment.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -64,7 +67,19 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(verbs)
     _add_convert(verbs)
     _add_plot(verbs)
+    _add_slurm(verbs)
     return parser
+
+
+def _versions() -> str:
+    """Ours and those of what a run's figures hang on, without importing it."""
+    found = []
+    for name in ("torch", "deepspeed"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"no {name}")
+    return f"dalle-dist {__version__} ({', '.join(found)})"
 
 
 def _add_configured(
@@ -136,6 +151,13 @@ def _add_plot(verbs: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("run", metavar="RUN")
     verb.set_defaults(handler=_plot)
+
+
+def _add_slurm(verbs: argparse._SubParsersAction) -> None:
+    text = "write the Slurm scripts into a folder, for sbatch"
+    verb = verbs.add_parser("slurm", help=text, description=text)
+    verb.add_argument("folder", nargs="?", default="slurm", metavar="FOLDER")
+    verb.set_defaults(handler=_slurm)
 
 
 def _data_emoji(options: argparse.Namespace) -> None:
@@ -236,6 +258,12 @@ def _plot(options: argparse.Namespace) -> None:
     from dalle_dist.evaluate.plots import plot
 
     print(plot(options.what, options.run))
+
+
+def _slurm(options: argparse.Namespace) -> None:
+    from dalle_dist.distributed.shipped import write_slurm
+
+    print("\n".join(write_slurm(options.folder)))
 
 
 def _config_of(options: argparse.Namespace) -> Config:

@@ -2,9 +2,9 @@
 # What both sbatch scripts do: job.sh VERB PRESET [key=value ...]
 # Ranks, address and port are read from Slurm's variables by dalle_dist/distributed/launch.py.
 set -euo pipefail
-verb=$1
+here=$(dirname "$0") verb=$1
 shift
-[ $# -ge 1 ] || { echo "usage: sbatch slurm/${verb/-/_}.sbatch PRESET [key=value ...]" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "usage: sbatch $here/${verb/-/_}.sbatch PRESET [key=value ...]" >&2; exit 2; }
 [ ! -d .venv ] || source .venv/bin/activate
 
 # Without --ntasks-per-node Slurm starts one task a node, and all other GPUs would idle in silence.
@@ -16,11 +16,11 @@ fi
 # Since Slurm 22.05 srun no longer takes --cpus-per-task over from sbatch by itself.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
-before=$(python slurm/progress.py "$verb" "$@")
+before=$(python "$here/progress.py" "$verb" "$@")
 status=0
 # --export=ALL: a job submitted with --export=NONE would hide the environment from its tasks too.
 srun --export=ALL --kill-on-bad-exit=1 dalle-dist "$verb" "$@" --resume auto || status=$?
-after=$(python slurm/progress.py "$verb" "$@")
+after=$(python "$here/progress.py" "$verb" "$@")
 
 if [ "$after" = finished ]; then
   echo "$verb: finished"

@@ -1,9 +1,11 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
+import dalle_dist
 from dalle_dist.cli import main
 
 VERBS = [
@@ -18,6 +20,7 @@ VERBS = [
     ["convert"],
     ["report"],
     ["config"],
+    ["slurm"],
 ]
 
 
@@ -27,6 +30,23 @@ def test_every_verb_explains_itself(verb, capsys):
         main([*verb, "--help"])
     assert exit_.value.code == 0
     assert "usage: dalle-dist" in capsys.readouterr().out
+
+
+def test_version_is_told_without_importing_torch():
+    program = (
+        "import sys\n"
+        "from dalle_dist.cli import main\n"
+        "try:\n    main(['--version'])\n"
+        "except SystemExit as exit_:\n    assert exit_.code == 0\n"
+        "assert not {'torch', 'deepspeed'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = [metadata.version(name) for name in ("dalle-dist", "torch", "deepspeed")]
+    assert done.stdout == "dalle-dist {} (torch {}, deepspeed {})\n".format(*found)
+    assert found[0] == dalle_dist.__version__
 
 
 def test_config_prints_what_a_command_would_use(capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_dist.config import Config, TrainConfig
+from dalle_dist.distributed import shipped
 from dalle_dist.errors import ConfigError
 
 # `scheduler` has no equal in our config: a plateau schedule cannot be said in DeepSpeed's terms.
@@ -102,11 +103,14 @@ def stage(config: TrainConfig) -> int:
 
 
 def read(path: str) -> dict[str, Any]:
-    """The JSON at `path`, relative to the working folder or else to the repository root."""
-    root = Path(__file__).resolve().parents[2]
-    file = next((p for p in (Path(path), root / path) if p.is_file()), None)
+    """The JSON at `path`, relative to the working folder or else to the shipped files."""
+    file = shipped.find(path)
     if file is None:
-        raise ConfigError(f"train.deepspeed: no file '{path}' here or in {root}")
+        names = ", ".join(f"ds_configs/{name}" for name in shipped.names("ds_configs"))
+        raise ConfigError(
+            f"train.deepspeed: no file '{path}' in {Path.cwd()} or {shipped.root()}; "
+            f"shipped: {names}"
+        )
     try:
         tree = json.loads(file.read_text())
     except ValueError as error:

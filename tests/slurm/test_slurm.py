@@ -85,6 +85,17 @@ def test_stage_2_saves_on_usr1_requeues_itself_and_finishes(cluster, tmp_path):
     assert updates(Path(config.paths.run)) == list(range(1, 401))
 
 
+def test_scripts_written_into_another_folder_run_from_there(cluster, tmp_path):
+    config = tiny_run.make(tmp_path)
+    path, out = tiny_run.write_config(config, tmp_path / "c.yaml"), tmp_path / "out"
+    cluster.run("dalle-dist", "slurm", "cluster", cwd=tmp_path)
+    options = ("-N2", "--ntasks-per-node=1", f"--output={out}")
+    job = cluster.submit(*options, "cluster/train.sbatch", path, cwd=tmp_path)
+    assert cluster.wait(job, 120) == "COMPLETED", out.read_text()
+    assert "train: finished" in out.read_text()
+    assert updates(Path(config.paths.run)) == list(range(1, 7))
+
+
 def test_a_job_that_makes_no_progress_is_not_requeued(cluster, tmp_path):
     config = tiny_run.make(tmp_path)
     Path(config.paths.tokenizer).unlink()
