@@ -1,0 +1,205 @@
+"""Try every command of README.md as a reader would, in a scratch folder and with small sizes.
+
+python tests/readme_commands.py            try them; the status is 1 when one fails
+python tests/readme_commands.py --list     say how each would be tried
+
+A command is a line of an indented or fenced block, a Python block, or what stands in `backticks`
+and begins like a command or is an override. `TRIES` says how each is tried. A command that none of
+its rows matches is a failure, and so is a row that matches no command.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = Path(sys.prefix)
+LIMIT = 300  # seconds for one command
+
+# What `\g<0>`, the whole command, becomes: (regular expression of it, what the shell is given).
+# They are tried in this order, so that a later one may use what an earlier one made in the scratch
+# folder. $SMALL holds the overrides that make any preset small; RUN, OUT and FOLDER are the words
+# that README leaves to its reader.
+TRIES = [
+    # That each make target does its work is what `make` is for in CI; here it must exist.
+    (r"make (test|bench)", r"make -n -C $ROOT \1"),
+    (
+        r"make demo",
+        r"make -C $ROOT demo -o $VENV/ready VENV=$VENV RUN=$PWD/runs/demo DATA=$PWD/data/emoji "
+        r'EXTRA="$SMALL"',
+    ),
+    (r"\.venv/bin/dalle-dist generate runs/demo/release .*", r"\g<0>"),
+    (r"python -c 'from dalle_dist.generate import .*", r"\g<0> && test -s heart.png"),
+    (r"dalle-dist data build FOLDER data/mine", r"dalle-dist data build pictures data/mine"),
+    (r"dalle-dist data inspect data/mine .*", r"\g<0>"),
+    (r"(dalle-dist config cc3m) > mine.yaml", r"\1 $SMALL $MINE > mine.yaml"),
+    (r"dalle-dist (tokenizer train|train-dvae|encode) mine\.yaml", r"\g<0>"),
+    (r"torchrun --nproc-per-node 8 (.* train mine\.yaml .*)", r"torchrun --nproc-per-node 2 \1"),
+    (r"dalle-dist train emoji", r"\g<0> $SMALL paths.run=runs/alone"),
+    (
+        r"deepspeed (.* train emoji)",
+        r"deepspeed --master_port $PORT \1 $SMALL paths.run=runs/deepspeed",
+    ),
+    (r"torchrun .* train emoji", r"\g<0> $SMALL paths.run=runs/torchrun"),
+    (r"mpirun .* train emoji", r"\g<0> $SMALL paths.run=runs/mpirun"),
+    (r"sbatch .* (slurm/\S+) (\S+)", r"dalle-dist slurm && bash -n \1 && dalle-dist config \2"),
+    (r"train\.updates=1000", r"dalle-dist config emoji \g<0>"),
+    (r"train\.deepspeed=\S+", r"dalle-dist train emoji $SMALL paths.run=runs/stage \g<0>"),
+    (r"dalle-dist convert RUN OUT", r"dalle-dist convert runs/demo converted"),
+    (r"train\.precision=fp16", r"dalle-dist train emoji $SMALL paths.run=runs/fp16 \g<0>"),
+    (r"(dalle-dist plot scales) RUN", r"\1 runs/fp16"),
+    (r"train\.moments=16-bit", r"dalle-dist train emoji $SMALL paths.run=runs/moments \g<0>"),
+    (
+        r"parallel\.between_machines=powersgd .*",
+        r"torchrun --nproc-per-node 2 -m dalle_dist train emoji $SMALL paths.run=runs/powersgd "
+        r"\g<0> parallel.rank=4 parallel.node_size=1",
+    ),
+    (r"(dalle-dist plot compression) RUN", r"\1 runs/powersgd"),
+]
+
+PROGRAMS = "dalle-dist|deepspeed|make|mpirun|pip|python3?|sbatch|srun|torchrun"
+# `dalle-dist data inspect X`, `NAME=1 .venv/bin/dalle-dist ...`, `train.updates=1000`
+COMMAND = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:\S*/bin/)?(?:{PROGRAMS}) \S|[a-z_]+\.[a-z_]+=\S")
+LANGUAGES = ("", "bash", "console", "python", "sh", "shell")  # of the fenced blocks that are tried
+SMALL = """
+    data.workers=0 dvae.image_size=16 dvae.width=8 dvae.decoder_stem=8 dvae.codebook_size=16
+    dvae.downsamplings=2 dvae.blocks_per_group=1 dvae_train.batch_size=8 dvae_train.updates=4
+    dvae_train.eval_every=4 dvae_train.save_every=4 dvae_train.precision=fp32
+    transformer.layers=2 transformer.width=64 transformer.heads=1 transformer.text_tokens=24
+    transformer.image_grid=4 transformer.conv_kernel=3 train.batch_size=8 train.micro_batch=2
+    train.updates=4 train.eval_every=4 train.sample_every=4 train.save_every=2 train.log_every=1
+    train.precision=fp32 train.prompts=[heart]
+"""
+MINE = """
+    paths.images=data/mine paths.tokens=data/mine-tokens paths.tokenizer=data/mine/tokenizer.json
+    paths.dvae_run=runs/mine-dvae paths.run=runs/mine
+"""
+
+
+class Try(NamedTuple):
+    command: str  # as README has it
+    shell: str  # as it is tried
+
+
+def commands(text: str) -> list[str]:
+    """All commands of a Markdown text, each once, in its order."""
+    found: list[str] = []
+    for code, lines in itertools.groupby(_marked(text), key=lambda pair: pair[0]):
+        part = "\n".join(line for _, line in lines)
+        spans = (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", part))
+        found += _of_block(part) if code else [span for span in spans if COMMAND.match(span)]
+    return list(dict.fromkeys(found))
+
+
+def _marked(text: str) -> Iterator[tuple[bool, str]]:
+    """Each line, and whether it belongs to a block of code."""
+    fence, code = "", False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            fence, code = "" if fence else line, False
+            yield False, ""
+            continue
+        indented = line.startswith("    ") or (code and not line)
+        code = fence.strip("` ") in LANGUAGES if fence else indented
+        yield code, line
+
+
+def _of_block(block: str) -> list[str]:
+    block = textwrap.dedent(block).strip()
+    if re.match(r"(from|import) ", block):
+        return [f"python -c {shlex.quote(block)}"]
+    joined = re.sub(r"\\\n\s*", "", block)
+    lines = (re.sub(r"(^|\s+)#.*", "", line) for line in joined.splitlines())
+    return [line.strip().removeprefix("$ ") for line in lines if line.strip()]
+
+
+def plan(text: str, rows: list[tuple[str, str]]) -> tuple[list[Try], list[str]]:
+    """How the commands of `text` are tried, in the order of `rows`; what does not fit together."""
+    chosen: dict[int, list[Try]] = {i: [] for i in range(len(rows))}
+    wrong = []
+    for command in commands(text):
+        matches = (re.fullmatch(pattern, command, re.DOTALL) for pattern, _ in rows)
+        i, match = next(((i, m) for i, m in enumerate(matches) if m), (-1, None))
+        if match is None:
+            wrong.append(f"README has a command nobody tries: {command}")
+        else:
+            chosen[i].append(Try(command, match.expand(rows[i][1])))
+    wrong += [f"no command of README is tried by: {rows[i][0]}" for i in chosen if not chosen[i]]
+    return [one for tries in chosen.values() for one in tries], wrong
+
+
+def prepare(scratch: Path) -> dict[str, str]:
+    """What a reader has before the first command; returns the environment of the commands."""
+    (scratch / "pictures").mkdir()
+    (scratch / ".venv").symlink_to(VENV)
+    for i in range(40):
+        Image.new("RGB", (24, 24), (i * 6, 128, 255 - i * 6)).save(scratch / f"pictures/{i}.png")
+        (scratch / f"pictures/{i}.txt").write_text(f"a square of shade {i}")
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    names = {"ROOT": str(ROOT), "VENV": str(VENV), "SMALL": " ".join(SMALL.split())}
+    names |= {"MINE": " ".join(MINE.split()), "PORT": port, "PET_MASTER_PORT": port}
+    return kept | root | names | {"PATH": f"{VENV}/bin:{kept['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def attempt(one: Try, scratch: Path, environment: dict[str, str]) -> bool:
+    """Run it, and print one line; what it said follows if it failed."""
+    start = time.monotonic()
+    with (scratch / "output").open("w+") as output:
+        process = subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", one.shell], cwd=scratch, env=environment,
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            good = process.wait(LIMIT) == 0
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            good = False
+        seconds = time.monotonic() - start
+        print(f"{'ok' if good else 'FAILED':6} {seconds:5.1f} s  {_line(one)}", flush=True)
+        output.seek(0)
+        if not good:
+            print(*output.read().splitlines()[-40:], sep="\n", flush=True)
+    return good
+
+
+def _line(one: Try) -> str:
+    command, shell = (" ".join(text.split()) for text in one)
+    return command if shell == command else f"{command}   AS   {shell}"
+
+
+def main() -> int:
+    tries, wrong = plan((ROOT / "README.md").read_text(), TRIES)
+    if sys.argv[1:] == ["--list"]:
+        print(*map(_line, tries), sep="\n")
+    elif sys.argv[1:]:
+        wrong = [f"usage: {sys.argv[0]} [--list]"]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            environment = prepare(Path(folder))
+            failed = [one for one in tries if not attempt(one, Path(folder), environment)]
+        wrong += [f"failed: {one.command}" for one in failed]
+    print(*wrong, sep="\n", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
