@@ -16,12 +16,14 @@ from PIL import Image, ImageStat
 
 ROOT = Path(__file__).parents[1]
 PIP = ["-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
-# Files of the repository, and their folder in the installed package.
+# Folders of the repository, and where their files lie beside the installed package.
 SHIPPED = {
-    "dalle_dist/presets/*.yaml": "presets",
-    "ds_configs/*.json": "ds_configs",
-    "slurm/*": "slurm",
+    "dalle_dist": "dalle_dist",
+    "ds_configs": "dalle_dist/ds_configs",
+    "slurm": "dalle_dist/slurm",
+    "kernels/dalle_kernels": "dalle_kernels",
 }
+SUFFIXES = (".json", ".py", ".sbatch", ".sh", ".yaml")
 STAGES = [
     ["data", "build", "pictures", "data"],
     ["data", "inspect", "data", "--contact-sheet", "sheet.png"],
@@ -58,6 +60,8 @@ def venv(tmp_path_factory):
     source, venv = folder / "source", folder / "venv"
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.check_output(listed, cwd=ROOT, text=True).splitlines():
+        if not (ROOT / name).is_file():
+            continue  # deleted, and not yet committed
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, source / name)
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
@@ -89,11 +93,11 @@ def test_the_wheels_hold_every_file_and_draw(venv, elsewhere):
     program = "import dalle_dist, dalle_kernels as k; print(dalle_dist.__file__, k.__file__)"
     places = [Path(p) for p in run(venv, elsewhere, "python", "-c", program).split()]
     assert all(place.is_relative_to(venv) for place in places)
-    for pattern, folder in SHIPPED.items():
-        files = [path for path in ROOT.glob(pattern) if path.is_file()]
+    for folder, target in SHIPPED.items():
+        files = [path for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
         assert files
         for file in files:
-            installed = places[0].parent / folder / file.name
+            installed = places[0].parents[1] / target / file.relative_to(ROOT / folder)
             assert installed.read_bytes() == file.read_bytes()
     assert run(venv, elsewhere, "dalle-dist", "--version").startswith("dalle-dist ")
     for arguments in STAGES:

@@ -3,7 +3,8 @@
 python -m dalle_kernels.resources            compile for sm_80 and sm_90, compare with the table
 python -m dalle_kernels.resources --write    make the table anew
 
-The table is `kernels/resources.json`; its figures are those of the Triton version it names.
+The table is `kernels/resources.json`, which only the repository has: its figures are those of the
+Triton version it names, and it guards changes of the kernels.
 Units: registers of a thread, spilled bytes of a thread, bytes of shared memory of a program.
 """
 
@@ -157,6 +158,10 @@ def main() -> None:
     for target, kernels in found.items():
         for name, used in kernels.items():
             print(f"{target} {name:44}", *(f"{k} {v}" for k, v in used.items()))
+    if not TABLE.is_file():
+        raise SystemExit(
+            f"no table at {TABLE}: this compares the repository's kernels with its own"
+        )
     if table != json.loads(TABLE.read_text()):
         raise SystemExit(f"differs from {TABLE}; --write, and say why in the commit")
 
