@@ -194,3 +194,22 @@ def test_a_file_beside_own_pictures_is_foreign(tmp_path):
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds notes/a\.txt"):
         write_outputs(drawn, str(tmp_path), fingerprint="")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_BT": text()[:, :5]}, r"text: shape \(3, 5\) is not \[B, 6\]"),
+        ({"text_BT": text() + 300}, r"text: values from \d+ to \d+ are not in 0 to 299"),
+        ({"seeds": [1, 2]}, "seeds: 2 for 3 rows of text"),
+        ({"prefix_codes": torch.zeros(3, 17).long()}, r"\(3, 17\) is not \[3, up to 16\]"),
+        ({"prefix_codes": torch.zeros(2, 4).long()}, r"\(2, 4\) is not \[3, up to 16\]"),
+        ({"prefix_codes": torch.zeros(3, 4)}, r"prefix_codes: dtype torch\.float32 is not int64"),
+        # One past the codebook is the start of the picture, which the embedding would take.
+        ({"prefix_codes": torch.full((3, 4), 20)}, "from 20 to 20 are not in 0 to 19"),
+    ],
+)
+def test_the_sampler_refuses_tensors_that_do_not_fit(options, message):
+    options = {"text_BT": text(), "seeds": [1, 2, 3]} | options
+    with pytest.raises(ValueError, match=message):
+        sample_codes(build().model, **options)
