@@ -7,6 +7,7 @@ runs/TRANSFORMER/release/   config.yaml, dvae.safetensors, transformer.safetenso
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -57,12 +58,13 @@ def save_dvae_release(folder: str, config: Config, state: State) -> str:
     return fingerprint(state)
 
 
-def load_dvae(folder: str, device: torch.device | str = "cpu") -> DVAERelease:
+def load_dvae(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> DVAERelease:
     """dVAE of a dVAE's or a whole model's release folder, frozen, in fp32.
 
     Raises:
         CheckpointError: no release there, or weights that do not fit its config.
     """
+    folder = os.fspath(folder)
     config = _read_config(folder)
     state = load_tensors(storage.join(folder, DVAE_FILE))
     dvae = _fill(DVAE(config.dvae), state, storage.join(folder, DVAE_FILE))
@@ -86,14 +88,20 @@ def save_release(
     return fingerprint(transformer)
 
 
-def load_release(folder: str, device: torch.device | str = "cpu") -> Release:
+def load_release(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Release:
     """Everything of a release folder, local or remote, frozen, in fp32.
 
     Raises:
         CheckpointError: no release there, or weights that do not fit its config: other shapes, or
             trained under other masks.
     """
+    folder = os.fspath(folder)
     stage1 = load_dvae(folder, device)
+    if not storage.exists(storage.join(folder, TRANSFORMER_FILE)):
+        raise CheckpointError(
+            f"{folder}: holds a dVAE alone ({TRANSFORMER_FILE} is missing); name the release of a "
+            "transformer's run"
+        )
     path = storage.join(folder, TRANSFORMER_FILE)
     state = load_tensors(path)
     _refuse_other_masks(path, stage1.config)
@@ -105,10 +113,22 @@ def load_release(folder: str, device: torch.device | str = "cpu") -> Release:
 
 
 def _read_config(folder: str) -> Config:
-    path = storage.join(folder, CONFIG)
-    if not storage.exists(path):
-        raise CheckpointError(f"{folder}: no release folder ({CONFIG} is missing)")
-    return from_dict(yaml.safe_load(storage.read_bytes(path)))
+    # A run has a config too: it is the weights that make a folder a release.
+    missing = [n for n in (CONFIG, DVAE_FILE) if not storage.exists(storage.join(folder, n))]
+    if missing:
+        hint = _hint(folder)
+        raise CheckpointError(f"{folder}: no release folder ({missing[0]} is missing){hint}")
+    return from_dict(yaml.safe_load(storage.read_bytes(storage.join(folder, CONFIG))))
+
+
+def _hint(folder: str) -> str:
+    """The mend, where the folder of a run was named in place of its release."""
+    inner = storage.join(folder, "release")
+    if storage.exists(storage.join(inner, CONFIG)):
+        return f"; did you mean {inner}?"
+    if storage.exists(storage.join(folder, "checkpoints")):
+        return "; this run has none yet: go on with --resume auto"
+    return ""
 
 
 def _masks(config: Config) -> dict[str, str]:

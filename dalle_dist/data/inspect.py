@@ -21,6 +21,8 @@ DAMAGED = "cannot be decoded"
 def inspect(folder: str, contact_sheet: Path | None) -> None:
     """Print what `folder`, or its train/ and held-out/ parts, hold; verify every sha256.
 
+    The contact sheet shows up to 144 pictures, evenly spread, each below its caption.
+
     Raises DataError: no shards here, or damaged ones.
     """
     parts = [p for p in ("train", "held-out") if storage.exists(_index(folder, p))]
@@ -41,7 +43,7 @@ def _index(folder: str, part: str) -> str:
 def _describe(folder: str, shards: ShardSet) -> None:
     captions, sizes = [], Counter[str]()
     for sample in map(shards.read, range(len(shards))):
-        captions.append(sample.get("txt", b"").decode(errors="replace"))
+        captions.append(_caption(sample))
         if shards.index.kind == "images":
             sizes[_size(sample)] += 1
     size = sum(info.bytes for info in shards.index.shards)
@@ -60,6 +62,10 @@ def _describe(folder: str, shards: ShardSet) -> None:
         print(f"  {DAMAGED:18}  {damaged} pictures")
 
 
+def _caption(sample: dict[str, bytes]) -> str:
+    return sample.get("txt", b"").decode(errors="replace")
+
+
 def _range(numbers: Sequence[int]) -> str:
     ordered = sorted(numbers)
     return f"min {ordered[0]}, median {ordered[len(ordered) // 2]}, max {ordered[-1]}"
@@ -73,12 +79,14 @@ def _size(sample: dict[str, bytes]) -> str:
 def _sheet(folder: str, path: Path) -> None:
     shards = ShardSet(folder, "images")
     count = min(len(shards), SHEET * SHEET)
-    chosen = [decode_sample(shards.read(i * len(shards) // count)) for i in range(count)]
-    pictures = [image for image in chosen if image is not None]
-    if not pictures:
+    samples = [shards.read(i * len(shards) // count) for i in range(count)]
+    chosen = [(decode_sample(sample), _caption(sample)) for sample in samples]
+    shown = [(image, caption) for image, caption in chosen if image is not None]
+    if not shown:
         raise DataError(f"{folder}: none of its pictures can be decoded")
-    rows = [pictures[i : i + SHEET] for i in range(0, len(pictures), SHEET)]
+    rows = [shown[i : i + SHEET] for i in range(0, len(shown), SHEET)]
+    pictures = [[image for image, _ in row] for row in rows]
     buffer = io.BytesIO()
-    grid(rows, cell=64).save(buffer, format="PNG")
+    grid(pictures, captions=[[caption for _, caption in row] for row in rows]).save(buffer, "PNG")
     storage.write_bytes(str(path), buffer.getvalue())
-    print(f"{path}: contact sheet of {len(pictures)} pictures")
+    print(f"{path}: contact sheet of {len(shown)} pictures")

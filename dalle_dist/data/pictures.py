@@ -1,13 +1,22 @@
-"""Tensors to pictures, and pictures to grids."""
+"""Tensors to pictures, and pictures to grids with captions."""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP = 6  # pixels between pictures
+LINES = 3  # of a caption, at most
+TEXT, LEADING = 11, 14  # pixels: size of a caption's letters, and from line to line
+BELOW = 3  # pixels between a caption and its picture
+LEAST_WIDTH = 240  # pixels of a grid with captions: that of a single picture is read as well
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def to_image(picture_CHW: Tensor) -> Image.Image:
@@ -16,15 +25,93 @@ def to_image(picture_CHW: Tensor) -> Image.Image:
     return Image.fromarray(pixels_HWC.cpu().numpy())
 
 
-def grid(rows: Sequence[Sequence[Image.Image]], cell: int = 96) -> Image.Image:
-    """Rows of pictures, each fitted into a square of `cell` pixels, on white."""
-    width = max(len(row) for row in rows)
-    canvas = Image.new("RGB", (width * (cell + GAP) + GAP, len(rows) * (cell + GAP) + GAP), "white")
-    for i, row in enumerate(rows):
+def grid(
+    rows: Sequence[Sequence[Image.Image]],
+    cell: int = 96,
+    captions: Sequence[Sequence[str]] = (),
+) -> Image.Image:
+    """Rows of pictures, each fitted into a square of `cell` pixels, on white.
+
+    `captions` are for each row either one, over its whole width, or one per picture. They stand
+    above the pictures, in at most three lines; an empty one is left out.
+
+    Raises:
+        ValueError: neither one caption for a row nor one per picture.
+    """
+    step = cell + GAP
+    width = max(len(row) for row in rows) * step + GAP
+    if captions:
+        width = max(width, LEAST_WIDTH)
+    texts = captions or [[""]] * len(rows)
+    heads = [_head(row, above, cell, width) for row, above in zip(rows, texts, strict=True)]
+    most = [max((len(lines) for lines in head), default=0) for head in heads]
+    tops = [lines * LEADING + GAP + BELOW if lines else 0 for lines in most]
+    canvas = Image.new("RGB", (width, len(rows) * step + GAP + sum(tops)), "white")
+    draw, y = ImageDraw.Draw(canvas), GAP
+    for row, head, top in zip(rows, heads, tops, strict=True):
+        for j, lines in enumerate(head):
+            _write(draw, lines, GAP + j * step, y + top)
         for j, picture in enumerate(row):
-            canvas.paste(fit(picture, cell), (GAP + j * (cell + GAP), GAP + i * (cell + GAP)))
+            canvas.paste(fit(picture, cell), (GAP + j * step, y + top))
+        y += top + step
     return canvas
 
 
 def fit(picture: Image.Image, cell: int) -> Image.Image:
     return picture.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` pixels in the captions' font, the last one cut by an ellipsis.
+
+    Lines are broken at spaces, or within a word that is too long for one.
+    """
+    rest, lines = _printable(text[: LINES * width]), list[str]()
+    while rest:
+        count = _fitting(rest, width)
+        if count < len(rest) and len(lines) == LINES - 1:
+            return [*lines, rest[: _fitting(rest, width, "…")].rstrip() + "…"]
+        if count < len(rest):
+            space = rest.rfind(" ", 0, count + 1)
+            count = space if space > 0 else count
+        lines.append(rest[:count])
+        rest = rest[count:].lstrip()
+    return lines
+
+
+def _head(
+    row: Sequence[Image.Image], texts: Sequence[str], cell: int, width: int
+) -> list[list[str]]:
+    """The lines above each picture; above the first alone where one caption is for the row."""
+    if len(texts) not in (1, len(row)):
+        raise ValueError(f"captions: {len(texts)} for a row of {len(row)} pictures")
+    return [wrapped(text, width - 2 * GAP if len(texts) == 1 else cell) for text in texts]
+
+
+def _write(draw: ImageDraw.ImageDraw, lines: list[str], left: int, bottom: int) -> None:
+    for number, line in enumerate(reversed(lines), 1):
+        draw.text((left, bottom - BELOW - number * LEADING), line, fill="black", font=_font())
+
+
+def _fitting(text: str, width: int, end: str = "") -> int:
+    """How many letters of `text`, with `end` after them, are at most `width` pixels; at least 1."""
+    counts = range(1, len(text) + 1)
+    return bisect_right(counts, width, key=lambda n: _pixels(text[:n] + end)) or 1
+
+
+def _pixels(text: str) -> int:
+    return math.ceil(_font().getlength(text))
+
+
+def _printable(text: str) -> str:
+    """One line without control characters, for which a font has at best an empty box."""
+    return " ".join("".join(c for c in word if c.isprintable()) for word in text.split()).strip()
+
+
+@lru_cache(maxsize=1)
+def _font() -> Font:
+    """Matplotlib's own DejaVu Sans: Pillow's default font has hardly a letter beyond ASCII."""
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(path, TEXT) if path.exists() else ImageFont.load_default(TEXT)

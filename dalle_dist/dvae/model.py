@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_dist.config import DVAEConfig
+from dalle_dist.dvae import checks
 from dalle_dist.dvae.loss import map_pixels, unmap_pixels
 
 COLOURS = 3
@@ -105,11 +106,25 @@ class DVAE(nn.Module):
         self.decoder = _decoder(config, widths)
 
     def encode_logits(self, images_BCHW: Tensor) -> Tensor:
-        """Pictures, floats in [0, 1], to fp32 logits_BKGG over the codebook."""
+        """Pictures, floats in [0, 1], to fp32 logits_BKGG over the codebook.
+
+        Height and width may differ, but must be multiples of 2**downsamplings.
+
+        Raises:
+            ValueError: another shape or dtype. Values are not looked at, which would hold up
+                training; `codes` does.
+        """
+        checks.pictures_fit(images_BCHW, self.config.downsamplings)
         return self.encoder(map_pixels(images_BCHW))
 
     def codes(self, images_BCHW: Tensor) -> Tensor:
-        """Pictures, floats in [0, 1], to their likeliest codes_BGG, int64 (paper 2.2)."""
+        """Pictures, floats in [0, 1], to their likeliest codes_BGG, int64 (paper 2.2).
+
+        Raises:
+            ValueError: another shape or dtype, or a value outside [0, 1].
+        """
+        checks.pictures_fit(images_BCHW, self.config.downsamplings)
+        checks.values_fit(images_BCHW)
         return self.encode_logits(images_BCHW).argmax(dim=1)
 
     def decode_soft(self, z_BKGG: Tensor) -> Tensor:
@@ -117,7 +132,12 @@ class DVAE(nn.Module):
         return self.decoder(z_BKGG).float()
 
     def decode(self, codes_BGG: Tensor) -> Tensor:
-        """Codes, int64, to pictures images_BCHW in [0, 1]; ln b is ignored (paper A.3)."""
+        """Codes, int64, to pictures images_BCHW in [0, 1]; ln b is ignored (paper A.3).
+
+        Raises:
+            ValueError: another shape or dtype, or a code that is not in the codebook.
+        """
+        checks.codes_fit(codes_BGG, self.config.codebook_size)
         first, *rest = self.decoder
         assert isinstance(first, Conv) and first.bias is not None
         # A 1x1 convolution of one-hot codes is a look-up; one-hot, 64 of the paper's pictures

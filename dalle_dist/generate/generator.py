@@ -7,8 +7,11 @@ generator.generate("a red heart", n=8)[0].image.save("heart.png")
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
+import numbers
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,12 +31,27 @@ from dalle_dist.transformer.model import Transformer
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from the probabilities; see `generate.sampler.choose`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+@dataclass(frozen=True)
 class GeneratedImage:
+    """A picture and all that it depends on, the model apart.
+
+    `generate(prompt, n=index + 1, seed=seed, ...)[index]` draws it again.
+    """
+
     prompt: str
     index: int  # among the pictures of this prompt
-    seed: int
+    seed: int  # of the call; `sample_seed` makes the picture's own of it
     image: Image.Image
     codes_N: Tensor
+    sampling: Sampling
 
 
 class Generator:
@@ -51,7 +69,7 @@ class Generator:
         self.config, self.fingerprint = config, fingerprint
 
     @classmethod
-    def load(cls, release: str, device: str = "auto") -> Generator:
+    def load(cls, release: str | os.PathLike[str], device: str = "auto") -> Generator:
         """Read a release folder, local or remote. Raises CheckpointError."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,7 +96,10 @@ class Generator:
             UserError: an option out of its range, or an empty prompt.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        _check(prompts, n, temperature, top_k, top_p, batch_size)
+        _check_prompts(prompts)
+        _check_numbers(n, temperature, top_k, top_p, seed, batch_size)
+        n, seed = int(n), int(seed)
+        sampling = Sampling(float(temperature), int(top_k), float(top_p))
         texts = {prompt: self._text(prompt) for prompt in prompts}
         wanted = [(prompt, index) for prompt in prompts for index in range(n)]
         drawn: list[GeneratedImage] = []
@@ -89,12 +110,13 @@ class Generator:
                 self.model,
                 torch.stack([texts[prompt] for prompt, _ in part]),
                 seeds,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
+                **dataclasses.asdict(sampling),
             )
-            pictures = zip(part, seeds, self._decode(codes_BN), codes_BN.cpu(), strict=True)
-            drawn += [GeneratedImage(p, i, s, image, codes) for (p, i), s, image, codes in pictures]
+            pictures = zip(part, self._decode(codes_BN), codes_BN.cpu(), strict=True)
+            drawn += [
+                GeneratedImage(prompt, index, seed, image, codes_N, sampling)
+                for (prompt, index), image, codes_N in pictures
+            ]
         return drawn
 
     def _text(self, prompt: str) -> Tensor:
@@ -118,11 +140,27 @@ def sample_seed(seed: int, prompt: str, index: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def _check(
-    prompts: list[str], n: int, temperature: float, top_k: int, top_p: float, batch_size: int
+def _check_prompts(prompts: list[str]) -> None:
+    for prompt in prompts or [""]:
+        if not isinstance(prompt, str):
+            raise UserError(f"a prompt is not text: {prompt!r}; say what to draw")
+        if not prompt.strip():
+            raise UserError("a prompt is empty; say what to draw")
+        if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise UserError(f"a prompt is not text: {prompt!r}; write it in UTF-8")
+
+
+def _check_numbers(
+    n: int, temperature: float, top_k: int, top_p: float, seed: int, batch_size: int
 ) -> None:
+    whole = {"-n": n, "--top-k": top_k, "--seed": seed, "--batch-size": batch_size}
+    for name, value in whole.items():
+        if not isinstance(value, numbers.Integral):
+            raise UserError(f"{name}: {value!r} is not an integer")
+    for name, share in (("--temperature", temperature), ("--top-p", top_p)):
+        if not isinstance(share, numbers.Real):
+            raise UserError(f"{name}: {share!r} is not a number")
     for wrong, message in (
-        (not prompts or not all(p.strip() for p in prompts), "a prompt is empty; say what to draw"),
         (n < 1, f"-n: {n} is below 1"),
         (
             not 0 <= temperature < math.inf,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dalle_dist.transformer import checks
 from dalle_dist.transformer.model import Transformer
 
 
@@ -30,7 +31,11 @@ def sample_codes(
 
     Each sample has one uniform number per token from its own seed, turned into a token by the
     inverse of the cumulated probabilities: what else is in the batch does not matter.
+
+    Raises:
+        ValueError: tensors that are not the model's shapes, dtypes or ids; not a seed per sample.
     """
+    _check(model, text_BT, seeds, prefix_codes)
     tokens, device = model.config.transformer.image_tokens, text_BT.device
     uniform_BN = torch.stack([_uniforms(seed, tokens) for seed in seeds]).to(device)
     prefix = 0 if prefix_codes is None else prefix_codes.shape[1]
@@ -68,6 +73,22 @@ def choose(
     # Rounding may put the threshold on the very end, where only cut tokens lie.
     place_B1 = torch.minimum(place_B1, kept_BK.sum(dim=-1, keepdim=True) - 1)
     return order_BK.gather(1, place_B1)[:, 0]
+
+
+def _check(
+    model: Transformer, text_BT: Tensor, seeds: Sequence[int], prefix_codes: Tensor | None
+) -> None:
+    checks.text_fits(text_BT, model.config)
+    if not seeds or len(seeds) != len(text_BT):
+        raise ValueError(f"seeds: {len(seeds)} for {len(text_BT)} rows of text; give one for each")
+    if prefix_codes is None:
+        return
+    shape, tokens = tuple(prefix_codes.shape), model.config.transformer.image_tokens
+    if prefix_codes.dtype != torch.int64:
+        raise ValueError(f"prefix_codes: dtype {prefix_codes.dtype} is not int64; use .long()")
+    if len(shape) != 2 or shape[0] != len(seeds) or shape[1] > tokens:
+        raise ValueError(f"prefix_codes: shape {shape} is not [{len(seeds)}, up to {tokens}]")
+    checks.ids_fit("prefix_codes", prefix_codes, model.config.dvae.codebook_size)
 
 
 def _uniforms(seed: int, count: int) -> Tensor:

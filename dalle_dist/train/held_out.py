@@ -63,7 +63,10 @@ def held_out_losses(
 def sample_grid(
     model: Transformer, dvae: DVAE, tokenizer: Tokenizer, config: Config, device: torch.device
 ) -> Image.Image:
-    """A row of `samples_per_prompt` pictures per prompt of the config, always by the same seeds."""
+    """A row of `samples_per_prompt` pictures per prompt of the config, always by the same seeds.
+
+    The prompt stands above its row.
+    """
     each, length = config.train.samples_per_prompt, config.transformer.text_tokens
     side = config.transformer.image_grid
     rows = []
@@ -76,4 +79,4 @@ def sample_grid(
         )
         pictures_BCHW = dvae.decode(codes_BN.reshape(each, side, side))
         rows.append([to_image(picture) for picture in pictures_BCHW])
-    return grid(rows)
+    return grid(rows, captions=[[prompt] for prompt in config.train.prompts])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle_dist.config import Config
+from dalle_dist.transformer import checks
 from dalle_dist.transformer.blocks import Layer, init_layer
 from dalle_dist.transformer.embeddings import ImageEmbedding, LayerNorm, TextEmbedding, Unembedding
 from dalle_dist.transformer.layout import counted_text_targets, layer_masks, text_inputs
@@ -43,7 +44,12 @@ class Transformer(nn.Module):
         self._init()
 
     def forward(self, text_BT: Tensor, codes_BN: Tensor) -> Loss:
-        """Captions (ids, PAD after the text) and codes, int64, to the sums of both losses."""
+        """Captions (ids, PAD after the text) and codes, int64, to the sums of both losses.
+
+        Raises:
+            ValueError: another shape or dtype. Values are not looked at, which would hold up
+                training; `logits` and `prefill` do.
+        """
         x_BSW = self._states(text_BT, codes_BN)
         text_BTW, image_BNW = x_BSW.split([text_BT.shape[1], codes_BN.shape[1]], dim=1)
         counted_BT = counted_text_targets(text_BT)
@@ -59,7 +65,13 @@ class Transformer(nn.Module):
 
         `samples` images are drawn from each caption; those of a caption are neighbours along the
         B of `step`.
+
+        Raises:
+            ValueError: another shape or dtype than the model's captions, an id that is not in its
+                vocabulary, or not one number of samples for each caption.
         """
+        checks.text_fits(text_CT, self.config)
+        checks.ids_fit("text", text_CT, self.config.tokenizer.vocab_size)
         caches = [DecodeCache(mask, samples) for mask in layer_masks(self.config.transformer)]
         x_CTW = self.text_embedding(text_inputs(text_CT))
         for layer, cache in zip(self.blocks, caches, strict=True):
@@ -77,12 +89,20 @@ class Transformer(nn.Module):
         return self.image_unembedding(self.norm(x_B1W))[:, 0]
 
     def logits(self, text_BT: Tensor, codes_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """All of (text_BTV, image_BNK), for tests and analysis."""
+        """All of (text_BTV, image_BNK), for tests and analysis.
+
+        Raises:
+            ValueError: another shape or dtype, or an id that is not in its vocabulary.
+        """
+        checks.ids_fit("text", text_BT, self.config.tokenizer.vocab_size)
+        checks.ids_fit("codes", codes_BN, self.config.dvae.codebook_size)
         x_BSW = self._states(text_BT, codes_BN)
         text_BTW, image_BNW = x_BSW.split([text_BT.shape[1], codes_BN.shape[1]], dim=1)
         return self.text_unembedding(text_BTW), self.image_unembedding(image_BNW)
 
     def _states(self, text_BT: Tensor, codes_BN: Tensor) -> Tensor:
+        checks.text_fits(text_BT, self.config)
+        checks.codes_fit(codes_BN, len(text_BT), self.config)
         start_B1 = torch.full_like(codes_BN[:, :1], self.image_embedding.start)
         image_BNW = self.image_embedding(torch.cat([start_B1, codes_BN[:, :-1]], dim=1))
         x_BSW = torch.cat([self.text_embedding(text_inputs(text_BT)), image_BNW], dim=1)

@@ -1,1 +1,26 @@
-"""DALL-E's attention masks and the attention that uses them; imports nothing of dalle_dist."""
+"""DALL-E's attention masks and the kernels that exploit them; imports nothing of dalle_dist.
+
+sparse_attention(qkv, mask)        attention that skips what an AttentionMask hides
+DecodeCache(mask, samples)         the same for images that are drawn state by state
+adamw_(param, grad, mean, variance, by)   one AdamW update in place, by AdamWSettings
+pack(x, fmt), unpack(bits, fmt)    Adam's moments in 16 bits
+"""
+
+from dalle_kernels.adamw import Settings as AdamWSettings
+from dalle_kernels.adamw import adamw_
+from dalle_kernels.masks import AttentionMask
+from dalle_kernels.minifloat import pack, unpack
+
+# The function takes the place of the subpackage of that name as an attribute; what the subpackage
+# holds is still imported by `from dalle_kernels.sparse_attention import ...`.
+from dalle_kernels.sparse_attention import DecodeCache, sparse_attention
+
+__all__ = [
+    "AdamWSettings",
+    "AttentionMask",
+    "DecodeCache",
+    "adamw_",
+    "pack",
+    "sparse_attention",
+    "unpack",
+]

@@ -44,6 +44,9 @@ class AttentionMask:
             raise ValueError(f"kind: {self.kind!r} is not one of {get_args(Kind)}")
         if self.dialect not in get_args(Dialect):
             raise ValueError(f"dialect: {self.dialect!r} is not one of {get_args(Dialect)}")
+        for name in ("text", "grid", "kernel"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not an integer")
         if self.text < 1 or self.grid < 1:
             raise ValueError(f"text, grid: {self.text}, {self.grid} are not both positive")
         if self.kernel < 1 or self.kernel % 2 == 0:

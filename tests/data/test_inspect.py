@@ -37,7 +37,8 @@ def test_the_contact_sheet_shows_what_can_be_decoded(tmp_path, picture, capsys):
     assert "contact sheet of 5 pictures" in capsys.readouterr().out
     with Image.open(tmp_path / "new" / "sheet.png") as sheet:
         colours = {colour: n for n, colour in sheet.getcolors()}
-    assert colours[(255, 0, 0)] == 5 * 64 * 64
+    assert colours[(255, 0, 0)] == 5 * 96 * 96
+    assert colours[(0, 0, 0)] > 50  # captions
 
 
 def test_damage_is_noticed(tmp_path, picture):

@@ -188,3 +188,75 @@ def test_metrics():
     assert share_in_use(torch.tensor([1, 1, 3]), 8) == 0.25
     codes, pictures = reconstruct(DVAE(SMALL), torch.rand(3, 3, 16, 16), batch_size=2)
     assert codes.shape == (3, 4, 4) and pictures.shape == (3, 3, 16, 16)
+
+
+def _picture(*shape):
+    return torch.full(shape, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (_picture(1, 3, 16, 16).byte(), r"dtype torch\.uint8 is not floating; divide by 255"),
+        (_picture(1, 3, 16, 16).double(), r"float64 is not the weights'; use images\.float\(\)"),
+        (_picture(3, 16, 16), r"\(3, 16, 16\) is not \[B, 3, H, W\]; add the batch"),
+        (_picture(1, 16, 16, 3), r"\(1, 16, 16, 3\) is not .*; put the colours first"),
+        (_picture(1, 1, 16, 16), r"\(1, 1, 16, 16\) is not .*; three colours"),
+        (_picture(1, 3, 30, 16), "height 30 and width 16 are not both multiples of 4; resize"),
+        (_picture(1, 3, 16, 18), "height 16 and width 18 are not both multiples of 4"),
+        (_picture(1, 3, 0, 16), "height 0 and width 16"),
+        (_picture(1, 3, 16, 16).numpy(), "ndarray is not a tensor"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else str(tuple(value.shape)),
+)
+def test_pictures_of_another_shape_or_dtype_are_refused_by_all_that_take_them(images, message):
+    dvae = DVAE(SMALL)
+    for entry in (dvae.codes, dvae.encode_logits, lambda x: dvae(x, torch.zeros(1), 1.0)):
+        with pytest.raises(ValueError, match="images: .*" + message):
+            entry(images)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0.0, 255.0], r"from 0 to 255 are not in \[0, 1\]; divide by 255"),
+        ([-1.0, 1.0], r"from -1 to 1 are not in \[0, 1\]; map them"),
+        ([0.5, math.nan], "from nan to nan are not in"),
+        ([0.5, math.inf], "from 0.5 to inf are not in .*; map them"),
+        ([0.0, 1.01], "from 0 to 1.01 are not in .*; map them"),
+    ],
+)
+def test_codes_refuses_values_outside_the_range(values, message):
+    images = _picture(1, 3, 16, 16)
+    images[0, 0, 0, :2] = torch.tensor(values)
+    with pytest.raises(ValueError, match="images: values " + message):
+        DVAE(SMALL).codes(images)
+
+
+def test_any_size_the_grid_divides_is_taken_and_rounding_is_forgiven():
+    dvae = DVAE(SMALL)
+    images = torch.rand(2, 3, 8, 20)
+    images[0, 0, 0, :2] = torch.tensor([-1e-6, 1 + 1e-6])
+    codes = dvae.codes(images)
+    assert codes.shape == (2, 2, 5) and codes.dtype == torch.int64
+    assert dvae.decode(codes).shape == images.shape
+    assert dvae.codes(images[:0]).shape == (0, 2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dvae.codes(images.bfloat16().clamp(0, 1)).shape == (2, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.zeros(1, 4, 4), r"dtype torch\.float32 is not int64; use codes\.long\(\)"),
+        (torch.zeros(1, 4, 4, dtype=torch.int32), r"dtype torch\.int32 is not int64"),
+        (torch.zeros(1, 16).long(), r"shape \(1, 16\) is not \[B, height, width\]; unflatten"),
+        (torch.full((1, 4, 4), 12), "values from 12 to 12 are not in 0 to 11"),
+        (torch.full((1, 4, 4), -1), "values from -1 to -1 are not in 0 to 11"),
+        ([[[0]]], "list is not a tensor"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_decode_refuses_what_is_not_codes(codes, message):
+    with pytest.raises(ValueError, match="codes: " + message):
+        DVAE(SMALL).decode(codes)

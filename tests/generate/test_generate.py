@@ -1,11 +1,15 @@
 import json
+import warnings
+from unittest.mock import patch
 
 import pytest
 import torch
+from PIL import Image
 
 from dalle_dist.config import load
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import UserError
+from dalle_dist.generate import outputs
 from dalle_dist.generate.generator import Generator, sample_seed
 from dalle_dist.generate.outputs import write_outputs
 from dalle_dist.generate.sampler import choose, sample_codes
@@ -122,6 +126,12 @@ def test_pictures_depend_on_seed_prompt_and_index_alone():
         ({"top_k": -1}, "--top-k"),
         ({"top_p": 0.0}, "--top-p"),
         ({"batch_size": 0}, "--batch-size"),
+        ({"batch_size": 2.5}, "--batch-size: 2.5 is not an integer"),
+        ({"n": "3"}, "-n: '3' is not an integer"),
+        ({"seed": 1.5}, "--seed: 1.5 is not an integer"),
+        ({"temperature": "1"}, "--temperature: '1' is not a number"),
+        ({"prompts": ["a", 3]}, "a prompt is not text: 3"),
+        ({"prompts": "caf\udce9"}, r"a prompt is not text: 'caf\\udce9'; write it in UTF-8"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):
@@ -137,34 +147,151 @@ def test_a_prompt_too_long_is_cut_with_a_warning():
     assert [picture.prompt for picture in drawn] == ["a red heart, a blue car"]
 
 
+def names(folder, *but):
+    return sorted(path.name for path in folder.iterdir() if path.name not in but)
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())["pictures"]
+
+
 def test_outputs_are_pictures_a_grid_and_a_manifest(tmp_path):
     generator = build()
-    drawn = generator.generate(["a red heart", "a blue car"], n=2, seed=3)
+    drawn = generator.generate(["a red heart", "a blue car"], n=2, seed=3, top_k=5)
     out = tmp_path / "out"
-    for _ in range(2):  # a second call may replace its own files
-        write_outputs(drawn, str(out), fingerprint=generator.fingerprint)
-    names = sorted(path.name for path in out.iterdir())
-    assert names == [
-        "00-a-red-heart-00.png", "00-a-red-heart-01.png", "01-a-blue-car-00.png",
-        "01-a-blue-car-01.png", "grid.png", "manifest.json",
-    ]  # fmt: skip
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert len(manifest["pictures"]) == 4
-    assert manifest["pictures"][3] == {
-        "file": "01-a-blue-car-01.png", "prompt": "a blue car",
-        "seed": sample_seed(3, "a blue car", 1), "model": "f" * 16,
+    write_outputs(drawn, str(out), fingerprint=generator.fingerprint)
+    entries = manifest(out)
+    files = [entry["file"] for entry in entries]
+    assert names(out) == sorted([*files, "grid.png", "manifest.json"])
+    starts = ["a-red-heart-00-", "a-red-heart-01-", "a-blue-car-00-", "a-blue-car-01-"]
+    assert all(map(str.startswith, files, starts))
+    assert entries[3] == {
+        "file": files[3], "prompt": "a blue car", "index": 1, "seed": 3, "model": "f" * 16,
+        "temperature": 1.0, "top_k": 5, "top_p": 1.0,
     }  # fmt: skip
+    with Image.open(out / files[3]) as kept:
+        assert kept.tobytes() == drawn[3].image.tobytes()
 
 
-def test_pictures_of_an_earlier_call_stay_in_the_manifest(tmp_path):
+def test_the_manifest_says_how_to_draw_a_picture_again(tmp_path):
+    generator = build()
+    drawn = generator.generate(["a blue car", "a red heart"], n=3, seed=7, temperature=0.5)
+    write_outputs(drawn, str(tmp_path), fingerprint="")
+    entry = manifest(tmp_path)[5]
+    options = {key: entry[key] for key in ("seed", "temperature", "top_k", "top_p")}
+    again = generator.generate(entry["prompt"], n=entry["index"] + 1, **options)[-1]
+    with Image.open(tmp_path / entry["file"]) as kept:
+        assert kept.tobytes() == again.image.tobytes()
+
+
+def test_a_repeated_call_replaces_its_own_pictures(tmp_path):
+    generator = build()
+    first = generator.generate("a red heart", n=2)
+    write_outputs(first, str(tmp_path), fingerprint="")
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("a-red-heart-*.png")}
+    write_outputs(generator.generate("a blue car"), str(tmp_path), fingerprint="")
+    write_outputs(first, str(tmp_path), fingerprint="")
+    assert len(names(tmp_path)) == 5 and len(before) == 2
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert [e["prompt"] for e in manifest(tmp_path)] == ["a red heart"] * 2 + ["a blue car"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "change", "fingerprint"),
+    [
+        ("a red heart!", {}, "old"),
+        ("A red heart", {}, "old"),
+        ("a red heart", {"seed": 1}, "old"),
+        ("a red heart", {"temperature": 0.5}, "old"),
+        ("a red heart", {"top_k": 3}, "old"),
+        ("a red heart", {"top_p": 0.5}, "old"),
+        ("a red heart", {}, "new"),
+    ],
+)
+def test_what_differs_in_anything_lies_beside_the_earlier_pictures(
+    tmp_path, prompt, change, fingerprint
+):
     generator = build()
     write_outputs(generator.generate("a red heart", n=2), str(tmp_path), fingerprint="old")
-    write_outputs(generator.generate("a red heart", seed=5), str(tmp_path), fingerprint="new")
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    models = {entry["file"]: entry["model"] for entry in manifest["pictures"]}
-    assert models == {"00-a-red-heart-00.png": "new", "00-a-red-heart-01.png": "old"}
-    write_outputs(generator.generate("a blue car"), str(tmp_path), fingerprint="new")
-    assert len(list(tmp_path.glob("*-0?.png"))) == 3
+    earlier = {path: path.read_bytes() for path in tmp_path.glob("a-red-heart-*.png")}
+    with Image.open(tmp_path / "grid.png") as grid:
+        height, width = grid.height, grid.width
+    write_outputs(generator.generate(prompt, **change), str(tmp_path), fingerprint=fingerprint)
+    assert {path: path.read_bytes() for path in earlier} == earlier
+    assert len(list(tmp_path.glob("a-red-heart-*.png"))) == 3
+    assert [entry["prompt"] for entry in manifest(tmp_path)] == ["a red heart"] * 2 + [prompt]
+    with Image.open(tmp_path / "grid.png") as grid:  # another seed's in the same row
+        assert (grid.height > height, grid.width > width) == (
+            (False, True) if "seed" in change else (True, False)
+        )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "starts"),
+    [
+        (("猫", "犬"), ("猫-00", "犬-00")),
+        (("Привет, МИР", "हिन्दी में"), ("привет-мир-00", "हिन्दी-में-00")),
+        (("école", "e\u0301cole!"), ("école-00", "école-00")),
+        (("❤️", "😀/../🚀"), ("prompt-00", "prompt-00")),
+        (("on and " * 40 + "red", "on and " * 40 + "blue"), ("on-and", "on-and")),
+        (("猫" * 100 + "a", "猫" * 100 + "b"), ("猫" * 33 + "-00", "猫" * 33 + "-00")),
+        (("../x", ".hidden"), ("x-00", "hidden-00")),
+    ],
+)
+def test_names_keep_letters_of_any_script_and_fit_file_systems(tmp_path, prompts, starts):
+    generator = build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # prompts are cut
+        for prompt in prompts:
+            write_outputs(generator.generate(prompt), str(tmp_path / "out"), fingerprint="")
+    files = [entry["file"] for entry in manifest(tmp_path / "out")]
+    assert names(tmp_path) == ["out"] and len(set(files)) == 2
+    assert sorted(files) == names(tmp_path / "out", "grid.png", "manifest.json")
+    assert all(map(str.startswith, files, starts)), files
+    assert all(len(name.encode()) <= 130 for name in files)
+
+
+def test_a_file_system_without_unicode_gets_what_it_can_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs.sys, "getfilesystemencoding", lambda: "latin-1")
+    drawn = [picture for prompt in ("猫 cat é", "犬") for picture in build().generate(prompt)]
+    write_outputs(drawn, str(tmp_path), fingerprint="")
+    files = [entry["file"] for entry in manifest(tmp_path)]
+    assert files[0].startswith("cat-é-00-") and files[1].startswith("prompt-00-")
+
+
+def test_the_grid_shows_many_pictures_in_lines_and_names_what_tells_rows_apart():
+    entries = {
+        f"{i}": {"prompt": "a", "model": "m", "temperature": t, "top_k": 0, "top_p": 1.0}
+        for i, t in enumerate([1.0] * 14 + [0.5])
+    }
+    with patch.object(outputs, "grid") as grid:
+        outputs._grid(entries, dict.fromkeys(entries, build().generate("a")[0].image))
+    (rows,), options = grid.call_args
+    assert [len(row) for row in rows] == [12, 2, 1]
+    assert options["captions"] == [["a (temperature 1.0)"], [""], ["a (temperature 0.5)"]]
+
+
+def test_pictures_that_were_removed_or_made_by_an_earlier_version(tmp_path):
+    generator = build()
+    write_outputs(generator.generate("a red heart", n=2), str(tmp_path), fingerprint="")
+    first, second = manifest(tmp_path)
+    (tmp_path / first["file"]).unlink()
+    old = {"file": second["file"], "prompt": "a red heart", "seed": 5, "model": "x"}
+    (tmp_path / "manifest.json").write_text(json.dumps({"pictures": [first, old]}))
+    write_outputs(generator.generate("a blue car"), str(tmp_path), fingerprint="")
+    entries = manifest(tmp_path)
+    assert entries[0] == old and [e["prompt"] for e in entries] == ["a red heart", "a blue car"]
+
+
+def test_a_damaged_earlier_picture_is_named_before_anything_is_written(tmp_path):
+    generator = build()
+    write_outputs(generator.generate("a red heart"), str(tmp_path), fingerprint="")
+    (file,) = [entry["file"] for entry in manifest(tmp_path)]
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:60])
+    before = names(tmp_path)
+    with pytest.raises(UserError, match=f"{file}: is not a whole picture; remove it"):
+        write_outputs(generator.generate("a blue car"), str(tmp_path), fingerprint="")
+    assert names(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -194,3 +321,22 @@ def test_a_file_beside_own_pictures_is_foreign(tmp_path):
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds notes/a\.txt"):
         write_outputs(drawn, str(tmp_path), fingerprint="")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_BT": text()[:, :5]}, r"text: shape \(3, 5\) is not \[B, 6\]"),
+        ({"text_BT": text() + 300}, r"text: values from \d+ to \d+ are not in 0 to 299"),
+        ({"seeds": [1, 2]}, "seeds: 2 for 3 rows of text"),
+        ({"prefix_codes": torch.zeros(3, 17).long()}, r"\(3, 17\) is not \[3, up to 16\]"),
+        ({"prefix_codes": torch.zeros(2, 4).long()}, r"\(2, 4\) is not \[3, up to 16\]"),
+        ({"prefix_codes": torch.zeros(3, 4)}, r"prefix_codes: dtype torch\.float32 is not int64"),
+        # One past the codebook is the start of the picture, which the embedding would take.
+        ({"prefix_codes": torch.full((3, 4), 20)}, "from 20 to 20 are not in 0 to 19"),
+    ],
+)
+def test_the_sampler_refuses_tensors_that_do_not_fit(options, message):
+    options = {"text_BT": text(), "seeds": [1, 2, 3]} | options
+    with pytest.raises(ValueError, match=message):
+        sample_codes(build().model, **options)

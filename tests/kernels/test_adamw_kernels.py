@@ -1,5 +1,6 @@
 """One update of one tensor: three backends, one arithmetic."""
 
+import dataclasses
 import re
 import warnings
 
@@ -104,6 +105,9 @@ def test_temporaries_are_a_piece_at_a_time(monkeypatch):
         ({"mean": torch.zeros(4, dtype=torch.int16)}, "mean"),
         ({"mean": torch.zeros(4, 2)[:, 0]}, "mean"),
         ({"variance": torch.zeros(4, dtype=torch.uint16)}, "variance"),
+        ({"param": [0.0]}, "param"),
+        ({"grad": None}, "grad"),
+        ({"by": None}, "by"),
         ({"backend": "foreach"}, "backend"),
         ({"backend": "triton"}, "backend"),
         ({"backend": "fused"}, "backend"),
@@ -169,3 +173,16 @@ def test_the_compiled_kernel_rounds_every_operation():
     ptx = triton.compile(source, target, OPTIONS).asm["ptx"]
     assert "div.rn.f32" in ptx and "sqrt.rn.f32" in ptx and "mul" in ptx
     assert not re.findall(r"\bfma\.|\.ftz|\.approx", ptx)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 0}, "step: 0 is below 1"),
+        ({"beta1": 1.0}, r"beta1: 1\.0 is not in \[0, 1\)"),
+        ({"beta2": -0.1}, r"beta2: -0\.1 is not in"),
+    ],
+)
+def test_settings_that_would_divide_by_zero_are_refused(change, message):
+    with pytest.raises(ValueError, match="^" + message):
+        dataclasses.replace(BY, **change)

@@ -55,6 +55,14 @@ def test_arguments_that_do_not_fit_are_named():
         DecodeCache(mask, [1, 0])
     with pytest.raises(ValueError, match=r"^text: "):
         DecodeCache(mask, [1]).put_text(torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 8))
+    with pytest.raises(ValueError, match=r"^k, v: shapes"):
+        DecodeCache(mask, [1]).put_text(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 16))
+    with pytest.raises(ValueError, match=r"^mask: str is not an AttentionMask"):
+        DecodeCache("row", [1])
+    with pytest.raises(ValueError, match=r"^samples: 3 is not a sequence"):
+        DecodeCache(mask, 3)
+    with pytest.raises(ValueError, match=r"^text: none is there"):
+        DecodeCache(mask, [1]).attend(torch.zeros(1, 1, 8), 0)
 
 
 def test_steps_that_do_not_fit_are_named(monkeypatch):
@@ -66,8 +74,12 @@ def test_steps_that_do_not_fit_are_named(monkeypatch):
     for state in (-1, 9):
         with pytest.raises(ValueError, match=f"^state: {state} is not in 0 to 8"):
             cache.put_image(state, two, two)
-    with pytest.raises(ValueError, match=r"^k, v: shapes"):
+        with pytest.raises(ValueError, match=f"^state: {state} is not in 0 to 8"):
+            cache.attend(two, state)
+    with pytest.raises(ValueError, match=r"^k: shape \(1, 1, 32\) is not \(2, 1, 32\)"):
         cache.put_image(0, one, two)
+    with pytest.raises(ValueError, match=r"^q: shape"):
+        cache.attend(one, 0)
     cache.put_image(0, two, two)
     with pytest.raises(ValueError, match=r"^backend: 'tritn' is not one of"):
         cache.attend(two, 0, "tritn")

@@ -109,6 +109,9 @@ def test_papers_sizes():
         (("row", 0, 4), "text, grid"),
         (("row", 4, 4, "other"), "dialect"),
         (("conv", 4, 4, "paper", 4), "kernel"),
+        (("conv", 4, 4, "paper", 3.0), "kernel"),
+        (("row", 4.0, 4), "text"),
+        (("row", 4, "4"), "grid"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(arguments, name):

@@ -134,7 +134,9 @@ def test_views_and_inputs_are_read_where_they_lie(fmt):
         (lambda: pack(CODES, "1-6-9"), "x"),
         (lambda: pack(torch.zeros(2), "1-5-10"), "fmt"),
         (lambda: pack(torch.zeros(2), "1-6-9", "cuda"), "backend"),
+        (lambda: pack([1.0], "1-6-9"), "x"),
         (lambda: unpack(CODES.int(), "1-6-9"), "bits"),
+        (lambda: unpack([1], "1-6-9"), "bits"),
         (lambda: unpack(CODES, "1-6-9", "triton"), "backend"),
     ],
 )

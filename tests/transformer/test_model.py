@@ -244,3 +244,42 @@ def test_a_tiny_model_learns_a_batch_by_heart():
         loss.backward()
         optimizer.step()
     assert loss < 0.3
+
+
+def _wrong(name, tensor, message):
+    text_BT, codes_BN = batch()
+    return ({"text": text_BT, "codes": codes_BN} | {name: tensor(text_BT, codes_BN)}, message)
+
+
+SHAPES = [
+    _wrong("text", lambda t, c: t[:, :1], r"text: shape \(3, 1\) is not \[B, 6\]; tokenizer\."),
+    _wrong("text", lambda t, c: t[0], r"text: shape \(6,\) is not \[B, 6\]"),
+    _wrong("text", lambda t, c: t.int(), r"text: dtype torch\.int32 is not int64; use text\.long"),
+    _wrong("text", lambda t, c: t.tolist(), "text: list is not a tensor"),
+    _wrong("codes", lambda t, c: c[:, :15], r"codes: shape \(3, 15\) is not \[B, 16\]; dvae\."),
+    _wrong("codes", lambda t, c: c.view(3, 4, 4), r"codes: shape \(3, 4, 4\) is not \[B, 16\]"),
+    _wrong("codes", lambda t, c: c.float(), r"codes: dtype torch\.float32 is not int64"),
+    _wrong("codes", lambda t, c: c[:1], "codes: 1 rows, but text has 3"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "message"), SHAPES)
+def test_inputs_of_another_shape_or_dtype_are_refused(inputs, message):
+    model = tiny()
+    for entry in (model, model.logits):
+        with pytest.raises(ValueError, match=message):
+            entry(inputs["text"], inputs["codes"])
+    if message.startswith("text"):
+        with pytest.raises(ValueError, match=message):
+            model.prefill(inputs["text"], [1, 1, 1])
+
+
+@pytest.mark.parametrize(("name", "value", "most"), [("text", 300, 299), ("codes", 20, 19)])
+def test_ids_outside_the_vocabulary_are_refused_outside_training(name, value, most):
+    text_BT, codes_BN = batch()
+    {"text": text_BT, "codes": codes_BN}[name][0, 0] = value
+    with pytest.raises(ValueError, match=rf"{name}: values from \d+ to {value} .* 0 to {most}"):
+        tiny().logits(text_BT, codes_BN)
+    if name == "text":
+        with pytest.raises(ValueError, match=f"to {value} are not in 0 to {most}"):
+            tiny().prefill(text_BT, [1, 1, 1])

@@ -31,7 +31,11 @@ MOMENTS = (torch.float32, torch.uint16)
 
 @dataclass(frozen=True)
 class Settings:
-    """What the update depends on besides its tensors. variance_clip 0 is none; step is from 1."""
+    """What the update depends on besides its tensors. variance_clip 0 is none; step is from 1.
+
+    Raises:
+        ValueError: naming the number that is out of its range.
+    """
 
     step: int
     lr: float
@@ -40,6 +44,13 @@ class Settings:
     eps: float
     weight_decay: float = 0.0
     variance_clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.step < 1:
+            raise ValueError(f"step: {self.step} is below 1; the first update is 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not in [0, 1)")
 
     @property
     def keep(self) -> float:
@@ -104,6 +115,8 @@ def adamw_(
         ValueError: naming the argument that does not fit.
     """
     _check(param, grad, mean, variance)
+    if not isinstance(by, Settings):
+        raise ValueError(f"by: {type(by).__name__} is not the Settings of an update")
     if backend == "auto":
         backend = _quickest(param, grad, mean, by)
     if backend not in BACKENDS:
@@ -112,6 +125,10 @@ def adamw_(
 
 
 def _check(param: Tensor, grad: Tensor, mean: Tensor, variance: Tensor) -> None:
+    named = {"param": param, "grad": grad, "mean": mean, "variance": variance}
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: {type(value).__name__} is not a tensor")
     for name, tensor, dtypes in (
         ("param", param, (torch.float32,)),
         ("grad", grad, GRADIENTS),

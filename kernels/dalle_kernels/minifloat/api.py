@@ -29,6 +29,8 @@ def pack(x: Tensor, fmt: str, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: naming the argument that does not fit.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x: {type(x).__name__} is not a tensor")
     if x.dtype not in DTYPES:
         raise ValueError(f"x: dtype {x.dtype} is not one of fp32, fp16, bf16")
     if _use_triton(x, fmt, backend):
@@ -40,6 +42,8 @@ def pack(x: Tensor, fmt: str, backend: str = "auto") -> Tensor:
 
 def unpack(bits: Tensor, fmt: str, backend: str = "auto") -> Tensor:
     """The fp32 values of uint16 words, exactly; arguments and errors as for `pack`."""
+    if not isinstance(bits, Tensor):
+        raise ValueError(f"bits: {type(bits).__name__} is not a tensor")
     if bits.dtype != torch.uint16:
         raise ValueError(f"bits: dtype {bits.dtype} is not uint16")
     if _use_triton(bits, fmt, backend):

@@ -36,6 +36,10 @@ class DecodeCache:
     """
 
     def __init__(self, mask: AttentionMask, samples: Sequence[int]) -> None:
+        if not isinstance(mask, AttentionMask):
+            raise ValueError(f"mask: {type(mask).__name__} is not an AttentionMask")
+        if not isinstance(samples, Sequence):
+            raise ValueError(f"samples: {samples!r} is not a sequence, one number for each caption")
         if not samples or min(samples) < 1:
             raise ValueError(f"samples: {list(samples)} are not one or more for each caption")
         self.mask, self.samples, self.span = mask, tuple(samples), span(mask)
@@ -43,6 +47,11 @@ class DecodeCache:
 
     def put_text(self, k_CHTD: Tensor, v_CHTD: Tensor) -> None:
         """Keys and values of each caption's text states; makes room for the images."""
+        if k_CHTD.ndim != 4 or k_CHTD.shape != v_CHTD.shape:
+            raise ValueError(
+                f"k, v: shapes {tuple(k_CHTD.shape)} and {tuple(v_CHTD.shape)} are not one "
+                "[C, H, T, D]"
+            )
         captions, heads, text, width = k_CHTD.shape
         if (captions, text) != (len(self.samples), self.mask.text):
             raise ValueError(
@@ -58,13 +67,7 @@ class DecodeCache:
 
     def put_image(self, state: int, k_BHD: Tensor, v_BHD: Tensor) -> None:
         """Key and value of image state `state` of every sample; states come in order."""
-        if not 0 <= state < self.mask.image:
-            raise ValueError(f"state: {state} is not in 0 to {self.mask.image - 1}")
-        room = (*self.k_BHJD.shape[:2], self.k_BHJD.shape[-1])
-        if not k_BHD.shape == v_BHD.shape == room:
-            raise ValueError(
-                f"k, v: shapes {tuple(k_BHD.shape)} and {tuple(v_BHD.shape)} are not both {room}"
-            )
+        self._check(state, k=k_BHD, v=v_BHD)
         slot = self.span.position(state) % self.slots
         self.k_BHJD[:, :, slot], self.v_BHJD[:, :, slot] = k_BHD, v_BHD
 
@@ -79,11 +82,22 @@ class DecodeCache:
         """
         if backend not in ("auto", "torch", "triton"):
             raise ValueError(f"backend: {backend!r} is not one of auto, torch, triton")
+        self._check(state, q=q_BHD)
         if self._takes_triton(q_BHD, backend):
             from dalle_kernels.sparse_attention.triton_decode import attend
 
             return attend(q_BHD, self, state)
         return self._attend(q_BHD, state)
+
+    def _check(self, state: int, **new: Tensor) -> None:
+        if "k_BHJD" not in vars(self):
+            raise ValueError("text: none is there; put_text comes first")
+        if not 0 <= state < self.mask.image:
+            raise ValueError(f"state: {state} is not in 0 to {self.mask.image - 1}")
+        room = (*self.k_BHJD.shape[:2], self.k_BHJD.shape[-1])
+        for name, x_BHD in new.items():
+            if x_BHD.shape != room:
+                raise ValueError(f"{name}: shape {tuple(x_BHD.shape)} is not {room}")
 
     def _takes_triton(self, q_BHD: Tensor, backend: str) -> bool:
         if backend == "torch" or (backend == "auto" and q_BHD.device.type == "cpu"):

@@ -1,0 +1,29 @@
+import dataclasses
+
+import numpy as np
+import tiny_run
+import torch
+
+from dalle_dist.dvae.model import DVAE
+from dalle_dist.tokenizer import train_tokenizer
+from dalle_dist.train.held_out import sample_grid
+from dalle_dist.transformer.model import Transformer
+
+
+def test_each_prompt_stands_above_its_row(tmp_path):
+    config = tiny_run.make(tmp_path)
+    tokenizer = train_tokenizer(tiny_run.CAPTIONS, config.tokenizer.vocab_size)
+    model, dvae = Transformer(config).eval(), DVAE(config.dvae).eval()
+
+    def drawn(*prompts):
+        train = dataclasses.replace(config.train, prompts=list(prompts))
+        shown = dataclasses.replace(config, train=train)
+        return sample_grid(model, dvae, tokenizer, shown, torch.device("cpu"))
+
+    one, two = drawn("red heart"), drawn("red heart", "blue car")
+    assert two.width == one.width
+    above = np.asarray(one)[: one.height - 96 - 2 * 6]
+    assert (above < 128).any() and above.shape[0] >= 11
+    # The second row lies below the first and has as much room; its words are other ones.
+    below = np.asarray(two)[two.height - one.height : two.height - 96 - 2 * 6]
+    assert (below < 128).any() and not np.array_equal(below, above)
