@@ -53,5 +53,5 @@ setup(
         "clip": ["transformers"],
         "wandb": ["wandb"],
     },
-    entry_points={"console_scripts": ["dalle-dist = dalle_dist.cli:main"]},
+    entry_points={"console_scripts": ["dalle-dist = dalle_dist.cli:program"]},
 )

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from dalle_dist import __version__
 from dalle_dist.config import Config, load, preset_names, to_yaml
+from dalle_dist.distributed.environment import read_environment
 from dalle_dist.errors import ConfigError, UserError
 
+if TYPE_CHECKING:
+    from dalle_dist.distributed.ending import Ending
+
 Handler = Callable[[argparse.Namespace], None]
+LAUNCH = "dalle_dist.distributed.launch"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,21 +36,71 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides += rest
     try:
         options.handler(options)
-        _leave_group()
     except UserError as error:
-        if not isinstance(error, ConfigError) or _is_first_rank():
-            print(f"dalle-dist: error: {error}", file=sys.stderr)
+        if _first_to_tell(error):
+            print(f"dalle-dist: error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception:
+        # What another rank has already told of breaks this one's collectives.
+        if _told_elsewhere():
+            return 2
+        _first_to_tell()
+        raise
+    launch = sys.modules.get(LAUNCH)
+    if launch is not None:
+        launch.shutdown()
     return 0
 
 
-def _leave_group() -> None:
-    """Or else the interpreter's end takes the group's threads apart, and now and then aborts."""
-    launch = sys.modules.get("dalle_dist.distributed.launch")
-    if launch is not None:
-        launch.shutdown()
+def program() -> NoReturn:
+    """`dalle-dist`, as a process: `main`, and an end that all ranks of a run take together.
+
+    After a failure the interpreter's own end is left out: it would take the process group apart
+    under the threads that still use it, and abort instead of leaving with the status.
+    """
+    try:
+        status = main()
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    ending = _ending()
+    if status == 0 or ending is None:
+        sys.exit(status)
+    ending.wait_for_all()
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _ending() -> Ending | None:
+    """None before this process has joined others; torch is not imported for the question."""
+    launch = sys.modules.get(LAUNCH)
+    return None if launch is None else launch.ending()
+
+
+def _first_to_tell(error: UserError | None = None) -> bool:
+    """Whether this rank prints the error: of those that have met, the first that has one."""
+    ending = _ending()
+    if ending is not None:
+        return ending.announce()
+    # Not joined: a config that is wrong is wrong on all ranks, and each has read it.
+    return not isinstance(error, ConfigError) or _rank() == 0
+
+
+def _rank() -> int:
+    try:
+        return read_environment(os.environ).rank
+    except ConfigError:
+        return 0
+
+
+def _told_elsewhere() -> bool:
+    ending = _ending()
+    return ending is not None and ending.told_elsewhere()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -198,7 +256,7 @@ def _captions(config: Config) -> Iterator[str]:
 
 
 def _train_dvae(options: argparse.Namespace) -> None:
-    config = _config_of(options)
+    config = _shared_config_of(options)
     from dalle_dist.train.train_dvae import train_dvae
 
     train_dvae(config, options.resume)
@@ -212,7 +270,7 @@ def _encode(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = _config_of(options)
+    config = _shared_config_of(options)
     from dalle_dist.train.train import train
 
     train(config, options.resume)
@@ -270,10 +328,14 @@ def _config_of(options: argparse.Namespace) -> Config:
     return load(options.preset, options.overrides)
 
 
-def _is_first_rank() -> bool:
-    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+def _shared_config_of(options: argparse.Namespace) -> Config:
+    """The config for a program that all ranks run: what one cannot read, none goes on with."""
+    if read_environment(os.environ).world == 1:
+        return _config_of(options)
+    from dalle_dist.distributed import launch
+
+    return launch.init().together(lambda: _config_of(options))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -7,33 +7,25 @@ on CPUs (also forced by DS_ACCELERATOR=cpu).
 from __future__ import annotations
 
 import os
-import re
+import random
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from dalle_dist.distributed.ending import Ending
+from dalle_dist.distributed.environment import Place, gpu_grant, read_environment
 from dalle_dist.errors import ConfigError, UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
-
-
-@dataclass(frozen=True)
-class Place:
-    """One process among its peers, as its launcher tells it."""
-
-    launcher: str  # single | deepspeed | torchrun | srun | mpirun
-    rank: int = 0
-    local_rank: int = 0
-    world: int = 1
-    local_world: int = 1
-    address: str = ""  # of rank 0; empty: still to be agreed on (mpirun, single)
-    port: int = 0
+PORTS = range(12_000, 32_000)  # Linux hands out those from 32,768 on
 
 
 @dataclass(frozen=True)
@@ -73,6 +65,25 @@ class Ranks:
         dist.all_gather_object(box, value)
         return box
 
+    def together(self, action: Callable[[], T]) -> T:
+        """What `action` returns on this rank, if it returns on all of them.
+
+        Raises the UserError of the first rank that has one, on every rank: so none is left waiting
+        in a collective for a rank that has gone.
+        """
+        try:
+            value, failure = action(), None
+        except UserError as error:
+            value, failure = None, error
+        failures = [failure] if self.world == 1 else self.gather(failure)
+        failed = [rank for rank, failure in enumerate(failures) if failure is not None]
+        if failed and len(failed) < self.world:
+            first = failures[failed[0]]
+            raise type(first)(f"rank {failed[0]}: {first}")  # type: ignore[misc]
+        if failed:
+            raise cast(UserError, failures[0])
+        return cast(T, value)
+
     def on_main(self, action: Callable[[], T]) -> T:
         """What `action` returns on rank 0, on every rank; its UserError is raised on all."""
         value: T | None = None
@@ -97,109 +108,40 @@ def init() -> Ranks:
     """Join the process group of whichever launcher started this process; again: the same ranks.
 
     Raises:
-        ConfigError: the launcher's environment is incomplete, or mpi4py is missing under mpirun.
+        ConfigError: the launcher's environment is incomplete, mpi4py is missing under mpirun, or
+            a GPU was granted that torch does not see.
     """
-    global _ranks
+    global _ranks, _ending
     if _ranks is not None and dist.is_initialized():
         return _ranks
     place = read_environment(os.environ)
     if place.launcher == "mpirun":
         place = _meet_by_mpi(place)
-    device = _device(place.local_rank)
+    store = _meet(place)
+    if place.world > 1:
+        _ending = Ending(store, place.world)  # now others can be told if what follows fails
+    device = device_of(place.local_rank)
     _export(place, device)
-    _join(place, device)
+    _join(place, device, store)
     _ranks = Ranks(place.rank, place.local_rank, place.world, place.launcher, device)
     _share_cpus(_ranks)
     return _ranks
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one."""
-    global _ranks
-    _ranks = None
+    """Leave the process group, if there is one.
+
+    Else the interpreter's end takes the group's threads apart, and now and then aborts.
+    """
+    global _ranks, _ending
+    _ranks = _ending = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def read_environment(environ: Mapping[str, str]) -> Place:
-    """The launcher's environment variables to a Place.
-
-    mpirun is looked for before srun: inside a Slurm allocation its processes see both.
-    Raises ConfigError when the variables of `torchrun` or `deepspeed` are incomplete.
-    """
-    if "RANK" in environ or "WORLD_SIZE" in environ:
-        return _from_rendezvous(environ)
-    if "OMPI_COMM_WORLD_SIZE" in environ:
-        return _place(environ, "mpirun", "OMPI_COMM_WORLD_", ("RANK", "LOCAL_RANK", "SIZE"))
-    tasks = environ.get("SLURM_STEP_NUM_TASKS")
-    if "PMI_SIZE" in environ and environ["PMI_SIZE"] != tasks:
-        return Place("mpirun", rank=int(environ["PMI_RANK"]), world=int(environ["PMI_SIZE"]))
-    # sbatch sets SLURM_PROCID and SLURM_NTASKS for the batch script too; only srun makes a step.
-    if tasks is not None and "SLURM_PROCID" in environ:
-        return _from_slurm(environ)
-    return Place("single")
-
-
-def first_host(nodelist: str) -> str:
-    """`gpu[07-09,12],n3` -> `gpu07`: the first host of Slurm's compressed list."""
-    match = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist)
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match.group()) if match else nodelist
-
-
-def _from_rendezvous(environ: Mapping[str, str]) -> Place:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in environ]
-    if missing:
-        raise ConfigError(
-            f"environment: RANK or WORLD_SIZE is set, but {', '.join(missing)} is not; start with "
-            "torchrun, deepspeed, srun or mpirun, or unset them for a single process"
-        )
-    world = int(environ["WORLD_SIZE"])
-    return Place(
-        launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed",
-        rank=int(environ["RANK"]),
-        local_rank=int(environ["LOCAL_RANK"]),
-        world=world,
-        local_world=int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or world),
-        address=environ["MASTER_ADDR"],
-        port=int(environ["MASTER_PORT"]),
-    )
-
-
-def _place(
-    environ: Mapping[str, str], launcher: str, prefix: str, names: tuple[str, str, str]
-) -> Place:
-    rank, local_rank, world = (int(environ[prefix + name]) for name in names)
-    local_world = int(environ.get(f"{prefix}LOCAL_SIZE", 1))
-    return Place(launcher, rank, local_rank, world, local_world)
-
-
-def _from_slurm(environ: Mapping[str, str]) -> Place:
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST") or "127.0.0.1"
-    return Place(
-        launcher="srun",
-        rank=int(environ["SLURM_PROCID"]),
-        local_rank=int(environ["SLURM_LOCALID"]),
-        world=int(environ["SLURM_STEP_NUM_TASKS"]),
-        local_world=_tasks_of_node(environ),
-        address=environ.get("MASTER_ADDR") or first_host(nodes),
-        port=int(environ.get("MASTER_PORT") or _slurm_port(environ)),
-    )
-
-
-def _tasks_of_node(environ: Mapping[str, str]) -> int:
-    counts: list[int] = []
-    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
-        tasks, _, times = part.rstrip(")").partition("(x")
-        counts += [int(tasks)] * int(times or 1)
-    return counts[int(environ.get("SLURM_NODEID", 0))]
-
-
-def _slurm_port(environ: Mapping[str, str]) -> int:
-    """Another one for each job, step and requeue, below the ports that the kernel hands out."""
-    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    job, step, restart = (int(environ.get(name) or 0) for name in names)
-    return 12_000 + (job * 31 + step * 7 + restart) % 20_000
+def ending() -> Ending | None:
+    """By which this rank tells the others of a failure; None where there are no others."""
+    return _ending
 
 
 def _meet_by_mpi(place: Place) -> Place:
@@ -220,19 +162,43 @@ def _meet_by_mpi(place: Place) -> Place:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on at this moment.
+
+    Below those that the kernel hands out to whoever asks for any: none of these stays free long.
+    """
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise ConfigError(f"none of 100 TCP ports from {PORTS[0]} to {PORTS[-1]} is free")
 
 
-def _device(local_rank: int) -> torch.device:
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+def device_of(local_rank: int = 0) -> torch.device:
+    """The device of the rank with this number on its machine.
+
+    Raises ConfigError: a GPU was granted, and torch does not see one.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        _refuse_unseen_gpu()
         return torch.device("cpu")
     # Under `srun --gpus-per-task=1` every rank sees one GPU, which is number 0 to it.
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def _refuse_unseen_gpu() -> None:
+    """A run that was given a GPU and trains on the CPU wastes the night."""
+    grant = gpu_grant(os.environ) or ("/dev/nvidia0" if Path("/dev/nvidia0").exists() else None)
+    if grant is None:
+        return
+    why = "is built for CPUs" if torch.version.cuda is None else "finds no driver that it can use"
+    raise ConfigError(
+        f"a GPU is there ({grant}), but torch {torch.__version__} {why}; install a torch for CUDA "
+        "(pip install torch, see README), or set DS_ACCELERATOR=cpu to use the CPU"
+    )
 
 
 def _export(place: Place, device: torch.device) -> None:
@@ -243,24 +209,25 @@ def _export(place: Place, device: torch.device) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-def _join(place: Place, device: torch.device) -> None:
+def _meet(place: Place) -> Any:
+    """The store of key-value pairs that all ranks see."""
+    if place.launcher == "single":
+        return dist.HashStore()
+    where = f"tcp://{place.address}:{place.port}"
+    store, *_ = next(dist.rendezvous(where, place.rank, place.world, timeout=TIMEOUT))
+    return store
+
+
+def _join(place: Place, device: torch.device, store: Any) -> None:
     if dist.is_initialized():
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    bound = device if device.type == "cuda" else None
-    if place.launcher == "single":
-        store: Any = dist.HashStore()
-        dist.init_process_group(
-            backend, store=store, rank=0, world_size=1, timeout=TIMEOUT, device_id=bound
-        )
-        return
     dist.init_process_group(
-        backend,
-        init_method=f"tcp://{place.address}:{place.port}",
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("ranks", store),
         rank=place.rank,
         world_size=place.world,
         timeout=TIMEOUT,
-        device_id=bound,
+        device_id=device if device.type == "cuda" else None,
     )
 
 
@@ -280,3 +247,4 @@ def _share_cpus(ranks: Ranks) -> None:
 
 
 _ranks: Ranks | None = None
+_ending: Ending | None = None

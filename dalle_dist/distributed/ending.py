@@ -1,0 +1,60 @@
+"""How ranks end a run that failed: one of them says why, and all leave with the same status.
+
+Told through the store in which the ranks met, since the collectives of a group that lost a rank no
+longer work.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from contextlib import suppress
+from typing import Any
+
+import torch.distributed as dist
+
+FAILED, LEAVING = "failed", "leaving"
+GRACE = 10.0  # seconds that a rank waits for those that have not noticed yet
+_POLL = 0.02
+
+
+class Ending:
+    """A run's last words, of which each rank has one; `store` is shared by all of its ranks."""
+
+    def __init__(self, store: Any, world: int) -> None:
+        self._store, self._world = dist.PrefixStore("ending", store), world
+        self._announced = False
+
+    def announce(self) -> bool:
+        """Tell the other ranks of a failure; whether this is the first, which may print it."""
+        self._announced = True
+        try:
+            return bool(self._store.add(FAILED, 1) == 1)
+        except RuntimeError:  # the rank that keeps the store is gone, and has not told a reason
+            return True
+
+    def told_elsewhere(self) -> bool:
+        """Whether another rank has announced a failure, which is then the cause of ours."""
+        if self._announced:
+            return False
+        try:
+            return bool(self._store.add(FAILED, 0) > 0)
+        except RuntimeError:
+            return False
+
+    def wait_for_all(self) -> None:
+        """Return when every rank has come here, or after GRACE seconds.
+
+        A launcher kills the others as soon as one rank has left, so they must leave together. From
+        here on this rank ends by itself, and does not heed that.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        deadline = time.monotonic() + GRACE
+        with suppress(RuntimeError):
+            here = self._store.add(LEAVING, 1)
+            while here < self._world and time.monotonic() < deadline:
+                time.sleep(_POLL)
+                here = self._store.add(LEAVING, 0)
+            if here >= self._world:
+                # The rank that keeps the store must outlive the others' last question.
+                time.sleep(10 * _POLL)
