@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from dalle_dist.distributed import launch
 
@@ -41,11 +42,12 @@ def run_distributed(
     of all ranks when one raises, dies, or the time (seconds) runs out.
     """
     context = _fork_server()
-    port = launch.free_port()
+    # Kept here, as torchrun does: a port that was only looked up could be taken before it is used.
+    store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     ends, processes = [], []
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)
-        environment = _environment(rank, world, port, threads)
+        environment = _environment(rank, world, store.port, threads)
         process = context.Process(
             target=_rank_main, args=(theirs, environment, threads, fn, args), daemon=False
         )
@@ -80,6 +82,7 @@ def _environment(rank: int, world: int, port: int, threads: int) -> dict[str, st
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "OMP_NUM_THREADS": str(threads),
         "DS_ACCELERATOR": "cpu",
     }

@@ -176,6 +176,11 @@ class TokenDataset(Dataset):
         """Key of the picture that sample `index` was made from."""
         return self.shards.read(index)["__key__"].decode()
 
+    def caption_tokens(self, index: int) -> int:
+        """Tokens of sample `index`'s caption, uncut and without dropout."""
+        caption = self.shards.read(index).get("txt", b"").decode(errors="replace")
+        return len(self.tokenizer.encode(caption))
+
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         epoch, index = self.order.at(position) if self.order else (0, position)
         files = self.shards.read(index)

@@ -204,6 +204,12 @@ class ShardSet:
                 sample[extension] = file.read(size)
         return sample
 
+    def require_files(self) -> None:
+        """Raise DataError unless every shard of a local folder is there, of its size."""
+        if not storage.is_remote(self.folder):
+            for info in self.index.shards:
+                self._file(info)
+
     def verify(self) -> None:
         """Compare every shard with its sha256. Raises DataError naming the first that differs."""
         for info in self.index.shards:

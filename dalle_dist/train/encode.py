@@ -15,6 +15,7 @@ from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.data.loader import ImageDataset
 from dalle_dist.data.shards import ShardIndex, ShardWriter
+from dalle_dist.distributed import launch
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import ConfigError, DataError
 
@@ -26,10 +27,11 @@ def encode(config: Config) -> None:
     """Image shards to token shards, for the training and the held-out part.
 
     Raises:
-        ConfigError: the dVAE's shape is not the config's.
+        ConfigError: the dVAE's shape is not the config's, or a GPU was granted that torch does not
+            see.
         DataError: no shards, nothing readable, or the output holds another dVAE's tokens.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = launch.device_of()
     release = load_dvae(storage.join(config.paths.dvae_run, "release"), device)
     if release.config.dvae != config.dvae:
         raise ConfigError(

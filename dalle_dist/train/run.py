@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -13,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import torch.distributed as dist
 import yaml
 from PIL import Image
 from tqdm import tqdm
@@ -22,16 +20,22 @@ from dalle_dist.config import Config, difference, to_dict, to_yaml
 from dalle_dist.data import storage
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.errors import ConfigError, UserError
+from dalle_dist.train.lock import Lock
+
+LOCK = ".lock"
 
 
 class Run:
-    """The folder of one training run, opened by all ranks; only rank 0 writes logs and pictures.
+    """The folder of one training run; only rank 0 writes, and nothing before `open`.
 
-    A remote run (`s3://`) is written to a local working copy; `sync` uploads what changed.
-    `shape` names the config sections that a resumed run must not change.
+    Making one is for all ranks: it looks at the folder and keeps other processes out of it. `close`
+    without `open` leaves the disk as it was. A remote run (`s3://`) is written to a local working
+    copy; `sync` uploads what changed. `shape` names the config sections that a resumed run must not
+    change.
 
     Raises:
-        UserError: the folder holds a run and `resume` is false, or another process trains in it.
+        UserError: the folder holds a run and `resume` is false, another process trains in it, or
+            its file system has no locks.
         ConfigError: resumed with another shape.
     """
 
@@ -39,24 +43,36 @@ class Run:
         self, path: str, config: Config, ranks: Ranks, *, resume: bool, shape: tuple[str, ...]
     ) -> None:
         self.path, self.main, self._config = path, ranks.rank == 0, config
+        self._resume, self._shape = resume, shape
         self.folder = working_copy(path, ranks)
-        if resume:
-            _refuse_other_shape(path, saved_config(self.folder), to_dict(config), shape)
-        else:
-            _refuse_used(path, self.folder)
-        if ranks.world > 1:
-            dist.barrier()  # all have looked before rank 0 writes
-        self._lock: IO[str] | None = None
+        self._lock: Lock | None = None
         self._log: IO[str] | None = None
         self._wandb: Any = None
-        if self.main:
-            self._open()
+        ranks.together(self._look)  # all have looked before rank 0 makes the lock
+        try:
+            ranks.together(self._keep_others_out)
+        except UserError:
+            self.close()
+            raise
 
-    def _open(self) -> None:
+    def _look(self) -> None:
+        if self._resume:
+            saved = saved_config(self.folder)
+            _refuse_other_shape(self.path, saved, to_dict(self._config), self._shape)
+        else:
+            _refuse_used(self.path, self.folder)
+
+    def _keep_others_out(self) -> None:
+        if self.main:
+            self._lock = Lock(self.folder / LOCK, self.path)
+            self._look()  # once more: another process may have come and gone since
+
+    def open(self) -> None:
+        """Begin to write, when nothing that can be checked is left to fail."""
+        if not self.main:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.folder / ".lock", self.path)
         if not (self.folder / "config.yaml").exists():
             self._write_config()
         self._log = (self.folder / "log.jsonl").open("a", buffering=1)
@@ -130,17 +146,20 @@ class Run:
             self._tensorboard.flush()
             storage.publish_folder(self.folder, self.path)
 
+    def say(self, line: str) -> None:
+        """One line on standard output, from rank 0."""
+        if self.main:
+            print(f"{self.path}: {line}", flush=True)
+
     def close(self) -> None:
-        if not self.main:
-            return
-        self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self.sync()
         if self._log is not None:
+            self._tensorboard.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+            self.sync()
             self._log.close()
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release(used=self._log is not None)
 
 
 def working_copy(path: str, ranks: Ranks) -> Path:
@@ -149,10 +168,7 @@ def working_copy(path: str, ranks: Ranks) -> Path:
         return Path(path)
     cache = Path(os.environ.get("DALLE_DIST_CACHE", Path.home() / ".cache" / "dalle-dist"))
     local = cache / "runs" / hashlib.sha256(path.encode()).hexdigest()[:16]
-    if ranks.local_rank == 0:
-        _download(path, local)
-    if ranks.world > 1:
-        dist.barrier()
+    ranks.together(lambda: _download(path, local) if ranks.local_rank == 0 else None)
     return local
 
 
@@ -194,7 +210,7 @@ def _download(path: str, local: Path) -> None:
 def _refuse_used(path: str, folder: Path) -> None:
     if (folder / "config.yaml").exists():
         raise UserError(f"{path}: holds a run; go on with --resume auto, or choose another folder")
-    if folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+    if folder.exists() and any(p.name != LOCK for p in folder.iterdir()):
         raise UserError(f"{path}: not empty and not a run; choose another folder")
 
 
@@ -210,15 +226,6 @@ def _refuse_other_shape(
     ]
     if lines:
         raise ConfigError(f"{path}: cannot resume with another shape: {'; '.join(lines)}")
-
-
-def _lock(path: Path, run: str) -> IO[str]:
-    file = path.open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{run}: another process is training in this folder") from None
-    return file
 
 
 def _update_of(line: str) -> int:

@@ -28,6 +28,7 @@ from dalle_dist.distributed.launch import Ranks
 from dalle_dist.errors import ConfigError, UserError
 from dalle_dist.tokenizer import Tokenizer
 from dalle_dist.train.held_out import LossTransformer, held_out_losses, sample_grid
+from dalle_dist.train.opening import captions, devices, length, pictures, schedule, table
 from dalle_dist.train.run import Run
 from dalle_dist.train.state import SHAPE, State, find
 from dalle_dist.train.stop import StopRequest
@@ -50,9 +51,7 @@ def train(config: Config, resume: str | None = None) -> None:
         UserError: the run folder is in use, or the loss is no longer a number.
     """
     ranks = launch.init()
-    setup = _Setup(config, ranks)
-    if resume is not None and resume != "auto":
-        find_checkpoint(resume)
+    setup = ranks.together(lambda: _Setup(config, ranks, resume))
     run = Run(config.paths.run, config, ranks, resume=resume is not None, shape=SHAPE)
     try:
         _Trainer(config, ranks, run, setup).train(resume)
@@ -63,8 +62,10 @@ def train(config: Config, resume: str | None = None) -> None:
 class _Setup:
     """The inputs of a run, checked before anything is written."""
 
-    def __init__(self, config: Config, ranks: Ranks) -> None:
+    def __init__(self, config: Config, ranks: Ranks, resume: str | None = None) -> None:
         deepspeed_config(config.train, ranks.world)
+        if resume is not None and resume != "auto":
+            find_checkpoint(resume)
         self.tokenizer = Tokenizer.load(config.paths.tokenizer)
         device = ranks.device if ranks.rank == 0 else "cpu"  # only rank 0 draws
         self.dvae = load_dvae(storage.join(config.paths.dvae_run, "release"), device)
@@ -78,6 +79,9 @@ class _Setup:
             )
         self.train_set = self._dataset(config, "train", config.tokenizer.dropout)
         self.held_out = self._dataset(config, "held-out", 0.0)
+        if ranks.local_rank == 0:
+            for dataset in (self.train_set, self.held_out):
+                dataset.shards.require_files()
         self.fingerprints = {
             "tokenizer": self.tokenizer.fingerprint,
             "dvae": self.dvae.fingerprint,
@@ -113,9 +117,14 @@ class _Trainer:
 
     def train(self, resume: str | None) -> None:
         self._restore(resume)
+        opening = self._opening()
+        self.run.open()
+        if resume is not None:
+            self.run.rewind(self.state.update)
         if self.state.update >= self.settings.updates:
             self._finish()
             return
+        self.run.say(opening)
         stop, bar = StopRequest(), self.run.progress(self.settings.updates, self.state.update)
         stream, self._since = self._stream(), (time.perf_counter(), self.state.update)
         saved = -1
@@ -127,7 +136,7 @@ class _Trainer:
         if saved != self.state.update:
             self._save()
         if self.state.update < self.settings.updates:
-            self._say(f"stopped at update {self.state.update}; --resume auto goes on")
+            self.run.say(f"stopped at update {self.state.update}; --resume auto goes on")
         else:
             self._finish()
 
@@ -233,12 +242,11 @@ class _Trainer:
         found = find(resume, self.run.folder / "checkpoints", self.ranks)
         if found is not None:
             self.state.load(found)
-        self.run.rewind(self.state.update)
 
     def _finish(self) -> None:
         """The release folder, from the newest checkpoint; made anew when it has become old."""
         made = self.ranks.on_main(self._release)
-        self._say(f"complete at update {self.state.update}; {made}")
+        self.run.say(f"complete at update {self.state.update}; {made}")
 
     def _release(self) -> str:
         folder = self.run.folder / "release"
@@ -250,9 +258,26 @@ class _Trainer:
         stamp.write_text(str(self.state.update))
         return f"transformer {digest} in release/"
 
-    def _say(self, line: str) -> None:
-        if self.ranks.rank == 0:
-            print(f"{self.run.path}: {line}", flush=True)
+    def _opening(self) -> str:
+        """What the run says of itself before its first update; a collective call."""
+        settings, shape, data = self.settings, self.config.transformer, self.setup.train_set
+        weights = sum(math.prod(dimensions) for dimensions in self.engine.shapes.values())
+        block = {
+            "device": devices(self.ranks),
+            "model": f"transformer of {weights:,} parameters: {shape.layers} layers of width "
+            f"{shape.width}, {shape.text_tokens} text + {shape.image_tokens:,} image tokens",
+            "precision": f"{settings.precision}, moments {settings.moments}",
+            "sharding": f"ZeRO-{self.engine.stage}, between machines "
+            f"{self.config.parallel.between_machines}",
+            "data": pictures(self.config.paths.tokens, len(data), len(self.setup.held_out)),
+            "batch": f"{settings.batch_size:,} = {settings.micro_batch} x {self.ranks.world:,} "
+            f"ranks x {self.engine.accumulation} accumulated",
+            "length": length(settings.updates, settings.batch_size, len(data)),
+            "schedule": schedule(settings),
+            "captions": captions(data) if self.run.main else "",
+            "from": "the start" if not self.state.update else f"update {self.state.update:,}",
+        }
+        return "training the transformer\n" + table(block)
 
 
 def _refuse_other_dvae(config: Config, release: DVAERelease) -> None:

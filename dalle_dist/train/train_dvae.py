@@ -31,6 +31,7 @@ from dalle_dist.dvae.metrics import psnr, reconstruct, share_in_use
 from dalle_dist.dvae.model import COLOURS, DVAE
 from dalle_dist.dvae.schedules import Rates, rates
 from dalle_dist.errors import CheckpointError, ConfigError
+from dalle_dist.train.opening import devices, dvae_schedule, length, pictures, table
 from dalle_dist.train.run import Run
 from dalle_dist.train.stop import StopRequest
 
@@ -47,32 +48,51 @@ def train_dvae(config: Config, resume: str | None = None) -> None:
         UserError: the run folder is in use.
     """
     ranks = launch.init()
-    if config.dvae_train.batch_size % ranks.world:
-        raise ConfigError(
-            f"dvae_train.batch_size: {config.dvae_train.batch_size} is not a multiple of the "
-            f"{ranks.world} ranks"
-        )
+    setup = ranks.together(lambda: _Setup(config, ranks))
     run = Run(config.paths.dvae_run, config, ranks, resume=resume is not None, shape=("dvae",))
     try:
-        _Trainer(config, ranks, run).train(resume)
+        _Trainer(config, ranks, run, setup).train(resume)
     finally:
         run.close()
+
+
+class _Setup:
+    """The inputs of a run, checked before anything is written."""
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        settings = config.dvae_train
+        if settings.batch_size % ranks.world:
+            raise ConfigError(
+                f"dvae_train.batch_size: {settings.batch_size} is not a multiple of the "
+                f"{ranks.world} ranks"
+            )
+        augmentation = None
+        if settings.augment:
+            augmentation = Augmentation(
+                config.dvae.image_size, settings.crop_min, settings.crop_max, settings.flip
+            )
+        self.train_set = _dataset(config, "train", augmentation)
+        self.held_out = _dataset(config, "held-out", None)
+        if ranks.local_rank == 0:
+            for dataset in (self.train_set, self.held_out):
+                dataset.shards.require_files()
+        # Pictures for the first biases, and the proof that there are some that can be read.
+        self.first_BCHW = _stack(self.train_set, 256)
 
 
 class _Trainer:
     """One rank's model, average, optimizer and data."""
 
-    def __init__(self, config: Config, ranks: Ranks, run: Run) -> None:
+    def __init__(self, config: Config, ranks: Ranks, run: Run, setup: _Setup) -> None:
         self.config, self.settings, self.ranks, self.run = config, config.dvae_train, ranks, run
+        self.train_set, self.held_out = setup.train_set, setup.held_out
         self.update = 0
         self._logged = (time.perf_counter(), 0)  # when the last line was logged, and its update
         torch.manual_seed(config.seed)
         self.dvae = DVAE(config.dvae).to(ranks.device)
         # Channels last is what the convolutions of CPUs and GPUs are fastest in.
         self.dvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.train_set = _dataset(config, "train", self._augmentation())
-        self.held_out = _dataset(config, "held-out", None)
-        start_at_data(self.dvae, _stack(self.train_set, 256).to(ranks.device))
+        start_at_data(self.dvae, setup.first_BCHW.to(ranks.device))
         self.ema = {name: value.clone() for name, value in self.dvae.state_dict().items()}
         self.model: nn.Module = self.dvae
         if ranks.world > 1:
@@ -87,10 +107,14 @@ class _Trainer:
 
     def train(self, resume: str | None) -> None:
         self._restore(resume)
+        opening = self._opening()
+        self.run.open()
+        if resume is not None:
+            self.run.rewind(self.update)
         if self.update >= self.settings.updates and (self.run.folder / "release" / CONFIG).exists():
-            if self.ranks.rank == 0:
-                print(f"{self.run.path}: complete at update {self.update}; nothing to do")
+            self.run.say(f"complete at update {self.update}; nothing to do")
             return
+        self.run.say(opening)
         bar = self.run.progress(self.settings.updates, self.update)
         self._logged = (time.perf_counter(), self.update)
         stop = StopRequest()
@@ -103,8 +127,7 @@ class _Trainer:
         bar.close()
         if self.update < self.settings.updates:
             self._save()
-            if self.ranks.rank == 0:
-                print(f"{self.run.path}: stopped at update {self.update}; --resume auto goes on")
+            self.run.say(f"stopped at update {self.update}; --resume auto goes on")
             return
         self._finish()
 
@@ -228,7 +251,6 @@ class _Trainer:
             return
         found = store.latest(self.run.folder / "checkpoints") if resume == "auto" else Path(resume)
         if found is None:
-            self.run.rewind(0)
             return
         if resume != "auto":
             store.verify(found)
@@ -238,21 +260,29 @@ class _Trainer:
         self.update, self.ema = state["update"], state["ema"]
         self.dvae.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.run.rewind(self.update)
 
     def _finish(self) -> None:
         if self.ranks.rank == 0:
             folder = str(self.run.folder / "release")
             digest = save_dvae_release(folder, self.config, self.ema)
-            print(f"{self.run.path}: complete; dVAE {digest} in release/")
+            self.run.say(f"complete; dVAE {digest} in release/")
 
-    def _augmentation(self) -> Augmentation | None:
-        settings = self.settings
-        if not settings.augment:
-            return None
-        return Augmentation(
-            self.config.dvae.image_size, settings.crop_min, settings.crop_max, settings.flip
-        )
+    def _opening(self) -> str:
+        """What the run says of itself before its first update; a collective call."""
+        settings, shape = self.settings, self.config.dvae
+        weights = sum(parameter.numel() for parameter in self.dvae.parameters())
+        bf16 = computes_in_bf16(settings.precision, self.ranks.device)
+        block = {
+            "device": devices(self.ranks),
+            "model": f"dVAE of {weights:,} parameters: {shape.image_size} x {shape.image_size} "
+            f"pixels to {shape.grid} x {shape.grid} codes out of {shape.codebook_size:,}",
+            "precision": "bf16 autocast, fp32 weights" if bf16 else "fp32",
+            "data": pictures(self.config.paths.images, len(self.train_set), len(self.held_out)),
+            "length": length(settings.updates, settings.batch_size, len(self.train_set)),
+            "schedule": dvae_schedule(settings),
+            "from": "the start" if not self.update else f"update {self.update:,}",
+        }
+        return "training the dVAE\n" + table(block)
 
 
 def computes_in_bf16(precision: str, device: torch.device) -> bool:

@@ -1,0 +1,87 @@
+"""The block that opens a run: what is about to be trained, on what, for how long."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+
+import torch
+
+from dalle_dist.config import DVAETrainConfig, TrainConfig
+from dalle_dist.data import storage
+from dalle_dist.data.loader import TokenDataset
+from dalle_dist.distributed.launch import Ranks
+
+CAPTIONS = 2_000  # looked at, at most
+
+
+def table(block: Mapping[str, str]) -> str:
+    """Names in one column, and what is said of them in the other."""
+    return "\n".join(f"  {name:9}  {text}" for name, text in block.items())
+
+
+def devices(ranks: Ranks) -> str:
+    """Kind and number of the devices of all ranks; a collective call."""
+    machines = _counted(len(set(ranks.gather(socket.gethostname()))), "machine")
+    launcher = "one process" if ranks.launcher == "single" else ranks.launcher
+    if ranks.device.type == "cuda":
+        name = f"{ranks.world:,} x {torch.cuda.get_device_name(ranks.device)}"
+    else:
+        threads = _counted(torch.get_num_threads(), "thread")
+        name = f"CPU, {_counted(ranks.world, 'rank')} x {threads}"
+    return f"{name}, {machines} ({launcher})"
+
+
+def pictures(folder: str, train: int, held_out: int) -> str:
+    return f"{folder}: {train:,} pictures to train on, {held_out:,} held out"
+
+
+def length(updates: int, batch_size: int, samples: int) -> str:
+    return (
+        f"{updates:,} updates of {batch_size:,} pictures = {updates * batch_size / samples:.2f} "
+        "epochs"
+    )
+
+
+def schedule(settings: TrainConfig) -> str:
+    """Learning rate of stage 2 in words."""
+    falls = (
+        f"halved at {', '.join(map(str, settings.halve_at))}"
+        if settings.halve_at
+        else f"halved up to {_counted(settings.halvings, 'time')}, when the loss no longer falls"
+    )
+    return f"rate {settings.lr:g} after {settings.warmup:,} updates of warm-up, {falls}"
+
+
+def dvae_schedule(settings: DVAETrainConfig) -> str:
+    """Learning rate, temperature and KL weight of stage 1, and what comes after the run's end."""
+    s = settings
+    text = (
+        f"rate {s.lr:g} after {s.lr_warmup:,} updates of warm-up, {s.lr_final:g} at "
+        f"{s.lr_updates:,}; temperature {s.temperature:g}, {s.temperature_final:g} at "
+        f"{s.temperature_updates:,}; KL weight 0, {s.kl_weight:g} at {s.kl_updates:,}"
+    )
+    names = ("lr_updates", "temperature_updates", "kl_updates")
+    late = [f"dvae_train.{name}" for name in names if getattr(s, name) > s.updates]
+    return f"{text}; THE RUN ENDS BEFORE {' and '.join(late)}" if late else text
+
+
+def captions(dataset: TokenDataset) -> str:
+    """How many captions do not fit into the text block, of some that are read first anyway."""
+    remote = storage.is_remote(dataset.shards.folder)
+    # A shard on S3 is fetched whole for one caption of it.
+    range_ = dataset.shards.sizes[0] if remote else len(dataset)
+    count = min(range_, CAPTIONS)
+    lengths = [dataset.caption_tokens(i * range_ // count) for i in range(count)]
+    cut = sum(length > dataset.text_tokens for length in lengths)
+    of = "" if count == len(dataset) else f" looked at, of {len(dataset):,}"
+    if not cut:
+        return f"none of {count:,}{of} is cut; the longest has {max(lengths)} tokens"
+    return (
+        f"{cut:,} of {count:,}{of} ({cut / count:.1%}) are cut to transformer.text_tokens="
+        f"{dataset.text_tokens}; the longest has {max(lengths)} tokens"
+    )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
