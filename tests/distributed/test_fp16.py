@@ -75,7 +75,11 @@ def courses(ranks, micro):
     return {stage: course(ranks, stage, micro // ranks.world) for stage in STAGES}
 
 
-@pytest.fixture(scope="module", params=[8, 2], ids=["accumulation-1", "accumulation-4"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(8, marks=pytest.mark.slow), 2],
+    ids=["accumulation-1", "accumulation-4"],
+)
 def runs(request):
     alone = run_distributed(course, 1, 0, request.param)[0]
     return alone, run_distributed(courses, 2, request.param)

@@ -23,6 +23,8 @@ from tests.distributed.test_fp16 import (
 )
 
 STAGES, PRECISIONS = (1, 2, 3), ("fp32", "bf16", "fp16")
+# All three in the slow tests; ZeRO-2, which the presets take, in the quick ones too.
+FULL_STAGES = [pytest.param(s, marks=[] if s == 2 else pytest.mark.slow) for s in STAGES]
 IN_PARTS = {1: "bf16", 2: "fp16", 3: "fp32"}  # by stage, what is accumulated too
 BATCH = 24  # divides among 2, 3 and 4 ranks, once and in four parts
 
@@ -75,7 +77,7 @@ def courses(ranks, stage):
     return found | {("powersgd", "in parts"): twice, "precision": IN_PARTS[stage]}
 
 
-@pytest.fixture(scope="module", params=STAGES, ids=["zero1", "zero2", "zero3"])
+@pytest.fixture(scope="module", params=FULL_STAGES, ids=["zero1", "zero2", "zero3"])
 def four(request):
     return run_distributed(courses, 4, request.param)
 
@@ -125,7 +127,9 @@ def layouts(ranks, size):
     ]
 
 
-@pytest.mark.parametrize(("machines", "size"), [(3, 1), (4, 1)])
+@pytest.mark.parametrize(
+    ("machines", "size"), [(3, 1), pytest.param(4, 1, marks=pytest.mark.slow)]
+)
 def test_machines_of_one_rank(machines, size):
     found = run_distributed(layouts, machines * size, size)
     zero, dense, once, twice = (run["curve"] for run in found[0])
@@ -143,6 +147,7 @@ def clipped(ranks, between):
     return norms, float(means.norm())
 
 
+@pytest.mark.slow
 def test_clipping_takes_the_norm_of_what_came_out_of_the_compression():
     """The mean of three gradients clipped to 0.01 is at most 0.271 of that, on a whole machine."""
     for between in ("dense", "powersgd"):
@@ -186,7 +191,7 @@ def overflow(ranks, stage, precision, skip):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", FULL_STAGES)
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_an_infinity_on_one_rank_skips_the_update_everywhere_and_enters_no_error(precision, stage):
     """In fp16 nothing is sent; in bf16 it passes to all blocks below, and others keep theirs."""
@@ -200,7 +205,7 @@ def test_an_infinity_on_one_rank_skips_the_update_everywhere_and_enters_no_error
     assert found[0]["digest"] == found[2]["digest"] and found[1]["digest"] == found[3]["digest"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", FULL_STAGES)
 def test_an_infinity_on_one_rank_costs_its_block_alone(stage):
     found = run_distributed(overflow, 4, stage, "fp16", "block")
     for rank in found:
@@ -250,7 +255,9 @@ def resumed(folder, stage, forget, *overrides, before=3, after=2):
         pytest.param(1, ["train.precision=fp32"], 1e-5, marks=pytest.mark.slow),
         pytest.param(3, ["train.precision=fp32"], 1e-5, marks=pytest.mark.slow),
         pytest.param(1, ["train.precision=bf16"], 2e-3, marks=pytest.mark.slow),
-        (3, ["train.precision=fp16", "train.moments=16-bit"], 5e-4),
+        pytest.param(
+            3, ["train.precision=fp16", "train.moments=16-bit"], 5e-4, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_saved_on_three_machines_and_gone_on_with_on_two(tmp_path, stage, overrides, close):
@@ -259,6 +266,7 @@ def test_saved_on_three_machines_and_gone_on_with_on_two(tmp_path, stage, overri
     assert np.allclose(found, ahead, rtol=close)
 
 
+@pytest.mark.slow
 def test_saved_on_two_machines_of_two_ranks_and_gone_on_with_on_one(tmp_path):
     """One machine sends nothing; two are like it in the step that empties their buffers."""
     overrides = "train.precision=fp32", "parallel.node_size=2", "parallel.dense_every=4"
@@ -267,6 +275,7 @@ def test_saved_on_two_machines_of_two_ranks_and_gone_on_with_on_one(tmp_path):
     assert np.allclose(found[1, 0], ahead[1, 0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_errors_that_are_not_saved_would_be_missed(tmp_path):
     """Norms, which show it first; losses follow."""
     found, ahead = resumed(tmp_path, 2, True, "train.precision=fp32")

@@ -110,6 +110,7 @@ def fsdp2():
     return run_distributed(by_fsdp2, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_and_fsdp2_give_the_same_parameters(fsdp2, stage):
     """A rank that is a machine's total is divided among the same shards under every stage."""
