@@ -1,5 +1,6 @@
 # make demo   a machine learns to draw from text: 14 minutes on 2 cores, ends with runs/demo/report.html
 # make test   all quick tests            make check   lint, format, types
+# make test-one-unit-off   the same, as on a processor with another square root
 # make test-slow   the slower proofs     make bench   the figures in benchmarks/results
 # make test-deepspeed-matrix   what is asked of DeepSpeed, under each version of distributed/versions.py
 
@@ -9,11 +10,14 @@ PYTHON ?= python3
 PRESET := emoji
 DATA := data/emoji
 RUN := runs/demo
+# Threads of one process wait for one another, which crawls beside any other busy process; ranks of
+# one thread do not (benchmarks/busy_machine.py).
 RANKS := 2
+LAUNCH = $(BIN)/deepspeed --num_accelerators $(RANKS) --module dalle_dist
 SET := paths.images=$(DATA) paths.tokens=$(DATA)-tokens paths.tokenizer=$(DATA)/tokenizer.json \
        paths.dvae_run=$(RUN)-dvae paths.run=$(RUN) $(EXTRA)
 
-.PHONY: demo demo-short test test-slow test-deepspeed-matrix check format bench clean
+.PHONY: demo demo-short test test-slow test-one-unit-off test-deepspeed-matrix check format bench clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.html
@@ -23,13 +27,13 @@ $(RUN)/report.html: $(RUN)/release/config.yaml
 	$(BIN)/dalle-dist report $(PRESET) $(SET)
 
 $(RUN)/release/config.yaml: $(DATA)-tokens/held-out/index.json $(DATA)/tokenizer.json
-	$(BIN)/deepspeed --num_accelerators $(RANKS) --module dalle_dist train $(PRESET) --resume auto $(SET)
+	$(LAUNCH) train $(PRESET) --resume auto $(SET)
 
 $(DATA)-tokens/held-out/index.json: $(RUN)-dvae/release/config.yaml
 	$(BIN)/dalle-dist encode $(PRESET) $(SET)
 
 $(RUN)-dvae/release/config.yaml: $(DATA)/held-out/index.json
-	$(BIN)/dalle-dist train-dvae $(PRESET) --resume auto $(SET)
+	$(LAUNCH) train-dvae $(PRESET) --resume auto $(SET)
 
 $(DATA)/tokenizer.json: $(DATA)/held-out/index.json
 	$(BIN)/dalle-dist tokenizer train $(PRESET) $(SET)
@@ -40,13 +44,21 @@ $(DATA)/held-out/index.json: $(VENV)/ready
 # The same road in a few minutes: it proves the road, its pictures are poor.
 demo-short:
 	$(MAKE) demo RUN=runs/demo-short DATA=data/emoji-short \
-	  EXTRA="dvae_train.updates=60 dvae_train.eval_every=60 train.updates=40 train.eval_every=40 train.sample_every=40"
+	  EXTRA="dvae_train.updates=60 dvae_train.eval_every=60 train.updates=40 train.warmup=10 train.eval_every=40 train.sample_every=40"
+
+# A file's tests stay in one process, which shares what they set up.
+TEST_PROCESSES := 2
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test: $(VENV)/triton
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(VENV)/triton
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
+
+# As on a processor whose square root of vectors is one unit off in the last place.
+test-one-unit-off: $(VENV)/triton
+	PYTHONPATH=$(CURDIR)/tests/one_unit_off $(PYTEST) -m "not slow and not gpu"
 
 # The newest is the one in the virtual environment; the others lie beside it, without what they need.
 OLD_DEEPSPEEDS := 0.18.9 0.17.5

@@ -45,6 +45,7 @@ setup(
             "mypy",
             "openmpi",
             "pytest",
+            "pytest-xdist",
             "ruff",
             "types-PyYAML",
             "types-tqdm",

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 from dalle_dist.distributed import launch
-from dalle_dist.distributed.launch import Place, Ranks, first_host, read_environment
+from dalle_dist.distributed.environment import Place, first_host, read_environment
+from dalle_dist.distributed.launch import Ranks
 from dalle_dist.errors import ConfigError
 from dalle_dist.testing import run_distributed
 

@@ -127,9 +127,7 @@ def layouts(ranks, size):
     ]
 
 
-@pytest.mark.parametrize(
-    ("machines", "size"), [(3, 1), pytest.param(4, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("machines", "size"), [(3, 1), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_machines_of_one_rank(machines, size):
     found = run_distributed(layouts, machines * size, size)
     zero, dense, once, twice = (run["curve"] for run in found[0])

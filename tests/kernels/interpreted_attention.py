@@ -14,6 +14,16 @@ CASES = [
     ("row", "paper"), ("row", "dalle-pytorch"), ("column", "paper"), ("conv", "paper"),
     ("conv", "clamp"), ("conv", "torus"), ("conv", "dalle-pytorch"), ("causal", "paper"),
 ]  # fmt: skip
+SLOWLY = pytest.mark.slow
+# Text, grid, batch, heads. The interpreter takes seconds for each: the quick tests have the one
+# that needs several tiles, a ragged one among them, of the paper's masks.
+QUICK, *SLOW = ((18, 4, 1, 2), (1, 1, 1, 1), (5, 3, 2, 1), (16, 6, 2, 2))
+RUNS = [
+    pytest.param(*case, shape, marks=[] if is_quick else SLOWLY)
+    for case in CASES
+    for shape in (QUICK, *SLOW)
+    for is_quick in [shape == QUICK and case[1] == "paper"]
+]
 
 
 @pytest.fixture(autouse=True)
@@ -41,15 +51,15 @@ def compare(mask, dtype, **shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("kind", "dialect"), CASES)
-def test_as_exact_as_plain_torch(monkeypatch, kind, dialect, dtype):
+@pytest.mark.parametrize(("kind", "dialect", "shape"), RUNS)
+def test_as_exact_as_plain_torch(monkeypatch, kind, dialect, shape, dtype):
     small_tiles(monkeypatch)
-    for text, grid, batch, heads in ((1, 1, 1, 1), (5, 3, 2, 1), (18, 4, 1, 2), (16, 6, 2, 2)):
-        mask = AttentionMask(kind, text, grid, dialect, kernel=3)
-        compare(mask, dtype, batch=batch, heads=heads, width=32)
+    text, grid, batch, heads = shape
+    mask = AttentionMask(kind, text, grid, dialect, kernel=3)
+    compare(mask, dtype, batch=batch, heads=heads, width=32)
 
 
-@pytest.mark.parametrize("text", [7, 29, 32])
+@pytest.mark.parametrize("text", [29, *(pytest.param(t, marks=SLOWLY) for t in (7, 32))])
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
 def test_resident_text(monkeypatch, kind, text):
     small_tiles(monkeypatch, stride=2, resident=True)

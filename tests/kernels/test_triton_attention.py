@@ -17,19 +17,26 @@ HERE = Path(__file__).parent
 pytest.importorskip("triton", reason="triton is not installed: make .venv/triton")
 
 
-def interpreted(file):
+def interpreted(file, marks="not slow"):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+         "-m", marks, str(HERE / file)],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("file", "tests"), [("interpreted_attention.py", 30), ("interpreted_decode.py", 16)]
+    ("file", "marks", "tests"),
+    [
+        ("interpreted_attention.py", "not slow", 16),
+        ("interpreted_decode.py", "not slow", 8),
+        pytest.param("interpreted_attention.py", "slow", 62, marks=pytest.mark.slow),
+        pytest.param("interpreted_decode.py", "slow", 40, marks=pytest.mark.slow),
+    ],
 )
-def test_interpreted(file, tests):
-    run = interpreted(file)
+def test_interpreted(file, marks, tests):
+    run = interpreted(file, marks)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed and int(passed[1]) >= tests, run.stdout[-500:]
