@@ -230,15 +230,6 @@ def validate(config: Config) -> None:
         f"train.batch_size: {train.batch_size} is not a multiple of train.micro_batch "
         f"{train.micro_batch}",
     )
-    for name, warmup, updates in (
-        ("train.warmup", train.warmup, train.updates),
-        ("dvae_train.lr_warmup", dvae_train.lr_warmup, dvae_train.updates),
-    ):
-        _require(
-            warmup <= updates,
-            f"{name}: {warmup} updates of warm-up in a run of {updates}; set it too, e.g. "
-            f"{name}={updates // 20}",
-        )
     _positive(config.parallel, "parallel", "rank", "p_scale", "q_scale")
     for name, share in (("train.text_loss", train.text_loss), ("train.ema", train.ema)):
         _require(0 <= share < 1, f"{name}: {share} is not in [0, 1)")

@@ -11,8 +11,21 @@ from dalle_dist.config import DVAETrainConfig, TrainConfig
 from dalle_dist.data import storage
 from dalle_dist.data.loader import TokenDataset
 from dalle_dist.distributed.launch import Ranks
+from dalle_dist.errors import ConfigError
 
 CAPTIONS = 2_000  # looked at, at most
+
+
+def refuse_endless_warmup(name: str, warmup: int, updates: int) -> None:
+    """Raise ConfigError for a run that would end before its learning rate has risen.
+
+    Asked of a run that starts, not of every config: releases of older runs stay readable.
+    """
+    if warmup > updates:
+        raise ConfigError(
+            f"{name}: {warmup} updates of warm-up in a run of {updates}; set it too, e.g. "
+            f"{name}={updates // 20}"
+        )
 
 
 def table(block: Mapping[str, str]) -> str:

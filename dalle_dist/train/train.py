@@ -28,7 +28,15 @@ from dalle_dist.distributed.launch import Ranks
 from dalle_dist.errors import ConfigError, UserError
 from dalle_dist.tokenizer import Tokenizer
 from dalle_dist.train.held_out import LossTransformer, held_out_losses, sample_grid
-from dalle_dist.train.opening import captions, devices, length, pictures, schedule, table
+from dalle_dist.train.opening import (
+    captions,
+    devices,
+    length,
+    pictures,
+    refuse_endless_warmup,
+    schedule,
+    table,
+)
 from dalle_dist.train.run import Run
 from dalle_dist.train.state import SHAPE, State, find
 from dalle_dist.train.stop import StopRequest
@@ -64,6 +72,7 @@ class _Setup:
 
     def __init__(self, config: Config, ranks: Ranks, resume: str | None = None) -> None:
         deepspeed_config(config.train, ranks.world)
+        refuse_endless_warmup("train.warmup", config.train.warmup, config.train.updates)
         if resume is not None and resume != "auto":
             find_checkpoint(resume)
         self.tokenizer = Tokenizer.load(config.paths.tokenizer)

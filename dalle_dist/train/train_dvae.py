@@ -31,7 +31,14 @@ from dalle_dist.dvae.metrics import psnr, reconstruct, share_in_use
 from dalle_dist.dvae.model import COLOURS, DVAE
 from dalle_dist.dvae.schedules import Rates, rates
 from dalle_dist.errors import CheckpointError, ConfigError
-from dalle_dist.train.opening import devices, dvae_schedule, length, pictures, table
+from dalle_dist.train.opening import (
+    devices,
+    dvae_schedule,
+    length,
+    pictures,
+    refuse_endless_warmup,
+    table,
+)
 from dalle_dist.train.run import Run
 from dalle_dist.train.stop import StopRequest
 
@@ -66,6 +73,7 @@ class _Setup:
                 f"dvae_train.batch_size: {settings.batch_size} is not a multiple of the "
                 f"{ranks.world} ranks"
             )
+        refuse_endless_warmup("dvae_train.lr_warmup", settings.lr_warmup, settings.updates)
         augmentation = None
         if settings.augment:
             augmentation = Augmentation(

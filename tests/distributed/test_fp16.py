@@ -189,11 +189,13 @@ def skipped_updates():
 
 
 @pytest.fixture(scope="module")
-def skipped_blocks():
-    return {
-        name: run_distributed(overflows, 2, "block", name)
-        for name in ("blocks.0.attention.out", "blocks.1.attention.out")
-    }
+def skipped_first_block():
+    return run_distributed(overflows, 2, "block", "blocks.0.attention.out")
+
+
+@pytest.fixture(scope="module")
+def skipped_later_block():
+    return run_distributed(overflows, 2, "block", "blocks.1.attention.out")
 
 
 GOOD, BAD = 2 ** (1 / 1000), 2**-0.5
@@ -209,9 +211,9 @@ def test_an_overflow_costs_the_whole_update_and_divides_one_scale(skipped_update
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_overflow_costs_the_update_of_its_block_alone(skipped_blocks, stage):
+def test_an_overflow_costs_the_update_of_its_block_alone(skipped_first_block, stage):
     """The first block's: no resblock comes before it, so that all others' updates are the same."""
-    for rank in skipped_blocks["blocks.0.attention.out"]:
+    for rank in skipped_first_block:
         found = rank[stage]
         inside = {n for n in found["all"] if n.startswith("blocks.0.attention.")}
         assert not found["skipped"] and found["changed"] == found["all"] - inside
@@ -220,9 +222,10 @@ def test_an_overflow_costs_the_update_of_its_block_alone(skipped_blocks, stage):
         assert found["factors"] == pytest.approx([BAD, GOOD, GOOD, GOOD], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_blocks_before_the_overflow_go_on_with_finite_gradients(skipped_blocks, stage):
-    for rank in skipped_blocks["blocks.1.attention.out"]:
+def test_blocks_before_the_overflow_go_on_with_finite_gradients(skipped_later_block, stage):
+    for rank in skipped_later_block:
         found = rank[stage]
         after = {n for n in found["unlike_clean"] if n.startswith("blocks.1.mlp.")}
         inside = {n for n in found["all"] if n.startswith("blocks.1.attention.")}
@@ -255,6 +258,7 @@ def resumptions(ranks, folder):
     return {(s, m): resumed(ranks, s, folder, m) for s in STAGES for m in ("fp32", "16-bit")}
 
 
+@pytest.mark.slow
 def test_a_loaded_engine_goes_on_bit_for_bit(tmp_path):
     for rank in run_distributed(resumptions, 2, tmp_path):
         assert all(rank.values()), rank
@@ -278,6 +282,7 @@ def telemetries(ranks):
     return {stage: telemetry(ranks, stage) for stage in STAGES}
 
 
+@pytest.mark.slow
 def test_telemetry_counts_and_does_not_depend_on_ranks_or_stage():
     alone = run_distributed(telemetries, 1)[0]
     pair = run_distributed(telemetries, 2)[1]
@@ -309,7 +314,7 @@ def plain_norms(ranks):
     return np.sqrt(squares)
 
 
-@pytest.mark.parametrize("between", ["zero", "dense"])
+@pytest.mark.parametrize("between", ["zero", pytest.param("dense", marks=pytest.mark.slow)])
 def test_block_norms_are_those_of_the_mean_gradient_in_true_units(between):
     overrides = (f"parallel.between_machines={between}", "parallel.node_size=1")
     plain = run_distributed(plain_norms, 1)[0]

@@ -325,6 +325,7 @@ def alone(ranks, between):
     return course(ranks, 2, between, "train.precision=fp32", size=1)["curve"]
 
 
+@pytest.mark.slow
 def test_a_single_machine_compresses_nothing():
     compressed, dense = (run_distributed(alone, 1, between)[0] for between in ("powersgd", "zero"))
     assert np.allclose(compressed, dense, rtol=1e-6)

@@ -71,6 +71,7 @@ def test_tensorboard_has_them_too(run):
         assert len(events.Scalars(tag)) == 6, tag
 
 
+@pytest.mark.slow
 def test_a_run_of_two_machines_goes_on_with_one(run):
     folder, _ = run
     lines = run_distributed(gone_on_with, 1, folder)[0]
