@@ -43,6 +43,12 @@ TRIES = [
         r"make -C $ROOT demo -o $VENV/ready VENV=$VENV RUN=$PWD/runs/demo DATA=$PWD/data/emoji "
         r'EXTRA="$SMALL"',
     ),
+    # The real installation, into an empty environment, is tests/test_wheel.py.
+    (r"python3 -m venv my-env && \. my-env/bin/activate", r"\g<0>"),
+    (r"pip install -c constraints.txt setuptools .*", r"cd $ROOT && \g<0> --dry-run"),
+    (r"pip install .* kernels/ \.", r"cd $ROOT && \g<0> --dry-run --no-deps"),
+    (r"pip install .* 'kernels/\[gpu\]'", r"cd $ROOT && \g<0> --dry-run --no-deps"),
+    (r"dalle-dist (slurm|--version)", r"\g<0>"),
     (r"\.venv/bin/dalle-dist generate runs/demo/release .*", r"\g<0>"),
     (r"python -c 'from dalle_dist.generate import .*", r"\g<0> && test -s heart.png"),
     (r"dalle-dist data build FOLDER data/mine", r"dalle-dist data build pictures data/mine"),
@@ -58,7 +64,7 @@ TRIES = [
     (r"torchrun .* train emoji", r"\g<0> $SMALL paths.run=runs/torchrun"),
     (r"mpirun .* train emoji", r"\g<0> $SMALL paths.run=runs/mpirun"),
     (r"sbatch .* (slurm/\S+) (\S+)", r"dalle-dist slurm && bash -n \1 && dalle-dist config \2"),
-    (r"train\.updates=1000", r"dalle-dist config emoji \g<0>"),
+    (r"train\.updates=1000 train\.warmup=50", r"dalle-dist config cc3m \g<0>"),
     (r"train\.deepspeed=\S+", r"dalle-dist train emoji $SMALL paths.run=runs/stage \g<0>"),
     (r"dalle-dist convert RUN OUT", r"dalle-dist convert runs/demo converted"),
     (r"train\.precision=fp16", r"dalle-dist train emoji $SMALL paths.run=runs/fp16 \g<0>"),
@@ -79,6 +85,7 @@ LANGUAGES = ("", "bash", "console", "python", "sh", "shell")  # of the fenced bl
 SMALL = """
     data.workers=0 dvae.image_size=16 dvae.width=8 dvae.decoder_stem=8 dvae.codebook_size=16
     dvae.downsamplings=2 dvae.blocks_per_group=1 dvae_train.batch_size=8 dvae_train.updates=4
+    dvae_train.lr_warmup=2 train.warmup=2
     dvae_train.eval_every=4 dvae_train.save_every=4 dvae_train.precision=fp32
     transformer.layers=2 transformer.width=64 transformer.heads=1 transformer.text_tokens=24
     transformer.image_grid=4 transformer.conv_kernel=3 train.batch_size=8 train.micro_batch=2
