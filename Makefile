@@ -13,7 +13,9 @@ RUN := runs/demo
 # Threads of one process wait for one another, which crawls beside any other busy process; ranks of
 # one thread do not (benchmarks/busy_machine.py).
 RANKS := 2
-LAUNCH = $(BIN)/deepspeed --num_accelerators $(RANKS) --module dalle_dist
+# A port of its own: DeepSpeed's default is the same for every run of a machine.
+PORT := $(shell shuf -i 12000-31999 -n 1)
+LAUNCH = $(BIN)/deepspeed --master_port $(PORT) --num_accelerators $(RANKS) --module dalle_dist
 SET := paths.images=$(DATA) paths.tokens=$(DATA)-tokens paths.tokenizer=$(DATA)/tokenizer.json \
        paths.dvae_run=$(RUN)-dvae paths.run=$(RUN) $(EXTRA)
 
