@@ -29,8 +29,8 @@ def refuse_endless_warmup(name: str, warmup: int, updates: int) -> None:
 
 
 def table(block: Mapping[str, str]) -> str:
-    """Names in one column, and what is said of them in the other."""
-    return "\n".join(f"  {name:9}  {text}" for name, text in block.items())
+    """Names in one column, and in the other what is said of them; rows without text are left out."""
+    return "\n".join(f"  {name:9}  {text}" for name, text in block.items() if text)
 
 
 def devices(ranks: Ranks) -> str:
@@ -67,16 +67,20 @@ def schedule(settings: TrainConfig) -> str:
 
 
 def dvae_schedule(settings: DVAETrainConfig) -> str:
-    """Learning rate, temperature and KL weight of stage 1, and what comes after the run's end."""
+    """Learning rate, temperature and KL weight of stage 1 in words."""
     s = settings
-    text = (
+    return (
         f"rate {s.lr:g} after {s.lr_warmup:,} updates of warm-up, {s.lr_final:g} at "
         f"{s.lr_updates:,}; temperature {s.temperature:g}, {s.temperature_final:g} at "
         f"{s.temperature_updates:,}; KL weight 0, {s.kl_weight:g} at {s.kl_updates:,}"
     )
+
+
+def unfinished(settings: DVAETrainConfig) -> str:
+    """Which schedules of stage 1 the run is too short for: its codes are then not hard yet."""
     names = ("lr_updates", "temperature_updates", "kl_updates")
-    late = [f"dvae_train.{name}" for name in names if getattr(s, name) > s.updates]
-    return f"{text}; THE RUN ENDS BEFORE {' and '.join(late)}" if late else text
+    late = [f"dvae_train.{name}" for name in names if getattr(settings, name) > settings.updates]
+    return f"THE RUN ENDS BEFORE {', '.join(late)}" if late else ""
 
 
 def captions(dataset: TokenDataset) -> str:

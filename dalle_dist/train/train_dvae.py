@@ -38,6 +38,7 @@ from dalle_dist.train.opening import (
     pictures,
     refuse_endless_warmup,
     table,
+    unfinished,
 )
 from dalle_dist.train.run import Run
 from dalle_dist.train.stop import StopRequest
@@ -288,6 +289,7 @@ class _Trainer:
             "data": pictures(self.config.paths.images, len(self.train_set), len(self.held_out)),
             "length": length(settings.updates, settings.batch_size, len(self.train_set)),
             "schedule": dvae_schedule(settings),
+            "warning": unfinished(settings),
             "from": "the start" if not self.update else f"update {self.update:,}",
         }
         return "training the dVAE\n" + table(block)
