@@ -29,7 +29,7 @@ def refuse_endless_warmup(name: str, warmup: int, updates: int) -> None:
 
 
 def table(block: Mapping[str, str]) -> str:
-    """Names in one column, and in the other what is said of them; rows without text are left out."""
+    """Names in one column, what is said of them in the other; rows without text are left out."""
     return "\n".join(f"  {name:9}  {text}" for name, text in block.items() if text)
 
 
