@@ -96,9 +96,9 @@ def test_stray_words_are_refused(capsys):
 def test_config_errors_are_told_once_per_job(tmp_path):
     """Under a launcher, a thousand ranks must not print the same line a thousand times."""
     command = [sys.executable, "-m", "dalle_dist", "config", "emoji", "train.typo=1"]
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for rank, expected in (("0", 1), ("1", 0)):
-        result = subprocess.run(
-            command, env=os.environ | {"RANK": rank}, capture_output=True, text=True, check=False
-        )
+        environ = os.environ | job | {"RANK": rank, "LOCAL_RANK": rank}
+        result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
         assert result.returncode == 2
         assert len(result.stderr.splitlines()) == expected

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from dalle_dist.distributed import launch
-from dalle_dist.distributed.environment import Place, first_host, read_environment
+from dalle_dist.distributed.environment import GPU_GRANTS, Place, first_host, read_environment
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.errors import ConfigError
 from dalle_dist.testing import run_distributed
@@ -146,3 +146,50 @@ def test_ranks_share_their_cores_unless_the_user_chose(monkeypatch, launcher, ch
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     launch._share_cpus(_TwoOfThree(0, 0, 4, launcher, torch.device("cpu")))
     assert threads == ([] if expected is None else [expected])
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A machine of which torch sees no GPU, and nothing in the environment that promises one."""
+    for name in (*GPU_GRANTS, "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(launch.Path, "exists", lambda path: False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CUDA_VISIBLE_DEVICES", "0"),
+        ("SLURM_STEP_GPUS", "0,1"),
+        ("SLURM_JOB_GPUS", "0"),
+        ("SLURM_GPUS_ON_NODE", "2"),
+    ],
+)
+def test_a_gpu_that_was_granted_and_is_not_seen_is_an_error(no_gpu, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{name}={value}.*DS_ACCELERATOR=cpu") as caught:
+        launch.device_of()
+    assert "\n" not in str(caught.value)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert launch.device_of() == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CUDA_VISIBLE_DEVICES", ""),
+        ("CUDA_VISIBLE_DEVICES", "-1"),
+        ("CUDA_VISIBLE_DEVICES", "NoDevFiles"),
+        ("SLURM_GPUS_ON_NODE", "0"),
+    ],
+)
+def test_where_no_gpu_was_granted_the_cpu_is_used(no_gpu, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert launch.device_of() == torch.device("cpu")
+
+
+def test_a_gpu_of_the_machine_that_torch_does_not_see_is_an_error(no_gpu, monkeypatch):
+    monkeypatch.setattr(launch.Path, "exists", lambda path: str(path) == "/dev/nvidia0")
+    with pytest.raises(ConfigError, match=r"a GPU is there \(/dev/nvidia0\)"):
+        launch.device_of()

@@ -1,0 +1,162 @@
+"""How ranks end a run that failed: one reason, one status on all of them, nothing left behind."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny_run
+
+from dalle_dist.distributed import launch
+from dalle_dist.errors import ConfigError, DataError
+from dalle_dist.testing import run_distributed
+
+STARTS = int(os.environ.get("STARTS", "5"))
+FAULTS = '''"""dalle-dist with one fault, on the rank that FAULTY names."""
+
+import os
+
+from dalle_dist.cli import program
+from dalle_dist.errors import DataError
+from dalle_dist.train import train
+
+WHERE, ERROR = os.environ["FAULT"].split()
+KIND = {"data": DataError, "bug": RuntimeError}[ERROR]
+
+
+def fail(*_):
+    raise KIND("the reason")
+
+
+if os.environ["RANK"] == os.environ["FAULTY"]:
+    if WHERE == "setup":
+        train._Setup.__init__ = fail
+    else:
+        step = train._Trainer._step
+        train._Trainer._step = lambda self, b: fail() if self.state.update == 1 else step(self, b)
+program()
+'''
+
+
+def start(arguments, **environ):
+    """Three ranks under torchrun: what they printed, and the exit codes that it reports of them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"]
+    command += ["--master-port", str(launch.free_port()), *arguments]
+    environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | environ
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=120)
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    report = re.findall(r"rank +: (\d+).*?\n +exitcode +: (-?\d+)", said)
+    return said, {int(rank): int(code) for rank, code in report}
+
+
+def told(said):
+    """The lines that say why; they begin where rank 0's progress bar has stopped."""
+    return re.findall("dalle-dist: error: .*", said)
+
+
+def tracebacks(said):
+    """How many, without the one that the launcher ends with."""
+    return said.count("Traceback (most recent call last)") - said.count("ChildFailedError:")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(STARTS))
+def test_a_batch_that_does_not_divide_is_one_line_and_ends_all_ranks_with_2(tmp_path, number):
+    config = tiny_run.make(tmp_path)
+    path = tiny_run.write_config(config, tmp_path / "config.yaml")
+    said, codes = start(["-m", "dalle_dist", "train", path])
+    assert codes == {0: 2, 1: 2, 2: 2}, said
+    (line,) = told(said)
+    assert "train.batch_size: 8 is not a multiple of train.micro_batch 2 x 3 ranks" in line
+    assert "rank 0:" not in line, "all ranks had the same reason"
+    assert "terminate called" not in said and tracebacks(said) == 0
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """A run that three ranks can do, and the program that breaks it."""
+    folder = tmp_path_factory.mktemp("faulty")
+    config = tiny_run.make(folder, batch_size=6, prompts=[], deepspeed="ds_configs/zero2.json")
+    path = tiny_run.write_config(config, folder / "config.yaml")
+    (folder / "faults.py").write_text(FAULTS)
+    return folder, [str(folder / "faults.py"), "train", path]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("where", ["setup", "step"])
+def test_what_a_user_can_mend_on_one_rank_ends_all_with_2_after_one_line(
+    faulty, tmp_path, where, rank
+):
+    run = tmp_path / "run"
+    arguments = [*faulty[1], f"paths.run={run}"]
+    said, codes = start(arguments, FAULT=f"{where} data", FAULTY=str(rank))
+    assert codes == {0: 2, 1: 2, 2: 2}, said
+    (line,) = told(said)
+    assert line.endswith("the reason")
+    assert tracebacks(said) == 0 and "terminate called" not in said
+    if where == "setup":
+        assert f"rank {rank}: the reason" in line
+        assert not run.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("where", ["setup", "step"])
+def test_a_bug_on_one_rank_is_one_traceback_and_ends_the_others_with_2(
+    faulty, tmp_path, where, rank
+):
+    arguments = [*faulty[1], f"paths.run={tmp_path / 'run'}"]
+    said, codes = start(arguments, FAULT=f"{where} bug", FAULTY=str(rank))
+    assert codes == {0: 2, 1: 2, 2: 2} | {rank: 1}, said
+    assert tracebacks(said) == 1, said
+    assert "RuntimeError: the reason" in said
+    assert told(said) == [] and "terminate called" not in said
+
+
+def _together(ranks, failing):
+    def action():
+        if ranks.rank in failing:
+            raise (DataError if ranks.rank == 1 else ConfigError)(f"no {ranks.rank}")
+        return ranks.rank * 10
+
+    try:
+        return ranks.together(action)
+    except (ConfigError, DataError) as error:
+        return type(error).__name__, str(error)
+
+
+def _all_togethers(ranks):
+    return [_together(ranks, failing) for failing in ((), (1,), (1, 2), (0, 1, 2), ())]
+
+
+def test_together_gives_each_rank_its_value_or_all_of_them_the_first_reason():
+    one = ("DataError", "rank 1: no 1")
+    everyone = ("ConfigError", "no 0")  # the same mistake on all ranks is nobody's in particular
+    expected = [one, one, everyone]
+    found = run_distributed(_all_togethers, 3)
+    assert found == [[10 * rank, *expected, 10 * rank] for rank in range(3)]
+
+
+def _announce(ranks):
+    ending = launch.ending()
+    before = ending.told_elsewhere()
+    ranks.barrier()
+    first = ending.announce() if ranks.rank != 1 else None
+    ranks.barrier()
+    return before, first, ending.told_elsewhere()
+
+
+def test_one_rank_is_the_first_to_tell_and_those_that_have_not_told_know():
+    found = run_distributed(_announce, 3)
+    assert [before for before, _, _ in found] == [False, False, False]
+    assert sorted([found[0][1], found[2][1]]) == [False, True]
+    assert [elsewhere for _, _, elsewhere in found] == [False, True, False]
+
+
+def test_a_single_process_has_nobody_to_tell():
+    launch.init()
+    assert launch.ending() is None

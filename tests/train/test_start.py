@@ -1,0 +1,301 @@
+"""What a run checks and says before its first update; a start that fails leaves no trace."""
+
+import errno
+import fcntl
+import io
+import json
+import os
+import shutil
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import tiny_run
+from test_train_dvae import arguments as stage1_arguments
+from test_train_dvae import write_images
+
+from dalle_dist.checkpoint.release import load_dvae, load_release
+from dalle_dist.cli import main
+from dalle_dist.config import Config
+from dalle_dist.data.shards import ShardSet, ShardWriter
+from dalle_dist.distributed import launch
+from dalle_dist.errors import UserError
+from dalle_dist.testing import run_distributed
+from dalle_dist.tokenizer import train_tokenizer
+from dalle_dist.train.lock import Lock
+from dalle_dist.train.train import _Setup
+
+SHORT = {"updates": 1, "warmup": 1, "prompts": []}
+
+
+def _main(ranks, words, environ, no_locks):
+    """Exit status, standard output and standard error of one command."""
+    warnings.simplefilter("ignore")
+    os.environ.update(environ)
+    locking = mock.Mock(side_effect=OSError(no_locks, "not here")) if no_locks else fcntl.flock
+    out, err = io.StringIO(), io.StringIO()
+    with mock.patch.object(fcntl, "flock", locking), redirect_stdout(out), redirect_stderr(err):
+        return main(words), out.getvalue(), err.getvalue()
+
+
+class Stage:
+    """A run of one update that would work: its command, its inputs and its folder."""
+
+    def __init__(self, folder: Path, verb: str) -> None:
+        self.folder, self.verb, self.run = folder, verb, folder / "runs" / "new"
+        if verb == "train":
+            config = tiny_run.make(folder, **SHORT)
+            path = tiny_run.write_config(config, folder / "config.yaml")
+            self.words, self.inputs = [path, f"paths.run={self.run}"], folder / "tokens"
+        else:
+            write_images(folder / "images")
+            self.words = stage1_arguments(folder, "dvae_train.updates=1", run="runs/new")
+            self.inputs = folder / "images"
+
+    def start(self, *more, world=1, no_locks=0, **environ):
+        """In new processes, since DeepSpeed starts once in each; what rank 0 has of `_main`."""
+        words = [self.verb, *self.words, *more]
+        outcomes = run_distributed(_main, world, words, environ, no_locks)
+        assert len({status for status, _, _ in outcomes}) == 1
+        assert sum("dalle-dist: error" in err for _, _, err in outcomes) <= 1
+        lines = [text for _, _, text in outcomes]
+        return outcomes[0][0], outcomes[0][1], "".join(lines)
+
+    def works(self, *more, **how) -> str:
+        """What a start says that goes on to the end of the run."""
+        status, out, err = self.start(*more, **how)
+        assert status == 0, err
+        assert "complete" in out
+        assert (self.run / "config.yaml").is_file() and (self.run / "release").is_dir()
+        return out
+
+    def refused(self, *more, **how) -> str:
+        """The one line of a start that fails; nothing is made or lost."""
+        before = self._files()
+        status, out, err = self.start(*more, **how)
+        (line,) = err.strip().splitlines()
+        assert line.startswith("dalle-dist: error: ")
+        assert (status, out) == (2, "")
+        assert self._files() == before
+        return line
+
+    def _files(self) -> dict[str, int]:
+        """Names, and when each was written; the lock of an older run may go, it is made anew."""
+        return {
+            str(path): path.stat().st_mtime_ns if path.is_file() else 0
+            for path in self.folder.rglob("*")
+            if path.name != ".lock"
+        }
+
+
+@pytest.fixture(params=["train-dvae", "train"])
+def stage(request, tmp_path):
+    return Stage(tmp_path, request.param)
+
+
+def test_a_start_without_inputs_leaves_nothing_and_works_once_they_are_there(stage):
+    away = stage.folder / "away"
+    stage.inputs.rename(away)
+    assert str(stage.inputs) in stage.refused()
+    away.rename(stage.inputs)
+    stage.works()
+
+
+@pytest.mark.parametrize("part", ["train", "held-out"])
+def test_a_start_with_a_shard_missing_leaves_nothing_and_names_it(stage, part):
+    shard = sorted((stage.inputs / part).glob("*.tar"))[-1]
+    away = stage.folder / "away.tar"
+    shard.rename(away)
+    assert shard.name in stage.refused()
+    away.rename(shard)
+    stage.works()
+
+
+def test_a_start_from_what_is_no_checkpoint_leaves_nothing(stage):
+    (stage.folder / "empty").mkdir()
+    for path in ("empty", "nowhere"):
+        line = stage.refused("--resume", str(stage.folder / path))
+        assert str(stage.folder / path) in line and "checkpoint" in line
+    stage.works()
+
+
+def test_a_start_beside_a_process_that_trains_leaves_its_folder_as_it_was(stage):
+    stage.run.mkdir(parents=True)
+    lock = stage.run / ".lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        line = stage.refused()
+        assert "another process is training in this folder" in line
+        assert lock.exists()
+    stage.works()
+
+
+def test_a_batch_that_does_not_divide_leaves_nothing_and_is_told_once(stage):
+    override, reason = {
+        "train-dvae": ("dvae_train.batch_size=7", "7 is not a multiple of the 2 ranks"),
+        "train": ("train.micro_batch=8", "8 is not a multiple of train.micro_batch 8 x 2 ranks"),
+    }[stage.verb]
+    assert reason in stage.refused(override, world=2)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused_and_one_of_its_length_is_not(stage):
+    name = "train.warmup" if stage.verb == "train" else "dvae_train.lr_warmup"
+    updates = name.split(".")[0] + ".updates=2"
+    line = stage.refused(f"{name}=3", updates)
+    assert f"{name}: 3 updates of warm-up in a run of 2" in line
+    stage.works(f"{name}=2", updates)
+
+
+def test_a_file_system_without_locks_is_told_as_that_and_leaves_nothing(stage):
+    line = stage.refused(no_locks=errno.ENOLCK)
+    assert "this file system keeps no locks (flock: not here)" in line
+    assert "another process is training" not in line
+    assert "DALLE_DIST_NO_LOCK=1" in line
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP])
+def test_locks_are_missing_in_other_words_too(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(number, "not here")))
+    with pytest.raises(UserError, match="RUN: this file system keeps no locks"):
+        Lock(tmp_path / "a" / "b" / ".lock", "RUN")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("DALLE_DIST_NO_LOCK", "1")
+    Lock(tmp_path / "a" / "b" / ".lock", "RUN").release(used=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_trained_on_by_the_users_word(stage):
+    stage.works(no_locks=errno.ENOLCK, DALLE_DIST_NO_LOCK="1")
+
+
+def test_that_word_does_not_let_a_second_process_in(stage):
+    stage.run.mkdir(parents=True)
+    with (stage.run / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another process is training" in stage.refused(DALLE_DIST_NO_LOCK="1")
+
+
+class TestTransformer:
+    @pytest.fixture
+    def stage(self, tmp_path):
+        return Stage(tmp_path, "train")
+
+    def test_a_deepspeed_file_that_contradicts_the_config_leaves_nothing(self, stage):
+        path = stage.folder / "zero.json"
+        path.write_text('{"zero_optimization": {"stage": 1}, "gradient_clipping": 7}')
+        line = stage.refused(f"train.deepspeed={path}")
+        assert "gradient_clipping is 7, but train.clip is" in line
+
+    def test_tokens_of_another_dvae_leave_nothing(self, stage):
+        index = stage.inputs / "train" / "index.json"
+        saved = index.read_text()
+        tree = json.loads(saved)
+        tree["meta"]["dvae"] = "0" * len(tree["meta"]["dvae"])
+        index.write_text(json.dumps(tree))
+        stage.refused()
+        index.write_text(saved)
+        stage.works()
+
+    def test_another_tokenizer_leaves_the_run_as_it_was_and_its_own_goes_on(self, stage):
+        stage.works()
+        other = stage.folder / "other"
+        train_tokenizer(["a lazy dog", "a quick fox"] * 5, 300).save(str(other))
+        log = (stage.run / "log.jsonl").read_bytes()
+        more = ("train.updates=2", "--resume", "auto")
+        line = stage.refused(f"paths.tokenizer={other}", *more)
+        assert "tokenizer" in line
+        assert (stage.run / "log.jsonl").read_bytes() == log
+        assert "complete at update 2" in stage.works(*more)
+
+    def test_a_tokenizer_of_more_classes_than_the_model_leaves_nothing(self, stage):
+        assert "has 300; train it again" in stage.refused("tokenizer.vocab_size=290")
+
+
+def opening(out: str) -> dict[str, str]:
+    """The block that begins a run, by name."""
+    rows = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  ")]
+    return dict(rows)
+
+
+def test_stage_1_says_what_it_is_about_to_do(tmp_path):
+    stage = Stage(tmp_path, "train-dvae")
+    more = ["dvae_train.updates=6", "dvae_train.lr_warmup=3", "dvae_train.lr_updates=6"]
+    more += ["dvae_train.temperature_updates=7", "dvae_train.kl_updates=8"]
+    block = opening(stage.works(*more))
+    weights = load_dvae(str(stage.run / "release")).dvae.parameters()
+    count = sum(weight.numel() for weight in weights)
+    assert block["device"] == "CPU, 1 rank x 1 thread, 1 machine (deepspeed)"
+    assert block["model"].startswith(f"dVAE of {count:,} parameters: 16 x 16 pixels to 4 x 4 codes")
+    assert block["precision"] == "fp32"
+    assert block["data"] == f"{stage.inputs}: 24 pictures to train on, 8 held out"
+    assert block["length"] == "6 updates of 8 pictures = 2.00 epochs"
+    assert "after 3 updates of warm-up" in block["schedule"]
+    late = "dvae_train.temperature_updates, dvae_train.kl_updates"
+    assert block["warning"] == f"THE RUN ENDS BEFORE {late}"
+    assert block["from"] == "the start"
+
+
+def test_stage_1_names_no_setting_that_ends_in_time(tmp_path):
+    stage = Stage(tmp_path, "train-dvae")
+    ends = [f"dvae_train.{name}_updates=1" for name in ("lr", "temperature", "kl")]
+    block = opening(stage.works(*ends, "dvae_train.precision=bf16"))
+    assert "warning" not in block and "schedule" in block
+    assert block["precision"] == "bf16 autocast, fp32 weights"
+
+
+def test_stage_2_says_what_it_is_about_to_do(tmp_path):
+    stage = Stage(tmp_path, "train")
+    more = ["train.updates=2", "train.warmup=2", "train.halve_at=[5, 9]"]
+    block = opening(stage.works(*more))
+    weights = load_release(str(stage.run / "release")).transformer.parameters()
+    count = sum(weight.numel() for weight in weights)
+    assert block["device"] == "CPU, 1 rank x 1 thread, 1 machine (deepspeed)"
+    assert block["model"].startswith(f"transformer of {count:,} parameters: 2 layers of width 64")
+    assert block["precision"].startswith("fp32, moments ")
+    assert block["data"] == f"{stage.inputs}: 61 pictures to train on, 3 held out"
+    assert block["batch"] == "8 = 2 x 1 ranks x 4 accumulated"
+    assert block["length"] == f"2 updates of 8 pictures = {16 / 61:.2f} epochs"
+    assert "rate 0.005 after 2 updates of warm-up, halved at 5, 9" in block["schedule"]
+    assert block["from"] == "the start"
+    block = opening(stage.works("train.updates=3", "--resume", "auto"))
+    assert block["from"] == "update 2"
+    assert block["schedule"].endswith("when the loss no longer falls")
+
+
+def _captions_of(config: Config, length: int) -> tuple[int, int, int]:
+    """How many captions have more tokens than `length`, of how many, and the longest's."""
+    data = _Setup(config, launch.init()).train_set
+    counts = [data.caption_tokens(i) for i in range(len(data))]
+    return sum(count > length for count in counts), len(counts), max(counts)
+
+
+def test_stage_2_counts_the_captions_that_it_cuts(tmp_path):
+    stage = Stage(tmp_path, "train")
+    _write_captions(tmp_path, ["red heart"] * 7 + ["a very long quick caption " * 4] * 5)
+    config = tiny_run.make(tmp_path, **SHORT)
+    cut, total, longest = _captions_of(config, 8)
+    assert (cut, total) == (5, 12)
+    assert opening(stage.works())["captions"] == (
+        f"5 of 12 (41.7%) are cut to transformer.text_tokens=8; the longest has {longest} tokens"
+    )
+
+
+def test_stage_2_says_that_no_caption_is_cut_even_one_that_just_fits(tmp_path):
+    stage = Stage(tmp_path, "train")
+    longest = _captions_of(tiny_run.make(tmp_path, **SHORT), 8)[2]
+    said = opening(stage.works(f"transformer.text_tokens={longest}"))["captions"]
+    assert said == f"none of 61 is cut; the longest has {longest} tokens"
+
+
+def _write_captions(folder: Path, captions: list[str]) -> None:
+    """Training shards anew: the same codes, other captions."""
+    shards = ShardSet(str(folder / "tokens" / "train"), "tokens")
+    samples = [dict(shards.read(i)) for i in range(len(captions))]
+    meta = dict(shards.index.meta)
+    shutil.rmtree(folder / "tokens" / "train")
+    with ShardWriter(str(folder / "tokens" / "train"), "tokens", meta, 20) as writer:
+        for sample, caption in zip(samples, captions, strict=True):
+            files = {"npy": sample["npy"], "txt": caption.encode(), "json": sample["json"]}
+            writer.write(sample["__key__"].decode(), files)
