@@ -117,7 +117,7 @@ def test_nothing_is_unpickled_unchecked(path):
 
 @pytest.mark.parametrize("path", TESTS, ids=name_of)
 def test_tests_can_fail(path):
-    words = ("assert", "raises", "fail", "warns", "run_distributed", "check")
+    words = ("assert", "raises", "fail", "warns", "run_distributed", "check", "refused")
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
             text = ast.unparse(node)

@@ -48,6 +48,7 @@ class Run:
         self._lock: Lock | None = None
         self._log: IO[str] | None = None
         self._wandb: Any = None
+        self._bar: tqdm | None = None
         ranks.together(self._look)  # all have looked before rank 0 makes the lock
         try:
             ranks.together(self._keep_others_out)
@@ -130,7 +131,7 @@ class Run:
 
     def progress(self, total: int, start: int, unit: str = "update") -> tqdm:
         """A bar with rate and ETA on rank 0; on no terminal, a line now and then."""
-        return tqdm(
+        self._bar = tqdm(
             total=total,
             initial=start,
             unit=unit,
@@ -139,6 +140,7 @@ class Run:
             mininterval=0.5 if sys.stderr.isatty() else 20,
             desc=Path(self.path).name,
         )
+        return self._bar
 
     def sync(self) -> None:
         """Upload a remote run's new files; nothing to do for a local one."""
@@ -152,6 +154,8 @@ class Run:
             print(f"{self.path}: {line}", flush=True)
 
     def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()  # an error has a line of its own then
         if self._log is not None:
             self._tensorboard.close()
             if self._wandb is not None:

@@ -122,7 +122,7 @@ def test_the_variance_is_clipped_before_it_is_used(moments):
     assert param.item() == pytest.approx(-100 / math.sqrt(5 / (1 - 0.96)), rel=1e-6)
 
 
-@pytest.mark.parametrize("beta2", [0.96, 0.999])
+@pytest.mark.parametrize("beta2", [0.96, pytest.param(0.999, marks=pytest.mark.slow)])
 def test_how_near_a_packed_variance_comes_to_its_goal(beta2):
     """What the docstring says of beta2: goals all over a binade, from far below and far above."""
     goal = torch.linspace(1, 4, 200).repeat(2)

@@ -162,7 +162,7 @@ class TestTwoRanks:
         assert curves[0][3] == pytest.approx(alone[1][0][3], rel=1e-2)
 
     def test_disk_full_on_one_rank_is_one_line_on_all_and_leaves_nothing(self, inputs):
-        configs = [in_folder(inputs, f"full-{i}", updates=1, **zero(2)) for i in range(2)]
+        configs = [in_folder(inputs, f"full-{i}", updates=1, warmup=1, **zero(2)) for i in range(2)]
         for messages in run_distributed(train_on_a_full_disk, 2, *configs, timeout=60):
             for message in messages:
                 assert "step-00000001: not saved (rank 1: disk full)" in message
