@@ -276,6 +276,7 @@ def test_a_failed_run_leaves_nothing(thin_wire, program, message):
     assert not listed, "what a rank has started outlives it"
 
 
+@pytest.mark.slow
 def test_a_terminated_benchmark_leaves_nothing(thin_wire):
     command = [sys.executable, "-m", "benchmarks.powersgd_wire", "--smoke", "--threads=1"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -222,6 +222,7 @@ def refusals(ranks):
     return said
 
 
+@pytest.mark.slow
 def test_a_private_name_that_is_gone_is_refused_in_one_line():
     said = run_distributed(refusals, 1)[0]
     assert len(said) >= len(GONE) - (0 if deepspeed.__version__ == TESTED[0] else 7)

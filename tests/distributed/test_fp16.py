@@ -314,7 +314,8 @@ def plain_norms(ranks):
     return np.sqrt(squares)
 
 
-@pytest.mark.parametrize("between", ["zero", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("between", ["zero", "dense"])
 def test_block_norms_are_those_of_the_mean_gradient_in_true_units(between):
     overrides = (f"parallel.between_machines={between}", "parallel.node_size=1")
     plain = run_distributed(plain_norms, 1)[0]

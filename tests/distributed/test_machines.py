@@ -23,8 +23,9 @@ from tests.distributed.test_fp16 import (
 )
 
 STAGES, PRECISIONS = (1, 2, 3), ("fp32", "bf16", "fp16")
+SLOWLY = pytest.mark.slow
 # All three in the slow tests; ZeRO-2, which the presets take, in the quick ones too.
-FULL_STAGES = [pytest.param(s, marks=[] if s == 2 else pytest.mark.slow) for s in STAGES]
+FULL_STAGES = [pytest.param(s, marks=[] if s == 2 else SLOWLY) for s in STAGES]
 IN_PARTS = {1: "bf16", 2: "fp16", 3: "fp32"}  # by stage, what is accumulated too
 BATCH = 24  # divides among 2, 3 and 4 ranks, once and in four parts
 
@@ -77,7 +78,11 @@ def courses(ranks, stage):
     return found | {("powersgd", "in parts"): twice, "precision": IN_PARTS[stage]}
 
 
-@pytest.fixture(scope="module", params=FULL_STAGES, ids=["zero1", "zero2", "zero3"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(s, marks=SLOWLY) for s in STAGES],
+    ids=["zero1", "zero2", "zero3"],
+)
 def four(request):
     return run_distributed(courses, 4, request.param)
 
@@ -190,7 +195,7 @@ def overflow(ranks, stage, precision, skip):
 
 
 @pytest.mark.parametrize("stage", FULL_STAGES)
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=SLOWLY)])
 def test_an_infinity_on_one_rank_skips_the_update_everywhere_and_enters_no_error(precision, stage):
     """In fp16 nothing is sent; in bf16 it passes to all blocks below, and others keep theirs."""
     found = run_distributed(overflow, 4, stage, precision, "update")
@@ -316,6 +321,7 @@ def diverged(ranks, folder):
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_machines_that_have_come_apart_do_not_save(tmp_path):
     for message in run_distributed(diverged, 4, tmp_path):
         assert "the machines' weights differ" in message and "\n" not in message

@@ -2,13 +2,16 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from unittest import mock
 
 import pytest
 import tiny_run
 
-from dalle_dist.distributed import launch
+from dalle_dist.distributed import ending, launch
 from dalle_dist.errors import ConfigError, DataError
 from dalle_dist.testing import run_distributed
 
@@ -160,3 +163,34 @@ def test_one_rank_is_the_first_to_tell_and_those_that_have_not_told_know():
 def test_a_single_process_has_nobody_to_tell():
     launch.init()
     assert launch.ending() is None
+
+
+def _leaves_after(ranks, seconds):
+    """How long this rank waits for the others, the last of which comes after `seconds`."""
+    ranks.barrier()
+    if ranks.rank == ranks.world - 1:
+        time.sleep(seconds)
+    start = time.monotonic()
+    launch.ending().wait_for_all()
+    os.kill(os.getpid(), signal.SIGTERM)  # as a launcher does to those who have not left yet
+    return time.monotonic() - start
+
+
+def test_ranks_leave_together_and_do_not_heed_the_launcher_any_more():
+    waited = run_distributed(_leaves_after, 3, 1.5)
+    assert waited[2] < 1 and all(1 < seconds < ending.GRACE for seconds in waited[:2])
+
+
+def test_a_rank_that_never_comes_is_waited_for_a_while_only():
+    waited = run_distributed(_goes_without_the_last, 2)
+    assert 0.3 <= waited[0] < 5
+
+
+def _goes_without_the_last(ranks):
+    ranks.barrier()
+    if ranks.rank == 1:
+        return 0.0
+    start = time.monotonic()
+    with mock.patch.object(ending, "GRACE", 0.3):
+        launch.ending().wait_for_all()
+    return time.monotonic() - start

@@ -23,6 +23,8 @@ from dalle_dist.data import storage
 from dalle_dist.testing import run_distributed
 from dalle_dist.train.train import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def bucket(monkeypatch, tmp_path):

@@ -170,7 +170,9 @@ class TestTwoRanks:
         for config in configs:
             assert list((Path(config.paths.run) / "checkpoints").iterdir()) == []
 
-    @pytest.mark.parametrize("course", [2, 5], ids=["fp32", "fp16"])
+    @pytest.mark.parametrize(
+        "course", [2, pytest.param(5, marks=pytest.mark.slow)], ids=["fp32", "fp16"]
+    )
     def test_stopped_by_a_signal_to_one_rank_and_resumed_is_bit_for_bit_the_same(
         self, inputs, outcomes, course
     ):
