@@ -23,6 +23,7 @@ from torch import Tensor
 from dalle_dist.checkpoint.release import load_release
 from dalle_dist.config import Config
 from dalle_dist.data.pictures import to_image
+from dalle_dist.distributed.launch import device_of
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import UserError
 from dalle_dist.generate.sampler import sample_codes
@@ -70,10 +71,12 @@ class Generator:
 
     @classmethod
     def load(cls, release: str | os.PathLike[str], device: str = "auto") -> Generator:
-        """Read a release folder, local or remote. Raises CheckpointError."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        parts = load_release(release, device)
+        """Read a release folder, local or remote.
+
+        `device` "auto" is the GPU where there is one. Raises CheckpointError, or ConfigError when a
+        GPU was granted that torch does not see.
+        """
+        parts = load_release(release, device_of() if device == "auto" else device)
         return cls(parts.transformer, parts.tokenizer, parts.dvae, parts.config, parts.fingerprint)
 
     def generate(
