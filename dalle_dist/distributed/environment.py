@@ -47,7 +47,11 @@ def read_environment(environ: Mapping[str, str]) -> Place:
 
 def gpu_grant(environ: Mapping[str, str]) -> str | None:
     """`NAME=value` of the first variable that promises this process a GPU; None when none does."""
+    # DeepSpeed's launcher sets this one for as many GPUs as it starts ranks, whatever is there.
+    by_deepspeed = "RANK" in environ and "TORCHELASTIC_RUN_ID" not in environ
     for name in GPU_GRANTS:
+        if name == "CUDA_VISIBLE_DEVICES" and by_deepspeed:
+            continue
         value = environ.get(name, "")
         counted = name == "SLURM_GPUS_ON_NODE" and value == "0"
         if value not in _NO_GPU and not counted:

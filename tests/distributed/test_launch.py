@@ -193,3 +193,14 @@ def test_a_gpu_of_the_machine_that_torch_does_not_see_is_an_error(no_gpu, monkey
     monkeypatch.setattr(launch.Path, "exists", lambda path: str(path) == "/dev/nvidia0")
     with pytest.raises(ConfigError, match=r"a GPU is there \(/dev/nvidia0\)"):
         launch.device_of()
+
+
+def test_what_deepspeeds_launcher_sets_by_itself_is_no_grant(no_gpu, monkeypatch):
+    """It names as many GPUs as it starts ranks, also where there is none; Slurm's word counts."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    for name, value in RENDEZVOUS.items():
+        monkeypatch.setenv(name, value)
+    assert launch.device_of() == torch.device("cpu")
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0")
+    with pytest.raises(ConfigError, match="SLURM_JOB_GPUS=0"):
+        launch.device_of()
