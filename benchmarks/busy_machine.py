@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -53,7 +53,7 @@ def measure(folder: Path, options: argparse.Namespace) -> list[Measured]:
         for name in STARTS:
             for load_name in ("quiet", "busy"):
                 run = folder / f"{round_}-{name}-{load_name}".replace(" ", "-")
-                with _busy() if load_name == "busy" else _quiet():
+                with _busy() if load_name == "busy" else nullcontext():
                     curves[name] = _train(name, folder, run, updates)
                 speeds.setdefault((name, load_name), []).append(_speed(curves[name]))
     check(curves)
@@ -134,11 +134,6 @@ def _busy() -> Iterator[None]:
     finally:
         process.kill()
         process.wait()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    yield
 
 
 def _write_pictures(folder: Path) -> None:

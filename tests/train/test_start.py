@@ -195,7 +195,7 @@ class TestTransformer:
         tree = json.loads(saved)
         tree["meta"]["dvae"] = "0" * len(tree["meta"]["dvae"])
         index.write_text(json.dumps(tree))
-        stage.refused()
+        assert "tokens of dvae 0000" in stage.refused()
         index.write_text(saved)
         stage.works()
 
