@@ -9,6 +9,16 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+# Where the long files are: they go first, so that no process is left alone with one at the end.
+LONG = (
+    "tests/test_readme.py", "tests/test_wheel.py", "tests/test_benchmarks.py", "tests/slurm",
+    "tests/distributed", "tests/train", "tests/kernels",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
 
 @pytest.fixture(autouse=True)
 def _clean_state(tmp_path_factory, monkeypatch):
