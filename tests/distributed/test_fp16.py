@@ -201,7 +201,6 @@ def skipped_later_block():
 GOOD, BAD = 2 ** (1 / 1000), 2**-0.5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_overflow_costs_the_whole_update_and_divides_one_scale(skipped_updates, stage):
     for rank in skipped_updates:
@@ -338,7 +337,6 @@ def unsent(ranks):
     return names
 
 
-@pytest.mark.slow
 def test_gradients_that_were_not_sent_have_no_norm():
     for good, skipped in run_distributed(unsent, 2):
         assert good - skipped == {"block_norm"} and skipped < good

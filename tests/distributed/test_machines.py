@@ -251,15 +251,16 @@ def resumed(folder, stage, forget, *overrides, before=3, after=2):
     return run_distributed(go_on, after, place, stage, forget, *overrides)[0], ahead
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "overrides", "close"),
     [
         (2, ["train.precision=fp32", "parallel.warm_start=true"], 1e-5),
-        (1, ["train.precision=fp32"], 1e-5),
-        (3, ["train.precision=fp32"], 1e-5),
-        (1, ["train.precision=bf16"], 2e-3),
-        (3, ["train.precision=fp16", "train.moments=16-bit"], 5e-4),
+        pytest.param(1, ["train.precision=fp32"], 1e-5, marks=pytest.mark.slow),
+        pytest.param(3, ["train.precision=fp32"], 1e-5, marks=pytest.mark.slow),
+        pytest.param(1, ["train.precision=bf16"], 2e-3, marks=pytest.mark.slow),
+        pytest.param(
+            3, ["train.precision=fp16", "train.moments=16-bit"], 5e-4, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_saved_on_three_machines_and_gone_on_with_on_two(tmp_path, stage, overrides, close):

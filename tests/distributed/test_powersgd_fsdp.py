@@ -113,9 +113,13 @@ def _by_ddp(ranks, node_size):
     return {name: p.detach() for name, p in net.named_parameters()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("oracle", "world", "node_size"), [(_by_fsdp2, 4, 2), (_by_fsdp2, 3, 1), (_by_ddp, 4, 1)]
+    ("oracle", "world", "node_size"),
+    [
+        (_by_fsdp2, 4, 2),
+        pytest.param(_by_fsdp2, 3, 1, marks=pytest.mark.slow),
+        pytest.param(_by_ddp, 4, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_hooks_of_torch_give_the_parameters_of_direct_use(oracle, world, node_size):
     direct = on_ranks(_directly, world, node_size)
