@@ -48,7 +48,7 @@ def measure(folder: Path, options: argparse.Namespace) -> list[Measured]:
     """All ways to start, quiet and beside a busy process, in turn."""
     speeds: dict[tuple[str, str], list[float]] = {}
     curves: dict[str, list[Line]] = {}
-    updates = 4 * WINDOW if options.smoke else 8 * WINDOW
+    updates = 2 * WINDOW if options.smoke else 8 * WINDOW
     for round_ in range(options.rounds):
         for name in STARTS:
             for load_name in ("quiet", "busy"):
