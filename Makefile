@@ -1,4 +1,4 @@
-# make demo   a machine learns to draw from text: 14 minutes on 2 cores, ends with runs/demo/report.html
+# make demo   a machine learns to draw from text: 14 to 20 minutes on 2 cores, ends with runs/demo/report.html
 # make test   all quick tests            make check   lint, format, types
 # make test-one-unit-off   the same, as on a processor with another square root
 # make test-slow   the slower proofs     make bench   the figures in benchmarks/results
