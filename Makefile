@@ -48,8 +48,8 @@ demo-short:
 	$(MAKE) demo RUN=runs/demo-short DATA=data/emoji-short \
 	  EXTRA="dvae_train.updates=60 dvae_train.eval_every=60 train.updates=40 train.warmup=10 train.eval_every=40 train.sample_every=40"
 
-# A file's tests stay in one process, which shares what they set up. In their own order: files with few
-# tests would else come last, and those of the interpreter are the longest.
+# A file's tests stay in one process, which shares what they set up. pytest-xdist would start with the
+# files of most tests; the longest have few, and tests/conftest.py puts those first.
 TEST_PROCESSES := 2
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
