@@ -85,7 +85,7 @@ def random_batch(config: Config, batch: int) -> tuple[Tensor, Tensor]:
     """Captions that fill the text block (no pads: every rival does the same work), and codes."""
     shape = config.transformer
     text_BT = torch.randint(2, config.tokenizer.vocab_size, (batch, shape.text_tokens))
-    codes_BN = torch.randint(config.dvae.codebook_size, (batch, shape.image_tokens))
+    codes_BN = torch.randint(config.transformer.codebook_size, (batch, shape.image_tokens))
     return text_BT, codes_BN
 
 

@@ -56,7 +56,7 @@ def cost_config(smoke: bool, precision: str) -> Config:
             "transformer": {**(tiny if smoke else wide), "conv_kernel": 3 if smoke else 11},
             "train": {
                 "precision": precision, "checkpoint_activations": False, "batch_size": 8,
-                "micro_batch": 8, "lr": 1e-4, "deepspeed": "ds_configs/zero2.json",
+                "micro_batch": 8, "lr": 1e-4, "zero_stage": 2,
             },
         }
     )  # fmt: skip

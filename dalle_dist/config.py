@@ -1,6 +1,6 @@
 """The one source of truth of a run: nested, typed, frozen dataclasses <-> YAML.
 
-`load("emoji", ["train.updates=100"])` reads a preset or a YAML file and applies overrides. Every
+`load("emoji", ["train.steps=100"])` reads a preset or a YAML file and applies overrides. Every
 error names the key, the value found and what is allowed. Sources in the paper: dVAE A.1-A.3,
 transformer 2.2-2.3 and B.2 (arXiv 2102.12092).
 """
@@ -70,13 +70,13 @@ class DVAETrainConfig:
     updates: int = 3_000_000
     lr: float = 1e-4
     lr_final: float = 1.25e-6
-    lr_updates: int = 1_200_000
-    lr_warmup: int = 0
+    lr_steps: int = 1_200_000
+    warmup: int = 0
     temperature: float = 1.0
     temperature_final: float = 1 / 16
-    temperature_updates: int = 150_000
+    temperature_steps: int = 150_000
     kl_weight: float = 6.6
-    kl_updates: int = 5_000
+    kl_steps: int = 5_000
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -103,7 +103,7 @@ class TransformerConfig:
     text_tokens: int = 256
     image_grid: int = 32
     conv_kernel: int = 11
-    mask_dialect: Literal["paper", "clamp", "torus", "dalle-pytorch"] = "paper"
+    mask_variant: Literal["paper", "clamp", "torus", "dalle-pytorch"] = "paper"
     masks: Literal["paper", "causal"] = "paper"  # row, column, row, row, ... conv last | all dense
 
     @property
@@ -163,11 +163,11 @@ class ParallelConfig:
 
     # "zero": ZeRO over all ranks; "dense" and "powersgd": ZeRO inside each machine, and between
     # machines the mean of the gradients, whole or compressed (paper 2.5 and E)
-    between_machines: Literal["zero", "dense", "powersgd"] = "zero"
-    node_size: int = 0  # ranks that count as a machine; 0 = those of one host name
+    between_nodes: Literal["zero", "dense", "powersgd"] = "zero"
+    local_world_size: int = 0  # ranks that count as a machine; 0 = those of one host name
     rank: int = 896  # of PowerSGD (paper, Table 1: 512, 640, 896 for 2.8, 5.6 and 12 billion)
-    # "machine": the sum over the shards of a matrix, which is cut by rows into node_size of them;
-    # "shard": of each shard, a matrix under ZeRO-1 and 2, node_size parts of it under ZeRO-3
+    # "machine": the sum over the shards of a matrix, which is cut by rows into local_world_size of them;
+    # "shard": of each shard, a matrix under ZeRO-1 and 2, local_world_size parts of it under ZeRO-3
     rank_of: Literal["machine", "shard"] = "machine"
     wire: Literal["fp32", "bf16", "fp16", "1-6-9"] = "bf16"  # number format of P and Q
     p_scale: float = 1.0  # what P and Q are multiplied by, to lie well in that format

@@ -79,7 +79,7 @@ def elsewhere(tmp_path):
         Image.new("RGB", (16, 16), (i * 4, 128, 255 - i * 4)).save(tmp_path / f"pictures/{i}.png")
         (tmp_path / f"pictures/{i}.txt").write_text(caption)
     tree = yaml.safe_load(tiny_run.CONFIG)
-    tree["dvae_train"] = {"batch_size": 8, "updates": 4, "eval_every": 4, "precision": "fp32"}
+    tree["dvae_train"] = {"batch_size": 8, "steps": 4, "eval_every": 4, "precision": "fp32"}
     tree["paths"] = {
         "images": "data", "tokens": "tokens", "tokenizer": "tokenizer.json",
         "dvae_run": "runs/tiny-dvae", "run": "runs/tiny",

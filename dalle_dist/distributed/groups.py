@@ -1,7 +1,7 @@
-"""Who shares a machine: shard groups on one machine, replica groups across machines.
+"""Process groups: shard groups inside a node, replica groups across nodes.
 
 ZeRO splits weights over a shard group; PowerSGD averages gradients over a replica group. With two
-machines of four ranks the shard groups are {0 1 2 3} {4 5 6 7} and the replica groups {0 4} {1 5}
+nodes of four ranks the shard groups are {0 1 2 3} {4 5 6 7} and the replica groups {0 4} {1 5}
 {2 6} {3 7}.
 """
 
@@ -19,54 +19,54 @@ from dalle_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's two process groups, and its place in them."""
+    """This rank's two process groups, and its ranks in them."""
 
-    shard: dist.ProcessGroup  # the ranks of this machine
-    replica: dist.ProcessGroup  # the ranks of equal `local` on every machine
-    machine: int  # rank within `replica`
-    local: int  # rank within `shard`
-    machines: int
-    node_size: int
+    shard: dist.ProcessGroup  # the ranks of this node
+    replica: dist.ProcessGroup  # the ranks of equal `shard_rank` on every node
+    node: int  # rank within `replica`
+    shard_rank: int  # rank within `shard`
+    nodes: int
+    local_world_size: int
 
 
-def machine_groups(ranks: Ranks, node_size: int | None = None) -> Groups:
+def node_groups(ranks: Ranks, local_world_size: int | None = None) -> Groups:
     """Make both kinds of groups; every rank of the world calls this.
 
-    Ranks of one host name form a machine, in any order of ranks. `node_size` overrides that: each
-    run of `node_size` consecutive ranks is then a machine.
+    Ranks of one host name form a node, in any order of ranks. `local_world_size` overrides that: each
+    run of `local_world_size` consecutive ranks is then a node.
 
-    Raises ConfigError on all ranks: machines of unequal size, or a `node_size` that does not divide
+    Raises ConfigError on all ranks: nodes of unequal size, or a `local_world_size` that does not divide
     the world.
     """
-    machines = members(ranks.gather(socket.gethostname()), node_size)
-    columns = [list(column) for column in zip(*machines, strict=True)]
-    shard, _ = dist.new_subgroups_by_enumeration(machines)
+    nodes = members(ranks.gather(socket.gethostname()), local_world_size)
+    columns = [list(column) for column in zip(*nodes, strict=True)]
+    shard, _ = dist.new_subgroups_by_enumeration(nodes)
     replica, _ = dist.new_subgroups_by_enumeration(columns)
-    machine = next(i for i, row in enumerate(machines) if ranks.rank in row)
-    local = machines[machine].index(ranks.rank)
-    return Groups(shard, replica, machine, local, len(machines), len(columns))
+    node = next(i for i, row in enumerate(nodes) if ranks.rank in row)
+    shard_rank = nodes[node].index(ranks.rank)
+    return Groups(shard, replica, node, shard_rank, len(nodes), len(columns))
 
 
-def members(hosts: Sequence[str], node_size: int | None = None) -> list[list[int]]:
-    """The ranks of each machine, ascending; machines in the order of their lowest rank.
+def members(hosts: Sequence[str], local_world_size: int | None = None) -> list[list[int]]:
+    """The ranks of each node, ascending; nodes in the order of their lowest rank.
 
     Args:
         hosts: host name of every rank.
 
-    Raises ConfigError as `machine_groups` does.
+    Raises ConfigError as `node_groups` does.
     """
     world = len(hosts)
-    if node_size is not None:
-        if node_size < 1 or world % node_size:
-            raise ConfigError(f"parallel.node_size: {node_size} does not divide {world} ranks")
-        return [list(range(at, at + node_size)) for at in range(0, world, node_size)]
-    machines: dict[str, list[int]] = {}
+    if local_world_size is not None:
+        if local_world_size < 1 or world % local_world_size:
+            raise ConfigError(f"parallel.local_world_size: {local_world_size} does not divide {world} ranks")
+        return [list(range(at, at + local_world_size)) for at in range(0, world, local_world_size)]
+    nodes: dict[str, list[int]] = {}
     for rank, host in enumerate(hosts):
-        machines.setdefault(host, []).append(rank)
-    if len({len(found) for found in machines.values()}) > 1:
-        sizes = ", ".join(f"{host} has {len(found)}" for host, found in machines.items())
+        nodes.setdefault(host, []).append(rank)
+    if len({len(found) for found in nodes.values()}) > 1:
+        sizes = ", ".join(f"{host} has {len(found)}" for host, found in nodes.items())
         raise ConfigError(
-            f"parallel.node_size: machines differ in their number of ranks ({sizes}); start as "
+            f"parallel.local_world_size: nodes differ in their number of ranks ({sizes}); start as "
             "many on each, or set it to a number that divides them all"
         )
-    return list(machines.values())
+    return list(nodes.values())

@@ -65,6 +65,12 @@ class Ranks:
         dist.all_gather_object(box, value)
         return box
 
+    def gather_on_main(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on rank 0; empty elsewhere."""
+        box: list[Any] | None = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(value, box, dst=0)
+        return box or []
+
     def together(self, action: Callable[[], T]) -> T:
         """What `action` returns on this rank, if it returns on all of them.
 

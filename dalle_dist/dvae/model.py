@@ -19,7 +19,7 @@ from dalle_dist.config import DVAEConfig
 from dalle_dist.dvae import checks
 from dalle_dist.dvae.loss import map_pixels, unmap_pixels
 
-COLOURS = 3
+CHANNELS = 3
 
 
 class Conv(nn.Conv2d):
@@ -78,7 +78,7 @@ def _encoder(config: DVAEConfig, widths: Sequence[int]) -> nn.Sequential:
     layers, n_out = _groups(widths[0], widths, config, (3, 3, 3, 1), nn.MaxPool2d(2))
     layers["relu"] = nn.ReLU()
     layers["output"] = FullPrecisionConv(n_out, config.codebook_size, 1)
-    return nn.Sequential(OrderedDict(input=Conv(COLOURS, widths[0], 7), **layers))
+    return nn.Sequential(OrderedDict(input=Conv(CHANNELS, widths[0], 7), **layers))
 
 
 def _decoder(config: DVAEConfig, widths: Sequence[int]) -> nn.Sequential:
@@ -86,7 +86,7 @@ def _decoder(config: DVAEConfig, widths: Sequence[int]) -> nn.Sequential:
     upsample = nn.Upsample(scale_factor=2, mode="nearest")
     layers, n_out = _groups(stem, widths[::-1], config, (1, 3, 3, 3), upsample)
     layers["relu"] = nn.ReLU()
-    layers["output"] = Conv(n_out, 2 * COLOURS, 1)
+    layers["output"] = Conv(n_out, 2 * CHANNELS, 1)
     return nn.Sequential(
         OrderedDict(input=FullPrecisionConv(config.codebook_size, stem, 1), **layers)
     )
@@ -144,7 +144,7 @@ class DVAE(nn.Module):
         # would be 6 GB.
         x_BGGF = F.embedding(codes_BGG, first.weight[:, :, 0, 0].T) + first.bias
         stats_BSHW = nn.Sequential(*rest)(x_BGGF.permute(0, 3, 1, 2)).float()
-        return unmap_pixels(torch.sigmoid(stats_BSHW[:, :COLOURS]))
+        return unmap_pixels(torch.sigmoid(stats_BSHW[:, :CHANNELS]))
 
     def forward(
         self, images_BCHW: Tensor, gumbel_BKGG: Tensor, temperature: float

@@ -1,35 +1,57 @@
-"""Cosine schedules of the dVAE's KL weight, temperature and step size (paper A.2)."""
+"""Cosine schedules of the dVAE's KL weight, temperature and learning rate (paper A.2)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from dalle_dist.config import DVAETrainConfig
 
 
-def cosine(start: float, end: float, update: int, updates: int) -> float:
-    """Half a cosine from `start` at update 0 to `end` at `updates`, then constant."""
-    share = min(1.0, update / updates) if updates > 0 else 1.0
+def cosine(start: float, end: float, step: int, steps: int) -> float:
+    """Half a cosine from `start` at step 0 to `end` at `steps`, then constant."""
+    share = min(1.0, step / steps) if steps > 0 else 1.0
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the schedules say for one update."""
+    """What the schedules say for one step."""
 
     lr: float
     temperature: float
     kl_weight: float
 
 
-def rates(config: DVAETrainConfig, update: int) -> Rates:
-    """Schedules at `update`, counted from 0; a warm-up, if any, is linear and multiplies the lr."""
-    warmup = min(1.0, (update + 1) / config.lr_warmup) if config.lr_warmup else 1.0
-    return Rates(
-        lr=warmup * cosine(config.lr, config.lr_final, update, config.lr_updates),
-        temperature=cosine(
-            config.temperature, config.temperature_final, update, config.temperature_updates
-        ),
-        kl_weight=cosine(0.0, config.kl_weight, update, config.kl_updates),
-    )
+class DVAESchedule:
+    """The schedules by the optimizer step, counted from 1; they depend on nothing else.
+
+    A warm-up, if any, is linear and multiplies the learning rate.
+    """
+
+    def __init__(self, config: DVAETrainConfig) -> None:
+        self._config = config
+
+    def at(self, step: int) -> Rates:
+        config, done = self._config, step - 1
+        warmup = min(1.0, step / config.warmup) if config.warmup else 1.0
+        return Rates(
+            lr=warmup * cosine(config.lr, config.lr_final, done, config.lr_steps),
+            temperature=cosine(
+                config.temperature, config.temperature_final, done, config.temperature_steps
+            ),
+            kl_weight=cosine(0.0, config.kl_weight, done, config.kl_steps),
+        )
+
+    def rate(self, step: int) -> float:
+        return self.at(step).lr
+
+    def observe(self, step: int, loss: float) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass

@@ -1,8 +1,8 @@
-"""AdamW whose moments may take 16 bits (paper 2.4 and B.2), and which can sit out an update."""
+"""AdamW whose moments may take 16 bits (paper 2.4 and B.2), and which can leave weights alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -15,6 +15,7 @@ from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.optim import apex
 
 MOMENTS = {"fp32": torch.float32, "16-bit": torch.uint16}
+MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 IMPLEMENTATIONS = ("auto", "torch", "triton", "apex")
 
 
@@ -22,8 +23,11 @@ class AdamW(torch.optim.Optimizer):
     """Decoupled weight decay, bias-corrected moments, fp32 arithmetic on fp32 parameters.
 
     Each option but `implementation` may differ by group. State of a parameter: `step` (fp32 scalar
-    on the CPU), `exp_avg` and `exp_avg_sq` (of its shape). While `skip` is true, `step()` leaves
-    parameters and state as they are, bit for bit.
+    on the CPU), `exp_avg` and `exp_avg_sq` (of its shape).
+
+    While `skip` is true, `step()` leaves parameters and state as they are, bit for bit. `frozen`
+    holds views of parameters, or of runs of their elements, whose weights and moments it leaves as
+    they are; their `step` goes on.
 
     Args:
         params: parameters or groups of them. At a step they must be fp32 and contiguous; gradients
@@ -41,7 +45,8 @@ class AdamW(torch.optim.Optimizer):
         ConfigError: an implementation that cannot run here.
     """
 
-    skip = False
+    skip: bool
+    frozen: Sequence[Tensor]
 
     def __init__(
         self,
@@ -58,6 +63,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(
                 f"implementation: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}"
             )
+        self.skip, self.frozen = False, ()
         self.implementation = implementation
         self._apex = apex.FusedUpdate() if implementation == "apex" else None
         defaults = {
@@ -76,7 +82,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Groups of a file that torch's AdamW wrote have fp32 moments and no clip."""
-        super().__setstate__(state)
+        super().__setstate__({"skip": False, "frozen": (), **state})
         for group in self.param_groups:
             group.setdefault("moments", "fp32")
             group.setdefault("variance_clip", 0.0)
@@ -104,21 +110,36 @@ class AdamW(torch.optim.Optimizer):
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self._state_of(param, group["moments"])
         step = int(state["step"]) + 1
-        if self._apex is not None:
-            self._apex.update(param, grad, self.state, step, group)
-        else:
-            backend = self._backend(param.device)
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            adamw_(param, grad, *moments, _settings(step, group), backend)
+        frozen = _ranges(param, self.frozen)
+        if not frozen:
+            self._update_elements(param, grad, state, step, group)
+        for start, stop in _gaps(frozen, param.numel()) if frozen else ():
+            part, part_grad = (x.view(-1)[start:stop] for x in (param.detach(), grad))
+            moments = {name: state[name].view(-1)[start:stop] for name in MOMENT_NAMES}
+            self._update_elements(part, part_grad, moments, step, group)
         state["step"] += 1
+
+    def _update_elements(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        step: int,
+        group: dict[str, Any],
+    ) -> None:
+        if self._apex is not None:
+            self._apex.update(param, grad, state, step, group)
+        else:
+            moments = (state[name] for name in MOMENT_NAMES)
+            adamw_(param, grad, *moments, _settings(step, group), self._backend(param.device))
 
     def _state_of(self, param: Tensor, moments: str) -> dict[str, Tensor]:
         state, dtype = self.state[param], MOMENTS[moments]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in MOMENT_NAMES:
                 state[name] = torch.zeros_like(param, dtype=dtype)
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in MOMENT_NAMES:
             if state[name].dtype != dtype:
                 raise CheckpointError(
                     f"optimizer state '{name}': {state[name].dtype}, but moments are {moments}; "
@@ -146,6 +167,25 @@ class AdamW(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(index, {}).items():
                 device = "cpu" if name == "step" else param.device
                 self.state[param][name] = value.to(device, copy=True)
+
+
+def _ranges(param: Tensor, views: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """First and last + 1 element of `param` that each view covers, of the views that lie in it."""
+    found = []
+    for view in views:
+        start = (view.data_ptr() - param.data_ptr()) // param.element_size()
+        if view.numel() and view.device == param.device and 0 <= start < param.numel():
+            found.append((start, start + view.numel()))
+    return sorted(found)
+
+
+def _gaps(ranges: Sequence[tuple[int, int]], end: int) -> Iterator[tuple[int, int]]:
+    """What the ranges, in order, leave of 0 ... end."""
+    at = 0
+    for start, stop in [*ranges, (end, end)]:
+        if start > at:
+            yield at, start
+        at = max(at, stop)
 
 
 def _settings(step: int, group: dict[str, Any]) -> Settings:

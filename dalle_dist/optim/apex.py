@@ -7,7 +7,7 @@ class itself is looked for.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -40,11 +40,11 @@ class FusedUpdate:
         self,
         param: Tensor,
         grad: Tensor,
-        state: MutableMapping[Tensor, Any],
+        state: dict[str, Tensor],
         step: int,
         group: Mapping[str, Any],
     ) -> None:
-        """Step number `step` (from 1) of `param`, whose .grad is `grad`, by the options of `group`.
+        """Step number `step` (from 1) of `param` and its moments `state`, by the options of `group`.
 
         Raises:
             ValueError: the gradient's dtype is not the parameter's; FusedAdam would misread it.
@@ -56,7 +56,8 @@ class FusedUpdate:
         options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         options |= {"bias_correction": True, "step": step - 1}
         self._inner.param_groups = [{"params": [param], **options}]
-        self._inner.state = state
+        self._inner.state = {param: state}
+        param.grad = grad
         self._inner.step()
 
 

@@ -1,89 +1,54 @@
-"""Exponential moving average of the fp32 weights, kept on the CPU by the ranks that own them."""
+"""Exponential moving average of the fp32 weights, kept by the ranks that own them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dalle_dist.errors import CheckpointError
+from dalle_dist.gradients.piece import Piece
 
-
-@dataclass(frozen=True)
-class Fragment:
-    """A piece of one parameter: flat elements `start` ... `start + values.numel()`, in fp32."""
-
-    name: str
-    start: int
-    values: Tensor
-
-    @property
-    def key(self) -> str:
-        return f"{self.name}@{self.start}"
 
 
 class EMA:
-    """Average of the fragments that one rank owns; `update` folds in the present values.
+    """Average of the pieces that one rank owns; `update` folds in the present weights.
 
     The n-th fold (from 0) uses min(decay, n / (n + 9)): the first copies, and while n is small the
     average spans the last tenth of the run instead of the random start. With the paper's 0.99 every
-    25 updates the bound is reached after 22,000 updates (paper B.2 has 430,000).
+    25 steps the bound is reached after 22,000 steps (paper B.2 has 430,000).
+
+    Args:
+        device: where the average is kept; None: where the weights are.
     """
 
-    def __init__(self, decay: float) -> None:
+    def __init__(self, decay: float, device: str | None = "cpu") -> None:
         self.decay = decay
         self.folds = 0
+        self._device = device
         self._values: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, fragments: list[Fragment]) -> None:
+    def update(self, weights: Sequence[Piece]) -> None:
         decay = min(self.decay, self.folds / (self.folds + 9))
-        for fragment in fragments:
-            present = fragment.values.detach().float().cpu()
-            if self.folds == 0:
-                self._values[fragment.key] = present.clone()
-            else:
-                self._values[fragment.key].lerp_(present, 1 - decay)
+        present = {piece.key: self._fp32(piece) for piece in weights}
+        if self.folds == 0:
+            self._values = {key: values.clone() for key, values in present.items()}
+        elif present:
+            averages = [self._values[key].to(values.device) for key, values in present.items()]
+            torch._foreach_lerp_(averages, list(present.values()), 1 - decay)
+            self._values = dict(zip(present, averages, strict=True))
         self.folds += 1
 
-    def state(self, fragments: list[Fragment]) -> dict[str, Tensor]:
-        """Averages by fragment key; before the first fold, the present values."""
+    def state(self, weights: Sequence[Piece]) -> dict[str, Tensor]:
+        """Averages by piece key; before the first fold, the present values."""
         if self.folds:
             return dict(self._values)
-        return {f.key: f.values.detach().float().cpu().clone() for f in fragments}
+        return {piece.key: self._fp32(piece).clone() for piece in weights}
 
     def load(self, state: Mapping[str, Tensor], folds: int) -> None:
         self._values = {key: tensor.clone() for key, tensor in state.items()}
         self.folds = folds
 
-
-def assemble(
-    fragments: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    """Fragments of all ranks, by key, to whole tensors.
-
-    Raises:
-        CheckpointError: the fragments do not cover each parameter exactly once.
-    """
-    pieces: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in shapes}
-    for key, values in fragments.items():
-        name, _, start = key.rpartition("@")
-        if name not in pieces:
-            raise CheckpointError(f"fragment '{key}' belongs to no parameter of the model")
-        pieces[name].append((int(start), values))
-    return {name: _join(name, pieces[name], shape) for name, shape in shapes.items()}
-
-
-def _join(name: str, pieces: list[tuple[int, Tensor]], shape: tuple[int, ...]) -> Tensor:
-    end = 0
-    ordered = sorted(pieces, key=lambda piece: piece[0])
-    for start, values in ordered:
-        if start != end:
-            raise CheckpointError(f"'{name}': elements {end} to {start} are missing or doubled")
-        end += values.numel()
-    numel = torch.Size(shape).numel()
-    if end != numel:
-        raise CheckpointError(f"'{name}': fragments hold {end} elements, the model has {numel}")
-    return torch.cat([values.reshape(-1) for _, values in ordered]).reshape(shape)
+    def _fp32(self, piece: Piece) -> Tensor:
+        return piece.values.detach().to(self._device or piece.values.device, torch.float32)

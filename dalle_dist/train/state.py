@@ -1,112 +1,140 @@
-"""What a stage-2 checkpoint holds besides the weights, and who may go on from it.
+"""What a checkpoint of either stage holds, and who may go on from it.
 
 step-00001000/deepspeed/       weights, moments and master weights as DeepSpeed keeps them
-             /weights/         fp32 fragments, raw and averaged (see checkpoint/weights.py)
-             /compression/     what PowerSGD goes on from: the machines' mean error
-             /training.json    update, schedule, gradient scales, how it was made
+             /weights/         fp32 pieces, raw and averaged (see checkpoint/weights.py)
+             /gradients/       gradient scales, and what PowerSGD goes on from: the nodes' mean error
+             /training.json    step, schedule, how it was made
              /config.yaml      the config in force
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
+from torch import Tensor
 
 from dalle_dist.checkpoint import store
-from dalle_dist.checkpoint.compression import load_compression, save_compression
-from dalle_dist.checkpoint.convert import find_checkpoint
+from dalle_dist.checkpoint.formats import load_tree, save_tree
 from dalle_dist.checkpoint.release import CONFIG
-from dalle_dist.checkpoint.weights import load_fragments, save_fragments
-from dalle_dist.config import Config, difference, to_dict, to_yaml
-from dalle_dist.distributed.engine import Engine
+from dalle_dist.checkpoint.weights import load_pieces, save_pieces
+from dalle_dist.config import Config, StageConfig, difference, to_dict, to_yaml
 from dalle_dist.distributed.launch import Ranks
+from dalle_dist.engine.interface import Engine, owned
 from dalle_dist.errors import CheckpointError, ConfigError, UserError
+from dalle_dist.gradients.piece import assemble
 from dalle_dist.optim.ema import EMA
-from dalle_dist.optim.schedule import Schedule
 
 TRAINING = "training.json"
-SHAPE = ("tokenizer", "dvae", "transformer")  # config sections that a resumed run keeps
-# Must be the same: DeepSpeed's files depend on them. `ranks` share the weights between them.
-MADE_BY = ("ranks", "zero_stage", "precision", "moments", "between_machines")
 
 
-class State:
-    """Everything that changes from update to update, written and read as one checkpoint."""
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class TrainingState:
+    """Everything that changes from step to step, written and read as one checkpoint.
+
+    Args:
+        kind: which stage it is; a checkpoint of another one is refused.
+        sections: sections of the config that a resumed run keeps.
+        fingerprints: of what the model was trained with, by name.
+    """
 
     def __init__(
-        self, config: Config, ranks: Ranks, engine: Engine, fingerprints: dict[str, str]
+        self,
+        kind: str,
+        config: Config,
+        settings: StageConfig,
+        sections: tuple[str, ...],
+        fingerprints: Mapping[str, str],
+        ranks: Ranks,
+        engine: Engine,
+        ema: EMA,
+        schedule: Stateful,
     ) -> None:
-        self.config, self.ranks, self.engine = config, ranks, engine
-        self.fingerprints = fingerprints  # of "tokenizer" and "dvae"
-        self.schedule, self.ema = Schedule(config.train), EMA(config.train.ema)
-        self.update = 0  # finished
+        self.kind, self.config, self.settings = kind, config, settings
+        self.ranks, self.engine, self.ema, self.schedule = ranks, engine, ema, schedule
+        self.sections, self.fingerprints = sections, dict(fingerprints)
+        self.step = 0  # finished
 
     def save(self, checkpoints: Path) -> Path:
         """Write a checkpoint; all ranks. Raises CheckpointError on all when one could not."""
-        return store.save(checkpoints, self.update, self._write, self.ranks, self.config.train.keep)
+        return store.save(checkpoints, self.step, self._write, self.ranks, self.settings.keep)
 
     def load(self, checkpoint: Path) -> None:
         """Go on from `checkpoint`, bit for bit; all ranks.
 
         Raises:
-            CheckpointError: damaged, of another tokenizer or dVAE, or made by other ranks.
+            CheckpointError: damaged, of another stage, tokenizer or dVAE, or made by other ranks.
             ConfigError: of another shape.
         """
         store.verify(checkpoint, self.ranks)
-        saved = _read(checkpoint)
+        saved = _read(checkpoint, self.kind)
         self._refuse_other(checkpoint, saved)
         self.engine.load(checkpoint)
+        self.engine.load_transform_state(load_tree(self._gradients(checkpoint)))
         self.schedule.load_state_dict(saved["schedule"])
-        scaling, replicas = self.engine.path.scaling, self.engine.path.replicas
-        self.engine.path.skipped = saved.get("skipped", 0)  # older runs did not count
-        if scaling is not None:
-            scaling.load_state_dict(saved["scales"])
-        if replicas is not None:
-            replicas.load(load_compression(checkpoint, self.engine.place))
-        self.ema.load(load_fragments(checkpoint, "ema", self.engine.place), saved["ema_folds"])
-        self.update = saved["update"]
+        averages = load_pieces(checkpoint, "ema", self.engine.shard_rank)
+        self.ema.load(averages, saved["ema_folds"])
+        self.step = saved["step"]
+
+    def averaged_weights(self) -> dict[str, Tensor] | None:
+        """The averaged weights, whole, on the CPU of rank 0; None elsewhere. A collective call."""
+        mine = {} if self.engine.node else self.ema.state(self.engine.weights())
+        mine = {key: values.cpu() for key, values in mine.items()}
+        parts = self.ranks.gather_on_main(mine) if self.engine.zero_stage else [mine]
+        if self.ranks.rank != 0:
+            return None
+        pieces = {key: values for part in parts for key, values in part.items()}
+        return assemble(pieces, self.engine.shapes)
 
     def _write(self, folder: Path) -> None:
         # Two things are collective: a rank whose own files fail must still take part in them.
-        replicas = self.engine.path.replicas
-        mean = None if replicas is None else replicas.state()
-        error = _failure(lambda: self._write_ours(folder, mean))
+        transform = self.engine.transform_state()
+        error = _failure(lambda: self._write_ours(folder, transform))
         self.engine.save(folder)
         if error is not None:
             raise error
 
-    def _write_ours(self, folder: Path, mean: dict[str, Any] | None) -> None:
-        if self.engine.machine > 0:
-            return  # the first machine's are the same
-        fragments, place = self.engine.fragments(), self.engine.place
-        save_fragments(folder, "raw", place, {f.key: f.values for f in fragments})
-        save_fragments(folder, "ema", place, self.ema.state(fragments))
-        if mean is not None:
-            save_compression(folder, place, mean)
+    def _write_ours(self, folder: Path, transform: dict[str, Any]) -> None:
+        if self.engine.node > 0:
+            return  # the first node's are the same
+        weights, shard_rank = self.engine.weights(), self.engine.shard_rank
+        save_pieces(folder, "raw", shard_rank, owned(weights))
+        save_pieces(folder, "ema", shard_rank, self.ema.state(weights))
+        save_tree(self._gradients(folder), transform)
         if self.ranks.rank == 0:
             (folder / TRAINING).write_text(json.dumps(self._summary(), indent=1))
             (folder / CONFIG).write_text(to_yaml(self.config))
 
+    def _gradients(self, folder: Path) -> Path:
+        return folder / "gradients" / f"rank-{self.engine.shard_rank:05d}.safetensors"
+
     def _summary(self) -> dict[str, Any]:
-        scaling = self.engine.path.scaling
         return {
-            "update": self.update,
+            "stage": self.kind,
+            "step": self.step,
             "schedule": self.schedule.state_dict(),
-            "skipped": self.engine.path.skipped,
-            "scales": scaling.state_dict() if scaling is not None else None,
             "ema_folds": self.ema.folds,
             "fingerprints": self.fingerprints,
             "made_by": self._made_by(),
         }
 
     def _made_by(self) -> dict[str, Any]:
-        train, between = self.config.train, self.config.parallel.between_machines
-        values = (self.engine.places, self.engine.stage, train.precision, train.moments, between)
-        return dict(zip(MADE_BY, values, strict=True))
+        """Must be the same in a resumed run: DeepSpeed's files depend on it."""
+        return {
+            "ranks": self.engine.shard_world,
+            "zero_stage": self.engine.zero_stage,
+            "precision": self.settings.precision,
+            "moments": self.settings.moments,
+            "between_nodes": self.config.parallel.between_nodes,
+        }
 
     def _refuse_other(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         lines = difference(saved["fingerprints"], self.fingerprints)
@@ -116,30 +144,24 @@ class State:
                 "files it was trained with, or start a new run"
             )
         ours, theirs = to_dict(self.config), yaml.safe_load((checkpoint / CONFIG).read_text())
-        lines = [line for s in SHAPE for line in difference(theirs[s], ours[s], f"{s}.")]
+        lines = [line for s in self.sections for line in difference(theirs[s], ours[s], f"{s}.")]
         if lines:
             raise ConfigError(f"{checkpoint}: cannot go on with another shape: {'; '.join(lines)}")
         lines = difference(saved["made_by"], self._made_by())
         if lines:
             raise CheckpointError(
                 f"{checkpoint}: DeepSpeed's state was written otherwise: {'; '.join(lines)}; start "
-                "with the same number of ranks (of a machine, where ZeRO stays inside each), ZeRO "
+                "with the same number of ranks (of a node, where ZeRO stays inside each), ZeRO "
                 "stage, precision and moments"
             )
 
 
-def find(resume: str, checkpoints: Path, ranks: Ranks) -> Path | None:
-    """The checkpoint to go on from: the newest whole one for "auto" (None: there is none yet)."""
-    if resume == "auto":
-        return store.latest(checkpoints, ranks)
-    return find_checkpoint(resume)
-
-
-def _read(checkpoint: Path) -> dict[str, Any]:
+def _read(checkpoint: Path, kind: str) -> dict[str, Any]:
     path = checkpoint / TRAINING
-    if not path.is_file():
-        raise CheckpointError(f"{checkpoint}: no checkpoint of a transformer ({TRAINING} missing)")
-    saved: dict[str, Any] = json.loads(path.read_text())
+    saved: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if saved.get("stage") != kind:
+        found = saved.get("stage", f"nothing ({TRAINING} missing)")
+        raise CheckpointError(f"{checkpoint}: no checkpoint of stage '{kind}', but of {found}")
     return saved
 
 

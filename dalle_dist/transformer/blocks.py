@@ -14,6 +14,7 @@ from dalle_kernels.sparse_attention import DecodeCache, sparse_attention
 from torch import Tensor, nn
 
 from dalle_dist.config import HEAD_DIM
+from dalle_dist.gradients.resblocks import Resblocks
 from dalle_dist.precision.flow import scaled_branch
 from dalle_dist.precision.linear import ResblockLinear
 from dalle_dist.precision.scales import BlockScale, BlockScales
@@ -118,19 +119,20 @@ def resblocks(model: nn.Module) -> list[tuple[str, Resblock]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, Resblock)]
 
 
-def stacked_matrices(model: nn.Module) -> dict[str, int]:
-    """How many matrices lie one upon the other in a parameter, where it is more than one."""
+def resblock_map(model: nn.Module) -> Resblocks:
+    """Which resblock each parameter belongs to; asked before ZeRO-3 takes the parameters apart."""
     blocks = resblocks(model)
-    return {f"{name}.qkv.weight": 3 for name, block in blocks if isinstance(block, Attention)}
-
-
-def block_of(model: nn.Module) -> dict[str, int]:
-    """The number of its resblock, by the name of each parameter that is in one."""
-    return {
-        f"{name}.{own}": number
-        for number, (name, block) in enumerate(resblocks(model))
-        for own, _ in block.named_parameters()
-    }
+    named = [
+        (number, f"{name}.{own}", parameter)
+        for number, (name, block) in enumerate(blocks)
+        for own, parameter in block.named_parameters()
+    ]
+    return Resblocks(
+        count=len(blocks),
+        of={name: number for number, name, _ in named},
+        matrices={name: (p.shape[0], p.shape[1]) for _, name, p in named if p.ndim == 2},
+        stacked={f"{name}.qkv.weight": 3 for name, b in blocks if isinstance(b, Attention)},
+    )
 
 
 def attach_scales(model: nn.Module, scales: BlockScales, dtype: torch.dtype) -> None:

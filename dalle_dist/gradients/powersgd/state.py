@@ -1,48 +1,44 @@
-"""What PowerSGD remembers from step to step: error buffers and Q's; how they are saved and checked.
-
-It looks at a shard's `key` and `values` alone.
-"""
+"""What PowerSGD keeps from step to step: error buffers and Q's; how they are saved and checked."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle_dist.distributed.compression import check_rank
-from dalle_dist.distributed.error_buffer import ErrorBuffer, error_buffer
-from dalle_dist.distributed.orthogonal import gaussian_RN
-from dalle_dist.distributed.wire import launch_mean
+from dalle_dist.gradients.powersgd.rank import check_rank
+from dalle_dist.gradients.powersgd.error_feedback import ErrorBuffer, error_buffer
+from dalle_dist.gradients.powersgd.orthogonal import gaussian_RN
+from dalle_dist.gradients.mean import launch_mean
 from dalle_dist.errors import CheckpointError, ConfigError
+from dalle_dist.gradients.piece import Piece
 
 
-class Keyed(Protocol):
-    @property
-    def key(self) -> str: ...
-
-    @property
-    def values(self) -> Tensor: ...
-
-
-class ReplicaState:
+class PowerSGDState:
     """Error buffers and transposed Q's by the key of their shard."""
 
     def __init__(
-        self, group: dist.ProcessGroup, rank: int | None, seed: int, stored: str, warm_start: bool
+        self,
+        group: dist.ProcessGroup,
+        rank: int | None,
+        seed: int,
+        error_dtype: str,
+        warm_start: bool,
     ) -> None:
         self.step = 0
         self.errors: dict[str, ErrorBuffer] = {}
         self.queries: dict[str, Tensor] = {}
         self._group, self._rank, self._seed = group, rank, seed
-        self._stored, self._warm_start = stored, warm_start
+        self._error_dtype, self._warm_start = error_dtype, warm_start
+        # A loaded state is taken over when its shards are first seen.
         self._loaded: Mapping[str, Any] | None = None
 
-    def meet(self, shards: Sequence[Keyed]) -> None:
-        """Make what shards seen for the first time need, and compare it with the other replicas'.
+    def allocate(self, shards: Sequence[Piece]) -> None:
+        """Make Q and error buffer of shards seen for the first time; check that replicas agree.
 
         Raises:
             ConfigError: rank too large, or shards or Q's differ between replicas.
@@ -61,8 +57,8 @@ class ReplicaState:
             self.errors[shard.key] = self._error(shard)
         check_same(facts, self._group)
 
-    def state(self) -> dict[str, Any]:
-        """See `PowerSGD.state`."""
+    def state_dict(self) -> dict[str, Any]:
+        """See `PowerSGD.state_dict`."""
         if not self.errors and self._loaded is not None:
             return dict(self._loaded)
         errors = {}
@@ -73,13 +69,13 @@ class ReplicaState:
         warm = {key: q.cpu() for key, q in self.queries.items()} if self._warm_start else {}
         return {"step": self.step, "seed": self._seed, "errors": errors, "queries": warm}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """See `PowerSGD.load`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `PowerSGD.load_state_dict`."""
         self.step, self._seed = int(state["step"]), int(state["seed"])
         unused = self.step == 0 and not state["errors"]  # saved before the first `reduce`
         self.errors, self.queries, self._loaded = {}, {}, None if unused else state
 
-    def _query(self, shard: Keyed) -> Tensor:
+    def _query(self, shard: Piece) -> Tensor:
         short, long = sorted(shard.values.shape)
         if self._rank is not None:
             check_rank(shard.key, tuple(shard.values.shape), self._rank)
@@ -89,14 +85,14 @@ class ReplicaState:
             return torch.as_tensor(saved)
         return gaussian_RN(self._seed, shard.key, rank, long)
 
-    def _error(self, shard: Keyed) -> ErrorBuffer:
-        buffer = error_buffer(self._stored, like=shard.values)
+    def _error(self, shard: Piece) -> ErrorBuffer:
+        buffer = error_buffer(self._error_dtype, like=shard.values)
         if self._loaded is not None:
             error = self._loaded["errors"][shard.key]
             if error.shape != shard.values.shape:
                 raise CheckpointError(
                     f"PowerSGD's error of {shard.key} is {tuple(error.shape)}, the shard is "
-                    f"{tuple(shard.values.shape)}; resume with as many ranks per machine"
+                    f"{tuple(shard.values.shape)}; resume with as many ranks per node"
                 )
             buffer.write(error)
         return buffer
@@ -106,16 +102,16 @@ def check_same(facts: Mapping[str, str], group: dist.ProcessGroup) -> None:
     """Raises ConfigError on all ranks of `group` unless they hold the same shards and Q's."""
     found: list[Any] = [None] * group.size()
     dist.all_gather_object(found, list(facts.items()), group=group)
-    for machine, other in enumerate(found):
+    for node, other in enumerate(found):
         if [name for name, _ in other] != [name for name, _ in found[0]]:
             raise ConfigError(
-                f"PowerSGD: machines 0 and {machine} hold different shards, or in another order; "
-                "start all with the same model and ranks per machine"
+                f"PowerSGD: nodes 0 and {node} hold different shards, or in another order; "
+                "start all with the same model and ranks per node"
             )
         for (name, digest), (_, first) in zip(other, found[0], strict=True):
             if digest != first:
                 raise ConfigError(
-                    f"PowerSGD: Q of {name} differs between machines 0 and {machine}; give all the "
+                    f"PowerSGD: Q of {name} differs between nodes 0 and {node}; give all the "
                     "same seed and the same version of torch"
                 )
 
@@ -125,7 +121,7 @@ def _check_keys(saved: Iterable[str], wanted: Iterable[str]) -> None:
     if different:
         raise CheckpointError(
             f"PowerSGD's state fits other shards than these ({different[0]} is only in one of "
-            "both): resume with the same model, rank and ranks per machine as saved it"
+            "both): resume with the same model, rank and ranks per node as saved it"
         )
 
 

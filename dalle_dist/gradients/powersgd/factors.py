@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle_dist.distributed.error_buffer import ErrorBuffer
-from dalle_dist.distributed.orthogonal import orthonormal_BMR
-from dalle_dist.distributed.wire import launch_mean
+from dalle_dist.gradients.mean import launch_mean
+from dalle_dist.gradients.piece import Piece
+from dalle_dist.gradients.powersgd.error_feedback import ErrorBuffer
+from dalle_dist.gradients.powersgd.orthogonal import orthonormal_BMR
 
 
 class GroupedMean:
@@ -25,11 +26,11 @@ class GroupedMean:
         flat: Tensor,
         shapes: Sequence[torch.Size],
         group: dist.ProcessGroup,
-        wire: str = "fp32",
+        dtype: str = "fp32",
         scale: float = 1.0,
     ) -> None:
         self._shapes = shapes
-        self._pending = launch_mean(flat, group, wire, scale)
+        self._pending = launch_mean(flat, group, dtype, scale)
 
     def advance(self) -> None:
         self._pending.advance()
@@ -53,61 +54,61 @@ def arrivals(launched: Sequence[GroupedMean]) -> Iterator[list[Tensor]]:
         yield now.wait()
 
 
-class Work:
-    """A shard that is compressed, with its error buffer and its Q; and P, once there is one."""
+class Factored:
+    """The low-rank approximation P Q^T of one shard + its error; P comes with `orthogonalise`."""
 
-    def __init__(self, values: Tensor, error: ErrorBuffer, q_RN: Tensor) -> None:
-        self.values, self.error, self.q_RN = values, error, q_RN
+    def __init__(self, shard: Piece, error: ErrorBuffer, q_RN: Tensor) -> None:
+        self.shard, self.error, self.q_RN = shard, error, q_RN
         # The short side is orthogonalised: of an upright shard P Q^T is the transpose.
-        self._flipped = values.shape[0] > values.shape[1]
-        self.sum_MN = self.p_MR = values
+        self._flipped = shard.values.shape[0] > shard.values.shape[1]
+        self.sum_MN = self.p_MR = shard.values
 
-    def take_in(self) -> None:
-        total = self.error.take_in(self.values)
+    def accumulate(self) -> None:
+        total = self.error.accumulate(self.shard.values)
         self.sum_MN = total.T if self._flipped else total
 
-    def leave(self, q_RN: Tensor) -> None:
-        """Put P Q^T into `values`, and what it misses into the error buffer."""
+    def subtract_sent(self, q_RN: Tensor) -> None:
+        """Put P Q^T into the shard's values, and what it misses into the error buffer."""
         left, right = (q_RN.T, self.p_MR.T) if self._flipped else (self.p_MR, q_RN)
-        self.error.leave(self.values, left, right)
+        self.error.subtract_sent(self.shard.values, left, right)
 
 
 Launch = Callable[[Tensor, Sequence[torch.Size]], GroupedMean]
 
 
-def launch_p(works: Sequence[Work], launch: Launch) -> tuple[GroupedMean, list[Tensor]]:
-    """P = (gradient + error) Q of each, on its way; and the square norm of this rank's own P."""
-    shapes = [torch.Size((min(w.values.shape), w.q_RN.shape[0])) for w in works]
-    flat = works[0].values.new_empty(sum(map(math.prod, shapes)))
+def launch_p(group: Sequence[Factored], launch: Launch) -> tuple[GroupedMean, list[Tensor]]:
+    """P = (gradient + error) Q of each, on its way, and the square norm of this rank's own P."""
+    shapes = [torch.Size((min(f.shard.values.shape), f.q_RN.shape[0])) for f in group]
+    flat = group[0].shard.values.new_empty(sum(map(math.prod, shapes)))
     parts = split(flat, shapes)
-    for work, p_MR in zip(works, parts, strict=True):
-        work.take_in()
-        torch.mm(work.sum_MN, work.q_RN.T, out=p_MR)
+    for factored, p_MR in zip(group, parts, strict=True):
+        factored.accumulate()
+        torch.mm(factored.sum_MN, factored.q_RN.T, out=p_MR)
     sizes = [square_norm(p) for p in parts]
     return launch(flat, shapes), sizes
 
 
 def launch_q(
-    works: Sequence[Work], means: Sequence[Tensor], launch: Launch
+    group: Sequence[Factored], means: Sequence[Tensor], launch: Launch
 ) -> tuple[GroupedMean, list[Tensor]]:
     """The same for Q' = (gradient + error)^T P, of the P that has arrived."""
-    orthogonalise(works, means)
-    shapes = [work.q_RN.shape for work in works]
-    flat = works[0].values.new_empty(sum(map(math.prod, shapes)))
+    orthogonalise(group, means)
+    shapes = [factored.q_RN.shape for factored in group]
+    flat = group[0].shard.values.new_empty(sum(map(math.prod, shapes)))
     parts = split(flat, shapes)
-    for work, q_RN in zip(works, parts, strict=True):
-        torch.mm(work.p_MR.T, work.sum_MN, out=q_RN)
+    for factored, q_RN in zip(group, parts, strict=True):
+        torch.mm(factored.p_MR.T, factored.sum_MN, out=q_RN)
     sizes = [square_norm(q) for q in parts]
     return launch(flat, shapes), sizes
 
 
-def orthogonalise(works: Sequence[Work], means: Sequence[Tensor]) -> None:
+def orthogonalise(group: Sequence[Factored], means: Sequence[Tensor]) -> None:
     """Set every `p_MR`; equal shapes go through QR together."""
     for shape in dict.fromkeys(mean.shape for mean in means):
         alike = [i for i, mean in enumerate(means) if mean.shape == shape]
         bases = orthonormal_BMR(torch.stack([means[i] for i in alike]))
         for i, basis in zip(alike, bases, strict=True):
-            works[i].p_MR = basis
+            group[i].p_MR = basis
 
 
 def square_norm(values: Tensor) -> Tensor:

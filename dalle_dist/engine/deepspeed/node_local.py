@@ -1,7 +1,7 @@
-"""ZeRO inside a machine: what DeepSpeed is told so that it never looks beyond.
+"""A DeepSpeed `mpu` that restricts data parallelism to one node.
 
-DeepSpeed asks an `mpu` object for its data-parallel group. Given the machine's, it shards, reduces,
-clips and checkpoints there, as if the machine were the world; the rest is `replicas.py`'s.
+DeepSpeed asks an `mpu` object for its data-parallel group. Given the node's, it shards, reduces,
+clips and checkpoints there, as if the node were the world; `gradients/node_mean.py` averages between nodes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dalle_dist.distributed.launch import Ranks
 
 
 class NodeLocal:
-    """DeepSpeed's view of one machine: its ranks are all that is data-parallel."""
+    """DeepSpeed's view of one node: its ranks are all that is data-parallel."""
 
     def __init__(self, groups: Groups, ranks: Ranks) -> None:
         self._shard = groups.shard
@@ -41,8 +41,8 @@ class NodeLocal:
 
 
 @torch.no_grad()
-def start_alike(model: nn.Module, ranks: Ranks) -> None:
-    """Rank 0's weights on every rank: DeepSpeed would spread each machine's own."""
+def broadcast_weights(model: nn.Module, ranks: Ranks) -> None:
+    """Rank 0's weights on every rank: DeepSpeed would spread each node's own."""
     for parameter in model.parameters():
         values = parameter.data.to(ranks.device)
         dist.broadcast(values, src=0)

@@ -1,7 +1,7 @@
-"""What compression has left out so far, one buffer per shard: the paper's error buffer.
+"""Error feedback: what compression has left out so far, one buffer per shard (paper E.2).
 
-It doubles as the gradient buffer: `take_in` adds the new gradient, `leave` subtracts what has been
-sent. Kept in fp32, or as 1-6-9 codes at half the memory (the paper's way).
+The buffer doubles as the gradient buffer: `accumulate` adds the new gradient, `subtract_sent` takes
+away what has been sent. Kept in fp32, or as 1-6-9 codes at half the memory (the paper's way).
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dalle_dist.distributed.wire import decode, encode
+from dalle_dist.gradients.mean import decode, encode
 
 FORMATS = ("fp32", "1-6-9")
 
 
 class ErrorBuffer(Protocol):
-    """Between `take_in` and one of `leave` and `keep`, `values` belongs to the buffer."""
+    """From `accumulate` to `subtract_sent` or `on_overflow`, `values` belongs to the buffer."""
 
-    def take_in(self, values: Tensor) -> Tensor:
+    def accumulate(self, values: Tensor) -> Tensor:
         """Gradient + error; the sum may live in `values` or in the buffer."""
 
-    def leave(self, values: Tensor, left: Tensor, right: Tensor) -> None:
+    def subtract_sent(self, values: Tensor, left: Tensor, right: Tensor) -> None:
         """values := left @ right; error := sum - values."""
 
-    def keep(self, values: Tensor) -> None:
+    def on_overflow(self, values: Tensor) -> None:
         """Nothing was sent: error := sum if that is finite, else 0 (paper E.2, step 12)."""
 
-    def clear(self) -> None:
+    def zero(self) -> None:
         """All was sent: error := 0."""
 
     def read(self) -> Tensor:
@@ -38,27 +38,27 @@ class ErrorBuffer(Protocol):
         """Replace the error."""
 
 
-def error_buffer(stored: str, like: Tensor) -> ErrorBuffer:
-    """An empty buffer for shards like this one, kept as `stored` (one of FORMATS)."""
-    return _CodedBuffer(like) if stored == "1-6-9" else _Fp32Buffer(like)
+def error_buffer(dtype: str, like: Tensor) -> ErrorBuffer:
+    """An empty buffer for shards like this one, kept as `dtype` (one of FORMATS)."""
+    return _CodedBuffer(like) if dtype == "1-6-9" else _Fp32Buffer(like)
 
 
 class _Fp32Buffer:
     def __init__(self, like: Tensor) -> None:
         self._error = torch.zeros_like(like, memory_format=torch.contiguous_format)
 
-    def take_in(self, values: Tensor) -> Tensor:
+    def accumulate(self, values: Tensor) -> Tensor:
         return self._error.add_(values)
 
-    def leave(self, values: Tensor, left: Tensor, right: Tensor) -> None:
+    def subtract_sent(self, values: Tensor, left: Tensor, right: Tensor) -> None:
         torch.mm(left, right, out=values)
         self._error.sub_(values)
 
-    def keep(self, values: Tensor) -> None:
+    def on_overflow(self, values: Tensor) -> None:
         if not torch.isfinite(self._error).all():
             self._error.zero_()
 
-    def clear(self) -> None:
+    def zero(self) -> None:
         self._error.zero_()
 
     def read(self) -> Tensor:
@@ -72,21 +72,21 @@ class _CodedBuffer:
     def __init__(self, like: Tensor) -> None:
         self._codes = torch.zeros(like.shape, dtype=torch.uint16, device=like.device)
 
-    def take_in(self, values: Tensor) -> Tensor:
+    def accumulate(self, values: Tensor) -> Tensor:
         return values.add_(decode(self._codes))
 
-    def leave(self, values: Tensor, left: Tensor, right: Tensor) -> None:
+    def subtract_sent(self, values: Tensor, left: Tensor, right: Tensor) -> None:
         sent = left @ right
         self._codes = encode(values - sent)
         values.copy_(sent)
 
-    def keep(self, values: Tensor) -> None:
+    def on_overflow(self, values: Tensor) -> None:
         if torch.isfinite(values).all():
             self._codes = encode(values)
         else:
             self._codes.zero_()
 
-    def clear(self) -> None:
+    def zero(self) -> None:
         self._codes.zero_()
 
     def read(self) -> Tensor:

@@ -78,11 +78,11 @@ def deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
 
 def check_together(config: Config, tree: dict[str, Any]) -> None:
     """Raises ConfigError when what `deepspeed_config` gave cannot do what the config asks for."""
-    zero, between = tree["zero_optimization"], config.parallel.between_machines
+    zero, between = tree["zero_optimization"], config.parallel.between_nodes
     file = config.train.deepspeed
     if between != "zero" and zero.get("stage", 0) == 0:
         raise ConfigError(
-            f"parallel.between_machines: {between} needs ZeRO 1, 2 or 3, but {file} has stage 0"
+            f"parallel.between_nodes: {between} needs ZeRO 1, 2 or 3, but {file} has stage 0"
         )
     summed = tree.get("data_types", {}).get("grad_accum_dtype") or "fp32"
     if between != "zero" and summed != "fp32":

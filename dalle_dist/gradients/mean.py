@@ -1,4 +1,4 @@
-"""The mean of a vector over a group, in the number format that goes over the wire.
+"""All-reduce of a mean in a communication dtype: fp32, bf16, fp16 or 1-6-9 codes.
 
 | format | how | bytes that each of N ranks sends for n values |
 |---|---|---|
@@ -29,7 +29,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Pending(Protocol):
-    """A mean on its way."""
+    """A mean that is being communicated."""
 
     def advance(self) -> None:
         """Launch what follows the first hop. Waiting does so too; earlier, it overlaps."""
@@ -38,23 +38,17 @@ class Pending(Protocol):
         """The mean of `scale * values`, fp32 [n], bit for bit the same on all ranks."""
 
 
-def bytes_per_value(wire: str) -> int:
-    return 4 if wire == "fp32" else 2
-
-
-def check_format(option: str, value: str, formats: Sequence[str]) -> None:
-    """Raises ConfigError unless `value` is one of `formats`."""
-    if value not in formats:
-        raise ConfigError(f"parallel.{option}: '{value}' is not one of {', '.join(formats)}")
+def bytes_per_value(dtype: str) -> int:
+    return 4 if dtype == "fp32" else 2
 
 
 def launch_mean(
-    values: Tensor, group: dist.ProcessGroup, wire: str = "fp32", scale: float = 1.0
+    values: Tensor, group: dist.ProcessGroup, dtype: str = "fp32", scale: float = 1.0
 ) -> Pending:
-    """Start averaging `scale * values` (fp32 [n]) over `group`; `values` is used up."""
-    if wire == "1-6-9":
+    """Start averaging `scale * values` (fp32 [n]) over `group`; `values` is modified in place."""
+    if dtype == "1-6-9":
         return _CodedMean(values.mul_(scale), group)
-    return _ReducedMean(values, group, _DTYPES[wire], scale)
+    return _ReducedMean(values, group, _DTYPES[dtype], scale)
 
 
 class _ReducedMean:

@@ -1,7 +1,7 @@
-"""What low-rank compression saves, shape by shape, before anything runs.
+"""The rank of PowerSGD: which shards it compresses, and what that saves, before anything runs.
 
 A shard of m x n is sent as P (m x r) and Q (n x r): (m + n) r values instead of m n. The paper
-(table 1) quotes r as the total over a machine's GPUs; each shard gets its part of it.
+(table 1) quotes r as the total over a node's GPUs; each shard gets its part of it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dalle_dist.errors import ConfigError
 Shape = tuple[int, ...]
 
 
-def shard_rank(machine_rank: int, node_size: int) -> int:
-    """Rank of one shard when `machine_rank` is the total over the `node_size` ranks of a machine.
+def rank_of_shard(node_rank: int, local_world_size: int) -> int:
+    """Rank of one shard when `node_rank` is the total over the `local_world_size` ranks of a node.
 
     Raises ConfigError when it is not whole.
     """
-    rank, rest = divmod(machine_rank, node_size)
+    rank, rest = divmod(node_rank, local_world_size)
     if rest or rank < 1:
         raise ConfigError(
-            f"parallel.rank: {machine_rank} is not a multiple of {node_size} ranks per machine"
+            f"parallel.rank: {node_rank} is not a multiple of {local_world_size} ranks per node"
         )
     return rank
 

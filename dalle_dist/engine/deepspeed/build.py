@@ -1,0 +1,220 @@
+"""Put a model under DeepSpeed as the config says.
+
+Tested with DeepSpeed 0.19.8, 0.18.9 and 0.17.5 (`make test-deepspeed-matrix`). The private names in
+use, and what is refused under which version, are in `versions.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from dalle_dist.config import ParallelConfig, StageConfig
+from dalle_dist.distributed.groups import Groups, node_groups
+from dalle_dist.distributed.launch import Ranks
+from dalle_dist.engine.deepspeed.engine import DeepSpeedEngine
+from dalle_dist.engine.deepspeed.node_local import NodeLocal, broadcast_weights
+from dalle_dist.engine.deepspeed.safe_pickle import safe_checkpoint_engine
+from dalle_dist.engine.deepspeed.settings import accumulation, check_together, deepspeed_config
+from dalle_dist.engine.deepspeed.versions import (
+    check_version,
+    require,
+    require_names,
+    shards,
+    wait_for_all_gathers,
+)
+from dalle_dist.gradients.node_mean import NodeMean
+from dalle_dist.gradients.powersgd.algorithm import PowerSGDOptions
+from dalle_dist.gradients.powersgd.rank import rank_of_shard
+from dalle_dist.gradients.resblocks import Resblocks
+from dalle_dist.gradients.scaling import BlockScaling
+from dalle_dist.gradients.transform import GradientTransform
+from dalle_dist.optim.adamw import AdamW
+from dalle_dist.optim.apex import fused_layer_norm
+from dalle_dist.optim.groups import Decays, param_groups, resblock_matrices
+from dalle_dist.precision.scales import BlockScales
+from dalle_dist.transformer.blocks import attach_scales, compile_blocks, resblock_map
+from dalle_dist.transformer.embeddings import use_layer_norm
+
+
+def build_engine(
+    model: nn.Module,
+    settings: StageConfig,
+    ranks: Ranks,
+    *,
+    parallel: ParallelConfig | None = None,
+    seed: int = 0,
+    decays: Decays = resblock_matrices,
+) -> DeepSpeedEngine:
+    """Put `model` under DeepSpeed; rank 0's weights are taken by all.
+
+    Args:
+        settings: of the training stage; `train` or `dvae_train`.
+        parallel: how nodes work together; None: ZeRO over all ranks.
+        seed: of PowerSGD's Gaussian matrices.
+        decays: which parameters have weight decay.
+
+    Raises:
+        ConfigError: the DeepSpeed settings contradict the config, sizes do not divide, what is
+            asked for does not go together, or this DeepSpeed is known to be wrong.
+        RuntimeError: this DeepSpeed lacks a private name that is used here.
+    """
+    import deepspeed
+
+    parallel = parallel or ParallelConfig()
+    check_version(
+        deepspeed.__version__, settings.precision, settings.zero_stage, parallel.between_nodes
+    )
+    wait_for_all_gathers(deepspeed.__version__, ranks.device.type)
+    _quieten()
+    tree = deepspeed_config(settings, ranks.world)
+    check_together(settings, parallel, tree)
+    groups = None
+    if parallel.between_nodes != "zero":
+        groups = node_groups(ranks, parallel.local_world_size or None)
+        tree["train_batch_size"] //= groups.nodes  # DeepSpeed knows of one
+        broadcast_weights(model, ranks)
+    resblocks = resblock_map(model)
+    scaling = None if settings.precision != "fp16" else _scaled(model, resblocks, ranks)
+    mean = None if groups is None else _node_mean(resblocks, settings, parallel, groups, ranks, seed)
+    transform = GradientTransform(resblocks, ranks, settings.skip, scaling, mean)
+    optimizer = _optimizer(model, settings, decays)
+    if settings.optimizer == "apex":
+        use_layer_norm(model, fused_layer_norm())
+    if settings.compile:
+        compile_blocks(model)
+    engine = _initialize(model, optimizer, tree, settings, ranks, groups)
+    accumulated = accumulation(settings, ranks.world)
+    return DeepSpeedEngine(engine, accumulated, ranks, transform, resblocks, groups)
+
+
+def _scaled(model: nn.Module, resblocks: Resblocks, ranks: Ranks) -> BlockScaling:
+    """Have resblocks compute in fp16, each at its gradient scale, and DeepSpeed reduce in fp16."""
+    from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
+
+    scales = BlockScales(resblocks.count, ranks.world, ranks.device)
+    attach_scales(model, scales, torch.float16)
+    for name, parameter in model.named_parameters():
+        if name in resblocks.matrices:
+            setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, torch.float16)
+    # cuBLAS may else add up parts of a long sum in fp16.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    return BlockScaling(scales, resblocks, ranks)
+
+
+def _node_mean(
+    resblocks: Resblocks,
+    settings: StageConfig,
+    parallel: ParallelConfig,
+    groups: Groups,
+    ranks: Ranks,
+    seed: int,
+) -> NodeMean:
+    # A rank that is a node's total is divided among as many shards under every ZeRO stage.
+    of_node, rank = parallel.rank_of == "node", 0
+    if parallel.between_nodes == "powersgd":
+        rank = rank_of_shard(parallel.rank, groups.local_world_size) if of_node else parallel.rank
+    return NodeMean(
+        resblocks,
+        groups,
+        ranks,
+        rank=rank,
+        cuts=groups.local_world_size if of_node or settings.zero_stage == 3 else 1,
+        seed=seed,
+        options=PowerSGDOptions(
+            comm_dtype=parallel.comm_dtype,
+            p_scale=parallel.p_scale,
+            q_scale=parallel.q_scale,
+            error_dtype=parallel.error_dtype,
+            warm_start=parallel.warm_start,
+            start_step=parallel.start_step,
+            dense_every=parallel.dense_every,
+        ),
+    )
+
+
+def _optimizer(model: nn.Module, settings: StageConfig, decays: Decays) -> AdamW:
+    return AdamW(
+        param_groups(model, decays, settings.weight_decay, settings.moments),
+        # Some of DeepSpeed's wrappers step once on zero gradients: that must not move a weight.
+        lr=0.0,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        variance_clip=settings.variance_clip,
+        implementation=settings.optimizer,
+    )
+
+
+def _initialize(
+    model: nn.Module,
+    optimizer: AdamW,
+    tree: dict[str, Any],
+    settings: StageConfig,
+    ranks: Ranks,
+    groups: Groups | None,
+) -> Any:
+    import deepspeed
+    from deepspeed.utils import groups as deepspeed_groups
+
+    mpu = None if groups is None else NodeLocal(groups, ranks)
+    require(deepspeed_groups, "groups", "mpu")
+    deepspeed_groups.mpu = None  # that of an earlier engine in this process
+    deepspeed.init_distributed(dist_init_required=False)  # else ZeRO-3 takes the world for one
+    if settings.zero_stage == 3:
+        # Weight by weight from the host to shards on the devices: whole, it may fit none of them.
+        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        deepspeed.zero.Init(
+            module=model.to(dtype),
+            data_parallel_group=None if groups is None else groups.shard,
+            config_dict_or_path=tree,
+            dtype=dtype,
+            mpu=mpu,
+        )
+    else:
+        model.to(ranks.device)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=tree, mpu=mpu, dist_init_required=False
+    )
+    require_names(engine, shards(engine), settings.precision == "fp16")
+    _adapt(engine, writes=groups is None or groups.node == 0)
+    return engine
+
+
+def _adapt(engine: Any, writes: bool) -> None:
+    """Replace the parts of a fresh DeepSpeed engine that are done here.
+
+    Args:
+        writes: whether this node writes checkpoints; those of the others would be the same.
+    """
+    for state in engine.basic_optimizer.state.values():
+        state["step"].zero_()
+    # With its autocast comes a scaler of its own, which would scale the loss unasked.
+    engine.optimizer.torch_autocast_gradscaler = None
+    engine.checkpoint_engine = safe_checkpoint_engine()
+    # The script holds nothing that convert needs, and its writing could fail on rank 0 alone.
+    engine._copy_recovery_script = lambda path: None
+    if not writes:
+        engine.save_zero_checkpoint = engine.save_non_zero_checkpoint = False
+
+
+def _quieten() -> None:
+    from deepspeed.ops import __compatible_ops__ as compatible_ops
+
+    # A C++ extension for CPU collectives that DeepSpeed would compile at the first start: a minute
+    # and a compiler for what gloo does as well.
+    compatible_ops["deepspeed_shm_comm"] = False
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_of_interest)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        # For DeepSpeed to fix: it calls what torch has renamed.
+        warnings.filterwarnings("ignore", f".*{name}.* is deprecated", FutureWarning)
+
+
+def _of_interest(record: logging.LogRecord) -> bool:
+    """Not that the optimizer is ours: it is tested here."""
+    return "untested optimizer" not in record.getMessage()

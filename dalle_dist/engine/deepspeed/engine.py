@@ -1,0 +1,213 @@
+"""`interface.Engine` by DeepSpeed, of any ZeRO stage. `build.py` makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dalle_dist.distributed.groups import Groups
+from dalle_dist.distributed.launch import Ranks
+from dalle_dist.engine.deepspeed.pieces import (
+    owned_gradients,
+    owned_weights,
+    share_whole_gradients,
+)
+from dalle_dist.engine.deepspeed.versions import shards
+from dalle_dist.errors import CheckpointError
+from dalle_dist.gradients.piece import Piece
+from dalle_dist.gradients.resblocks import Resblocks
+from dalle_dist.gradients.scaling import Telemetry
+from dalle_dist.gradients.transform import GradientTransform, SkipDecision
+
+FOLDER = "deepspeed"
+
+
+class DeepSpeedEngine:
+    """A model under DeepSpeed on any number of ranks; see `interface.Engine`.
+
+    Args:
+        deepspeed_engine: what `deepspeed.initialize` gave.
+        accumulation: micro-batches of one optimizer step on each rank.
+        groups: where ZeRO stays inside each node; None: it shards over all ranks.
+    """
+
+    def __init__(
+        self,
+        deepspeed_engine: Any,
+        accumulation: int,
+        ranks: Ranks,
+        transform: GradientTransform,
+        resblocks: Resblocks,
+        groups: Groups | None = None,
+    ) -> None:
+        self._engine, self._ranks, self._groups = deepspeed_engine, ranks, groups
+        self.transform, self._resblocks = transform, resblocks
+        self.shard_rank, self.shard_world, self.node = ranks.rank, ranks.world, 0
+        if groups is not None:
+            self.shard_rank, self.shard_world = groups.shard_rank, groups.local_world_size
+            self.node = groups.node
+        self.skipped = False
+        self.zero_stage = shards(deepspeed_engine)
+        self.accumulation = accumulation
+        whole_shape = "ds_shape" if self.zero_stage == 3 else "shape"
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(getattr(parameter, whole_shape))
+            for name, parameter in self.module.named_parameters()
+        }
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self._engine.module
+        return module
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        output: Tensor = self._engine(*inputs)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """See `interface.Engine`.
+
+        DeepSpeed's division by the ranks is undone here, and its division by the accumulation steps
+        left out. In fp16 the block scales make up for it, and it is undone after the reduction
+        (paper appendix D).
+        """
+        factor = 1 if self.transform.scaling is not None else self._ranks.world
+        self._engine.backward(loss * factor, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # only counts
+
+    @torch.no_grad()  # DeepSpeed 0.18.9 gathers weights in place into a tensor of a graph
+    def step(self, lr: float, measure: bool = False) -> float:
+        optimizer, decision = self._engine.basic_optimizer, SkipDecision()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if self.transform.active:
+            copies = self._ranks.world // (self.shard_world if self.zero_stage else 1)
+            decision = self.transform.apply(self.gradients(), copies, measure)
+        if self._groups is not None:
+            share_whole_gradients(self._engine.optimizer, self.gradients(), self._groups.shard)
+        self.skipped = optimizer.skip = decision.skip
+        plain = None if self._engine.optimizer is not optimizer else _norm(self.module)
+        frozen = decision.frozen
+        optimizer.frozen = [p.values for p in self._owned() if p.name in frozen] if frozen else ()
+        try:
+            self._engine.step()
+        finally:
+            optimizer.frozen = ()
+        return float(self._engine.get_global_grad_norm() if plain is None else plain)
+
+    def gradients(self) -> list[Piece]:
+        return owned_gradients(
+            self.module,
+            self._engine.optimizer,
+            self.zero_stage,
+            self.shard_rank,
+            self._resblocks.of,
+        )
+
+    def weights(self) -> list[Piece]:
+        return self._owned() if self.zero_stage > 0 or self._ranks.rank == 0 else []
+
+    def _owned(self) -> list[Piece]:
+        return owned_weights(
+            self.module,
+            self._engine.optimizer,
+            self.zero_stage,
+            self.shard_rank,
+            self._resblocks.of,
+        )
+
+    def telemetry(self) -> Telemetry:
+        return self.transform.telemetry()
+
+    def transform_state(self) -> dict[str, Any]:
+        return self.transform.state_dict()
+
+    def load_transform_state(self, state: Mapping[str, Any]) -> None:
+        self.transform.load_state_dict(state)
+
+    @contextmanager
+    def sampling_model(self, build: Callable[[], nn.Module]) -> Iterator[nn.Module | None]:
+        """See `interface.Engine`.
+
+        Under ZeRO-3 the weights are gathered one by one into a model made by `build`; otherwise it
+        is the trained module itself.
+        """
+        main = self._ranks.rank == 0
+        if self.zero_stage < 3:
+            self._engine.eval()
+            yield self.module if main else None
+            self._engine.train()
+        else:
+            state = self._gather()
+            yield self._filled(build, state) if main else None
+        self._ranks.barrier()
+
+    def _filled(self, build: Callable[[], nn.Module], state: dict[str, Tensor]) -> nn.Module:
+        with torch.device("meta"):
+            model = build()
+        model.load_state_dict(state, assign=True)
+        return model.to(self._ranks.device).eval()
+
+    def _gather(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        state = {}
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self._ranks.rank == 0:
+                    state[name] = parameter.detach().cpu().clone()
+        return state
+
+    def save(self, folder: Path) -> None:
+        """Write DeepSpeed's state into `folder`/deepspeed; all ranks together.
+
+        Raises what went wrong on this rank, only after all ranks are through: nobody is left
+        waiting in DeepSpeed's barriers.
+
+        Raises:
+            CheckpointError: on all ranks, when the nodes' weights differ.
+        """
+        self._refuse_diverged()
+        files = self._engine.checkpoint_engine
+        files.error = None
+        (folder / FOLDER).mkdir(exist_ok=True)
+        self._engine.save_checkpoint(str(folder), tag=FOLDER, save_latest=False)
+        if files.error is not None:
+            raise files.error
+
+    def _refuse_diverged(self) -> None:
+        if self._groups is None:
+            return
+        bits = [p.values.view(torch.int32).sum(dtype=torch.int64) for p in self.weights()]
+        sums = torch.stack(bits or [torch.zeros((), dtype=torch.int64)]).to(self._ranks.device)
+        first = sums.clone()
+        dist.broadcast(first, dist.get_global_rank(self._groups.replica, 0), self._groups.replica)
+        if self._ranks.any(not first.equal(sums)):
+            raise CheckpointError(
+                "the nodes' weights differ, which their all-reduces should make impossible; resume "
+                "from the last checkpoint, and look for hardware that is not like the rest"
+            )
+
+    def load(self, folder: Path) -> None:
+        if not (folder / FOLDER).is_dir():
+            raise CheckpointError(f"{folder}: holds no DeepSpeed state ({FOLDER}/ is missing)")
+        try:
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=FOLDER)
+        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{folder}: DeepSpeed cannot load it ({reason})") from error
+        if loaded is None:
+            raise CheckpointError(f"{folder}: holds no DeepSpeed state ({FOLDER}/)")
+
+
+def _norm(module: nn.Module) -> Tensor:
+    """DeepSpeed keeps no norm for fp32 without ZeRO; gradients are reduced by now."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)

@@ -1,0 +1,147 @@
+"""Weights and gradients that a rank owns under DeepSpeed, as pieces of parameters.
+
+Private names of DeepSpeed in use: `param._hp_mapping`, `param._index_in_param_group` (ZeRO-1/2,
+what its universal checkpoints and `safe_get_full_grad` rest on), `optimizer.averaged_gradients`,
+`optimizer.fp16_groups` (ZeRO-3), `optimizer.bf16_groups`, `fp32_groups_gradients` and `_flat` (bf16
+under ZeRO-1), `optimizer.fp32_groups` (bf16 without ZeRO). One that is gone is an error, never a
+gradient left as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dalle_dist.engine.deepspeed.versions import TESTED, keeps_whole_gradients
+from dalle_dist.gradients.piece import Piece
+
+
+def owned_gradients(
+    module: nn.Module, optimizer: Any, stage: int, shard_rank: int, blocks: Mapping[str, int]
+) -> list[Piece]:
+    """fp32 gradients of this rank's pieces, as views: what is written to them is applied.
+
+    Without ZeRO every rank owns all. Under ZeRO the pieces of the ranks that share the weights
+    cover each parameter once.
+
+    Args:
+        blocks: number of its resblock, by the name of each parameter that is in one.
+
+    Raises:
+        RuntimeError: this DeepSpeed keeps its gradients elsewhere.
+    """
+    named: list[tuple[str, Any]] = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    try:
+        found = _gradients(named, optimizer, stage, shard_rank)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise RuntimeError(
+            f"DeepSpeed does not keep its gradients where they were ({error!r}); install one that "
+            f"dalle-dist is tested with: {', '.join(TESTED)}"
+        ) from error
+    return [Piece(name, start, values, blocks.get(name)) for name, start, values in found]
+
+
+def owned_weights(
+    module: nn.Module, optimizer: Any, stage: int, shard_rank: int, blocks: Mapping[str, int]
+) -> list[Piece]:
+    """fp32 (master) weights of this rank's pieces, as views of the live ones.
+
+    Without ZeRO every rank owns all.
+    """
+    named = list(module.named_parameters())
+    found = _whole_weights(named, optimizer) if stage == 0 else []
+    for name, parameter in named if stage > 0 else ():
+        part = (_zero3_weight if stage == 3 else _zero12_weight)(parameter, shard_rank)
+        if part is not None:
+            found.append((name, *part))
+    return [Piece(name, start, values, blocks.get(name)) for name, start, values in found]
+
+
+@torch.no_grad()
+def share_whole_gradients(optimizer: Any, owned: list[Piece], group: dist.ProcessGroup) -> None:
+    """Where every rank keeps whole gradients, make them whole again of each rank's `owned` pieces.
+
+    That is bf16 under ZeRO-1, whose norm and clipping look at all of them. `group` shares the
+    weights. Costs an all-reduce of the gradient inside the node.
+    """
+    if not keeps_whole_gradients(optimizer):
+        return
+    wholes = optimizer.fp32_groups_gradients_flat
+    pieces = [(piece.values, piece.values.clone()) for piece in owned]
+    for whole in wholes:
+        whole.zero_()
+    for values, copy in pieces:
+        values.copy_(copy)
+    for whole in wholes:
+        dist.all_reduce(whole, group=group)
+
+
+Found = list[tuple[str, int, Tensor]]
+
+
+def _gradients(
+    named: list[tuple[str, Any]], optimizer: Any, stage: int, shard_rank: int
+) -> Found:
+    if stage == 0:
+        return [(name, 0, p.grad.view(-1)) for name, p in named]
+    if stage < 3:
+        whole = _whole_gradients(optimizer) if keeps_whole_gradients(optimizer) else {}
+        owned = [(name, p) for name, p in named if p._hp_mapping is not None]
+        return [(name, *_zero12_gradient(name, p, whole.get(id(p)))) for name, p in owned]
+    pieces = {
+        id(p): piece
+        for number, group in enumerate(optimizer.fp16_groups)
+        for p, piece in zip(group, optimizer.averaged_gradients[number], strict=True)
+    }
+    parts = [(name, _zero3_part(p, pieces[id(p)], shard_rank)) for name, p in named]
+    return [(name, *part) for name, part in parts if part is not None]
+
+
+def _whole_gradients(optimizer: Any) -> dict[int, Tensor]:
+    """By parameter; asked for by `_index_in_param_group`, old DeepSpeeds give another one's."""
+    groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True)
+    return {id(p): g for ps, gs in groups for p, g in zip(ps, gs, strict=True)}
+
+
+def _zero12_gradient(name: str, parameter: Any, whole: Tensor | None) -> tuple[int, Tensor]:
+    mapping = parameter._hp_mapping
+    address = mapping.lp_fragment_address
+    if whole is not None:
+        return address.start, whole.view(-1).narrow(0, address.start, address.numel)
+    values: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
+    if values.numel() != address.numel:
+        raise AttributeError(f"{name}: {values.numel()} elements instead of {address.numel}")
+    return address.start, values
+
+
+def _whole_weights(named: list[tuple[str, Any]], optimizer: Any) -> Found:
+    if isinstance(optimizer, torch.optim.Optimizer):  # fp32: no wrapper around ours
+        return [(name, 0, p.data.view(-1)) for name, p in named]
+    lows = [p for group in optimizer.fp16_groups for p in group]
+    highs = [p for group in optimizer.fp32_groups for p in group]
+    by_id = {id(low): high for low, high in zip(lows, highs, strict=True)}
+    return [(name, 0, by_id[id(p)].data.view(-1)) for name, p in named]
+
+
+def _zero12_weight(parameter: Any, shard_rank: int) -> tuple[int, Tensor] | None:
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    return mapping.lp_fragment_address.start, mapping.get_hp_fragment().view(-1)
+
+
+def _zero3_weight(parameter: Any, shard_rank: int) -> tuple[int, Tensor] | None:
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    return _zero3_part(parameter, safe_get_local_fp32_param(parameter), shard_rank)
+
+
+def _zero3_part(parameter: Any, piece: Tensor, shard_rank: int) -> tuple[int, Tensor] | None:
+    # Every rank holds an equal piece, the last ones padded beyond the parameter's end.
+    start = shard_rank * parameter.ds_tensor.ds_numel
+    numel = min(piece.numel(), parameter.ds_numel - start)
+    return (start, piece.view(-1)[:numel]) if numel > 0 else None

@@ -1,0 +1,181 @@
+"""Stage 1: the discrete VAE on image shards (paper 2.1, A.2, A.3).
+
+Shape suffixes as in `dalle_dist.dvae.model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle_dist.config import Config
+from dalle_dist.data import storage
+from dalle_dist.data.augment import Augmentation
+from dalle_dist.data.loader import ImageBatch, ImageDataset, batches, collate_images
+from dalle_dist.data.order import SampleOrder
+from dalle_dist.data.pictures import grid, to_image
+from dalle_dist.data.shards import ShardIndex
+from dalle_dist.distributed.launch import Ranks
+from dalle_dist.dvae.model import DVAE
+from dalle_dist.dvae.schedules import DVAESchedule
+from dalle_dist.dvae.training import LossDVAE, computes_in_bf16, gumbel_noise, start_at_data
+from dalle_dist.engine.deepspeed.build import build_engine
+from dalle_dist.engine.deepspeed.settings import accumulation
+from dalle_dist.engine.interface import Engine
+from dalle_dist.metrics.reconstruction import psnr, reconstruct, share_in_use
+from dalle_dist.optim.ema import EMA
+from dalle_dist.optim.groups import everything
+from dalle_dist.train.loop import train_stage
+from dalle_dist.train.opening import dvae_schedule, unfinished
+from dalle_dist.train.stage import Stage
+from dalle_dist.train.state import TrainingState
+
+SHOWN = 16  # images in a reconstruction grid
+MEASURED = 512  # held-out images of one validation, at most
+
+
+def train_dvae(config: Config, resume: str | None = None) -> None:
+    """Train the dVAE; arguments and errors are those of `loop.train_stage`."""
+    train_stage(DVAEStage, config, resume)
+
+
+class DVAEStage(Stage):
+    kind, title, sections = "dvae", "dVAE", ("dvae",)
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, settings = config, config.dvae_train
+        # The weights stay fp32; what computes in bf16 is under autocast, inside the model.
+        self._bf16 = computes_in_bf16(settings.precision, ranks.device)
+        self.settings = dataclasses.replace(settings, precision="fp32")
+        self.run_path, self.data_path = config.paths.dvae_run, config.paths.images
+        accumulation(self.settings, ranks.world)
+        augmentation = None
+        if settings.augment:
+            augmentation = Augmentation(
+                config.dvae.image_size, settings.crop_min, settings.crop_max, settings.flip
+            )
+        self.train_set = _dataset(config, "train", augmentation)
+        self.held_out = _dataset(config, "held-out", None)
+        self.fingerprints = {"computation": "bf16 autocast" if self._bf16 else "fp32"}
+        # Images for the first biases, and the proof that there are some that can be read.
+        self._first_BCHW = _stack(self.train_set, 256)
+
+    def build_engine(self, ranks: Ranks) -> Engine:
+        model = LossDVAE(self.config.dvae, self._bf16)
+        start_at_data(model, self._first_BCHW)
+        return build_engine(
+            model, self.settings, ranks, seed=self.config.seed, decays=everything
+        )
+
+    def schedule(self) -> DVAESchedule:
+        return DVAESchedule(self.config.dvae_train)
+
+    def micro_batches(self, ranks: Ranks, start: int) -> Iterator[ImageBatch]:
+        settings = self.settings
+        return batches(
+            self.train_set,
+            batch_size=settings.batch_size,
+            micro_batch=settings.batch_size // (ranks.world * accumulation(settings, ranks.world)),
+            rank=ranks.rank,
+            world=ranks.world,
+            start=start,
+            workers=self.config.data.workers,
+            collate=collate_images,
+        )
+
+    def loss(
+        self, engine: Engine, micro_batch: ImageBatch, counts: Sequence[float], step: int
+    ) -> tuple[Tensor, Tensor]:
+        now, dvae = self.schedule().at(step), self.config.dvae
+        device = micro_batch.image_BCHW.device if not torch.cuda.is_available() else None
+        device = next(engine.module.parameters()).device if device is None else device
+        images_BCHW = micro_batch.image_BCHW.to(device).float() / 255
+        images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        shape = (dvae.codebook_size, dvae.grid, dvae.grid)
+        seeds = micro_batch.positions.tolist()
+        noise_BKGG = gumbel_noise(shape, self.config.seed, seeds, device)
+        terms = engine(images_BCHW, noise_BKGG, now.temperature)
+        terms = terms * (len(images_BCHW) / self.settings.batch_size)
+        nll, kl = terms
+        return nll + now.kl_weight * kl, terms
+
+    def numbers(self, terms: Sequence[float], step: int) -> dict[str, float]:
+        (nll, kl), now = terms, self.schedule().at(step)
+        return {
+            "loss": nll + now.kl_weight * kl,
+            "nll": nll,
+            "kl": kl,
+            "elb": -(nll + kl),
+            "temperature": now.temperature,
+            "kl_weight": now.kl_weight,
+        }
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        return {"images_per_s": self.settings.batch_size / seconds}
+
+    def validate(self, state: TrainingState) -> dict[str, float]:
+        """PSNR and codes in use on held-out images, by the averaged weights; rank 0 alone."""
+        images_BCHW, codes_BGG, decoded_BCHW = self._reconstructed(state, MEASURED)
+        if not len(images_BCHW):
+            return {}
+        return {
+            "psnr": psnr(images_BCHW, decoded_BCHW).mean().item(),
+            "codes_in_use": share_in_use(codes_BGG, self.config.dvae.codebook_size),
+        }
+
+    def sample(self, state: TrainingState) -> dict[str, Image.Image]:
+        images_BCHW, _, decoded_BCHW = self._reconstructed(state, SHOWN)
+        if not len(images_BCHW):
+            return {}
+        rows = [[to_image(image) for image in images] for images in (images_BCHW, decoded_BCHW)]
+        return {"reconstructions": grid(rows)}
+
+    def opening(self, ranks: Ranks, parameters: int) -> dict[str, str]:
+        shape = self.config.dvae
+        return {
+            "model": f"dVAE of {parameters:,} parameters: {shape.image_size} x {shape.image_size} "
+            f"pixels to {shape.grid} x {shape.grid} codes out of {shape.codebook_size:,}",
+            "precision": "bf16 autocast, fp32 weights" if self._bf16 else "fp32",
+            "sharding": f"ZeRO-{self.settings.zero_stage}",
+            "schedule": dvae_schedule(self.config.dvae_train),
+            "warning": unfinished(self.config.dvae_train),
+        }
+
+    def ema(self) -> EMA:
+        # Folded in at each step: a copy to the host would cost more than the average itself.
+        return EMA(self.settings.ema, device=None)
+
+    def _reconstructed(self, state: TrainingState, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(images, codes, decoded images) by the averaged weights; empty but on rank 0."""
+        averaged = state.averaged_weights()
+        if averaged is None:
+            return torch.empty(0), torch.empty(0), torch.empty(0)
+        with torch.device("meta"):
+            dvae = DVAE(self.config.dvae)
+        dvae.load_state_dict(averaged, assign=True)
+        dvae.to(state.ranks.device).eval()
+        images_BCHW = self._held_out_images[:most].to(state.ranks.device)
+        return images_BCHW, *reconstruct(dvae, images_BCHW)
+
+    @functools.cached_property
+    def _held_out_images(self) -> Tensor:
+        return _stack(self.held_out, MEASURED)
+
+
+def _dataset(config: Config, part: str, augment: Augmentation | None) -> ImageDataset:
+    folder = storage.join(config.paths.images, part)
+    sizes = [shard.samples for shard in ShardIndex.load(folder).shards]
+    order = SampleOrder(config.seed, sizes, config.data.shuffle_shards) if part == "train" else None
+    return ImageDataset(folder, order, config.dvae.image_size, augment, config.seed)
+
+
+def _stack(dataset: ImageDataset, most: int) -> Tensor:
+    """The first images of a data set, floats in [0, 1]: images_BCHW."""
+    count = min(most, len(dataset))
+    return torch.stack([dataset[i].image_CHW for i in range(count)]).float() / 255

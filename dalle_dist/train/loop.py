@@ -1,0 +1,214 @@
+"""The training loop of both stages: step, log, save, validate, sample, stop, resume, release."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dalle_dist.checkpoint import store
+from dalle_dist.checkpoint.convert import convert, find_checkpoint
+from dalle_dist.config import Config
+from dalle_dist.distributed import launch
+from dalle_dist.distributed.launch import Ranks
+from dalle_dist.errors import UserError
+from dalle_dist.train import opening
+from dalle_dist.train.run import Run
+from dalle_dist.train.stage import Stage
+from dalle_dist.train.state import TrainingState
+from dalle_dist.train.stop import StopRequest
+
+
+def train_stage(
+    make: Callable[[Config, Ranks], Stage], config: Config, resume: str | None = None
+) -> None:
+    """Train until the stage's `steps`, then write the run's release folder from the averages.
+
+    Args:
+        make: the stage, from a config that is the same on all ranks.
+        resume: "auto" goes on from the run's newest whole checkpoint, or starts if there is none; a
+            path from that run or checkpoint; None starts a new run.
+
+    Raises:
+        ConfigError: sizes that do not fit the ranks, each other, or the run that is resumed.
+        DataError: shards missing, damaged, or of another image tokenizer.
+        CheckpointError: nothing whole to go on from, or not writable.
+        UserError: the run folder is in use, or the loss is no longer a number.
+    """
+    ranks = launch.init()
+    stage = ranks.together(lambda: _prepared(make, config, ranks, resume))
+    run = Run(
+        stage.run_path,
+        config,
+        ranks,
+        resume=resume is not None,
+        shape=stage.sections,
+        wandb=stage.settings.wandb,
+    )
+    try:
+        _Loop(stage, ranks, run).train(resume)
+    finally:
+        run.close()
+
+
+def _prepared(
+    make: Callable[[Config, Ranks], Stage], config: Config, ranks: Ranks, resume: str | None
+) -> Stage:
+    """Everything that can be checked before anything is written."""
+    if resume is not None and resume != "auto":
+        find_checkpoint(resume)
+    stage = make(config, ranks)
+    opening.refuse_endless_warmup(stage.settings)
+    if ranks.local_rank == 0:
+        for dataset in (stage.train_set, stage.held_out):
+            dataset.shards.require_files()
+    return stage
+
+
+class _Loop:
+    """One rank's part of a run."""
+
+    def __init__(self, stage: Stage, ranks: Ranks, run: Run) -> None:
+        self.stage, self.settings, self.ranks, self.run = stage, stage.settings, ranks, run
+        torch.manual_seed(stage.config.seed)
+        self.engine = stage.build_engine(ranks)
+        self.schedule = stage.schedule()
+        self.state = TrainingState(
+            stage.kind,
+            stage.config,
+            stage.settings,
+            stage.sections,
+            stage.fingerprints,
+            ranks,
+            self.engine,
+            stage.ema(),
+            self.schedule,
+        )
+        self._saved = -1  # the step that was saved last
+        self._busy, self._counted = 0.0, 0  # seconds in steps since the last log line, and how many
+
+    def train(self, resume: str | None) -> None:
+        self._restore(resume)
+        rows = self._opening()
+        self.run.open()
+        if resume is not None:
+            self.run.rewind(self.state.step)
+        if self.state.step >= self.settings.steps:
+            self._finish()
+            return
+        self.run.say(rows)
+        stop, bar = StopRequest(), self.run.progress(self.settings.steps, self.state.step)
+        batches = self.stage.micro_batches(self.ranks, self.state.step)
+        while self.state.step < self.settings.steps and not stop.agreed(self.ranks):
+            self._after_step(self._step(batches), bar)
+        bar.close()
+        if self._saved != self.state.step:
+            self._save()
+        if self.state.step < self.settings.steps:
+            self.run.say(f"stopped at step {self.state.step}; --resume auto goes on")
+        else:
+            self._finish()
+
+    def _step(self, batches: Iterator[Any]) -> dict[str, float]:
+        """One optimizer step. The loss is exact: that of the global batch on any number of ranks."""
+        began, step = time.perf_counter(), self.state.step + 1
+        micro_batches = [next(batches) for _ in range(self.engine.accumulation)]
+        counts = self.stage.counts(micro_batches)
+        counts = self.ranks.sum(counts) if counts else []
+        terms = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for micro_batch in micro_batches:
+            loss, shares = self.stage.loss(self.engine, micro_batch, counts, step)
+            self.engine.backward(loss)
+            terms = terms + shares.detach().double()
+        lr = self.schedule.rate(step)
+        norm = self.engine.step(lr, measure=self._due(step, self.settings.log_every))
+        numbers = self.stage.numbers(self.ranks.sum(terms.tolist()), step)
+        self._finished(numbers["loss"], norm)
+        self._busy, self._counted = self._busy + time.perf_counter() - began, self._counted + 1
+        return numbers | {"lr": lr, "grad_norm": norm}
+
+    def _finished(self, loss: float, norm: float) -> None:
+        self.state.step += 1
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"{self.run.path}: loss {loss:g}, gradient norm {norm:g} at step "
+                f"{self.state.step}; resume from the last checkpoint with a lower "
+                f"{self.settings.section}.lr"
+            )
+        self.schedule.observe(self.state.step, loss)
+        if self.state.step % self.settings.ema_every == 0:
+            self.state.ema.update(self.engine.weights())
+
+    def _after_step(self, numbers: dict[str, float], bar: tqdm) -> None:
+        """Save first: a failure in a measure or an image must not cost a checkpoint."""
+        settings, step = self.settings, self.state.step
+        bar.update()
+        if self._due(step, settings.log_every):
+            self.run.log(step, **numbers, **self._speed(), **self.engine.telemetry())
+            bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
+        if self._due(step, settings.save_every):
+            self._save()
+        if self._due(step, settings.eval_every):
+            self.run.log(step, **self.stage.validate(self.state))
+        if self._due(step, settings.sample_every):
+            for name, image in self.stage.sample(self.state).items():
+                self.run.image(step, name, image)
+
+    def _due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.settings.steps
+
+    def _speed(self) -> dict[str, float]:
+        seconds, self._busy = self._busy / self._counted, 0.0
+        self._counted = 0
+        return {"seconds_per_step": seconds} | self.stage.speed(seconds)
+
+    def _save(self) -> None:
+        self.state.save(self.run.folder / "checkpoints")
+        self._saved = self.state.step
+        self.run.sync()
+
+    def _restore(self, resume: str | None) -> None:
+        if resume is None:
+            return
+        checkpoints = self.run.folder / "checkpoints"
+        auto = resume == "auto"
+        found = store.latest(checkpoints, self.ranks) if auto else find_checkpoint(resume)
+        if found is not None:
+            self.state.load(found)
+
+    def _finish(self) -> None:
+        """The release folder, from the newest checkpoint; made anew when it has become old."""
+        made = self.ranks.on_main(self._release)
+        self.run.say(f"complete at step {self.state.step}; {made}")
+
+    def _release(self) -> str:
+        folder = self.run.folder / "release"
+        stamp = folder / ".step"
+        if stamp.is_file() and stamp.read_text() == str(self.state.step):
+            return "nothing to do"
+        shutil.rmtree(folder, ignore_errors=True)
+        digest = convert(str(self.run.folder / "checkpoints"), str(folder), "ema")
+        stamp.write_text(str(self.state.step))
+        return f"{self.stage.title} {digest} in release/"
+
+    def _opening(self) -> str:
+        """What the run says of itself before its first step; a collective call."""
+        settings, stage = self.settings, self.stage
+        micro_batch = settings.batch_size // (self.ranks.world * self.engine.accumulation)
+        parameters = sum(math.prod(shape) for shape in self.engine.shapes.values())
+        samples = len(stage.train_set)
+        rows = {
+            "device": opening.devices(self.ranks),
+            **stage.opening(self.ranks, parameters),
+            "data": opening.pictures(stage.data_path, samples, len(stage.held_out)),
+            "batch": f"{settings.batch_size:,} = {micro_batch} x {self.ranks.world:,} ranks x "
+            f"{self.engine.accumulation} accumulated",
+            "length": opening.length(settings.steps, settings.batch_size, samples),
+            "from": "the start" if not self.state.step else f"step {self.state.step:,}",
+        }
+        return f"training the {stage.title}\n{opening.table(rows)}"

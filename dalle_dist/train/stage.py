@@ -1,0 +1,107 @@
+"""What the training loop asks of a training stage: its data, its model, its loss, its measures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from dalle_dist.config import Config, StageConfig
+from dalle_dist.data.loader import ImageDataset, TokenDataset
+from dalle_dist.distributed.launch import Ranks
+from dalle_dist.engine.interface import Engine
+from dalle_dist.optim.ema import EMA
+from dalle_dist.train.state import TrainingState
+
+
+class Schedule(Protocol):
+    """Learning rate of each optimizer step, counted from 1."""
+
+    def rate(self, step: int) -> float: ...
+
+    def observe(self, step: int, loss: float) -> None:
+        """Take note of the training loss of a finished step, the same on all ranks."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Stage(ABC):
+    """One of the programs that train a model; `loop.py` runs it.
+
+    Made before anything is written, on all ranks: what is wrong with the inputs is raised then.
+
+    kind          name in checkpoints: which stage wrote one
+    title         what is trained, in words
+    sections      sections of the config that a resumed run must not change
+    config        of the run
+    settings      this stage's section of it
+    run_path      the run's folder
+    data_path     folder of the shards
+    train_set, held_out   the two data sets
+    fingerprints  of what the model was trained with, by name: must be the same in a resumed run
+    """
+
+    kind: ClassVar[str]
+    title: ClassVar[str]
+    sections: ClassVar[tuple[str, ...]]
+    config: Config
+    settings: StageConfig
+    run_path: str
+    data_path: str
+    train_set: ImageDataset | TokenDataset
+    held_out: ImageDataset | TokenDataset
+    fingerprints: Mapping[str, str]
+
+    @abstractmethod
+    def build_engine(self, ranks: Ranks) -> Engine:
+        """The model with its first weights, under an engine."""
+
+    @abstractmethod
+    def schedule(self) -> Schedule: ...
+
+    @abstractmethod
+    def micro_batches(self, ranks: Ranks, start: int) -> Iterator[Any]:
+        """This rank's micro-batches from the one after optimizer step `start` on, without end."""
+
+    def counts(self, micro_batches: Sequence[Any]) -> list[float]:
+        """What must be counted over all ranks before the first forward pass of a step."""
+        return []
+
+    @abstractmethod
+    def loss(
+        self, engine: Engine, micro_batch: Any, counts: Sequence[float], step: int
+    ) -> tuple[Tensor, Tensor]:
+        """(this micro-batch's share of the loss, its shares of the terms that `numbers` names).
+
+        Args:
+            counts: summed over all micro-batches of all ranks.
+            step: the optimizer step that is being made, from 1.
+        """
+
+    @abstractmethod
+    def numbers(self, terms: Sequence[float], step: int) -> dict[str, float]:
+        """For the log, from the terms summed over all micro-batches of all ranks: `loss`, ..."""
+
+    @abstractmethod
+    def speed(self, seconds: float) -> dict[str, float]:
+        """For the log: throughput at this many seconds per optimizer step."""
+
+    @abstractmethod
+    def validate(self, state: TrainingState) -> dict[str, float]:
+        """Measures on the held-out set, for the log; a collective call."""
+
+    @abstractmethod
+    def sample(self, state: TrainingState) -> dict[str, Image.Image]:
+        """Images to look at, by name; on rank 0, empty elsewhere; a collective call."""
+
+    @abstractmethod
+    def opening(self, ranks: Ranks, parameters: int) -> dict[str, str]:
+        """What the run says of itself before its first step: rows of name and text."""
+
+    def ema(self) -> EMA:
+        return EMA(self.settings.ema)

@@ -1,0 +1,184 @@
+"""Stage 2: the transformer on text and image tokens (paper 2.2, B.2).
+
+Shape suffixes: B batch, T text positions, N image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle_dist.config import Config
+from dalle_dist.data import storage
+from dalle_dist.data.loader import TokenDataset, batches, collate_tokens
+from dalle_dist.data.order import SampleOrder
+from dalle_dist.data.shards import ShardIndex
+from dalle_dist.distributed.launch import Ranks
+from dalle_dist.engine.deepspeed.build import build_engine
+from dalle_dist.engine.deepspeed.settings import accumulation, deepspeed_config
+from dalle_dist.engine.interface import Engine
+from dalle_dist.errors import ConfigError
+from dalle_dist.generate.grid import sample_grid
+from dalle_dist.image_tokenizer.registry import image_tokenizer_folder, load_image_tokenizer
+from dalle_dist.metrics.registry import measure
+from dalle_dist.optim.schedule import PlateauSchedule
+from dalle_dist.text_tokenizer.registry import load_text_tokenizer
+from dalle_dist.train import opening
+from dalle_dist.train.loop import train_stage
+from dalle_dist.train.stage import Stage
+from dalle_dist.train.state import TrainingState
+from dalle_dist.transformer.layout import counted_text_targets
+from dalle_dist.transformer.loss import weighted
+from dalle_dist.transformer.model import Transformer
+from dalle_dist.transformer.training import LossTransformer
+
+Batch = tuple[Tensor, Tensor]  # text_BT, codes_BN
+
+
+def train(config: Config, resume: str | None = None) -> None:
+    """Train the transformer; arguments and errors are those of `loop.train_stage`."""
+    train_stage(TransformerStage, config, resume)
+
+
+class TransformerStage(Stage):
+    kind, title = "transformer", "transformer"
+    sections = ("tokenizer", "image_tokenizer", "dvae", "transformer")
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.settings = config, config.train
+        self.run_path, self.data_path = config.paths.run, config.paths.tokens
+        deepspeed_config(config.train, ranks.world)
+        self.tokenizer = load_text_tokenizer(config.tokenizer.kind, config.paths.tokenizer)
+        # Fewer is fine: a small corpus may have fewer pairs to merge than the model has classes.
+        if self.tokenizer.vocab_size > config.tokenizer.vocab_size:
+            raise ConfigError(
+                f"tokenizer.vocab_size: {config.tokenizer.vocab_size}, but "
+                f"{config.paths.tokenizer} has {self.tokenizer.vocab_size}; train it again, or "
+                "raise the setting"
+            )
+        device = ranks.device if ranks.rank == 0 else "cpu"  # only rank 0 samples
+        self.image_tokenizer = load_image_tokenizer(
+            config.image_tokenizer.kind, image_tokenizer_folder(config), device
+        )
+        self._refuse_other_codes()
+        self.train_set = self._dataset("train", config.tokenizer.dropout)
+        self.held_out = self._dataset("held-out", 0.0)
+        self.fingerprints = {
+            "tokenizer": self.tokenizer.fingerprint,
+            "image tokenizer": self.image_tokenizer.fingerprint,
+        }
+
+    def _refuse_other_codes(self) -> None:
+        shape, found = self.config.transformer, self.image_tokenizer
+        for key, wanted, given in (
+            ("image_grid", shape.image_grid, found.grid),
+            ("codebook_size", shape.codebook_size, found.codebook_size),
+        ):
+            if wanted != given:
+                raise ConfigError(
+                    f"transformer.{key}: {wanted}, but the image tokenizer in "
+                    f"{image_tokenizer_folder(self.config)} has {given}"
+                )
+
+    def _dataset(self, part: str, dropout: float) -> TokenDataset:
+        config, order = self.config, None
+        folder = storage.join(config.paths.tokens, part)
+        if part == "train":
+            sizes = [shard.samples for shard in ShardIndex.load(folder).shards]
+            order = SampleOrder(config.seed, sizes, config.data.shuffle_shards)
+        return TokenDataset(
+            folder,
+            order,
+            self.tokenizer,
+            config.transformer.text_tokens,
+            dropout,
+            config.seed,
+            self.image_tokenizer.fingerprint,
+            config.transformer.image_grid,
+        )
+
+    def build_engine(self, ranks: Ranks) -> Engine:
+        config = self.config
+        return build_engine(
+            LossTransformer(config),
+            config.train,
+            ranks,
+            parallel=config.parallel,
+            seed=config.seed,
+        )
+
+    def schedule(self) -> PlateauSchedule:
+        return PlateauSchedule(self.config.train)
+
+    def micro_batches(self, ranks: Ranks, start: int) -> Iterator[Batch]:
+        settings = self.settings
+        return batches(
+            self.train_set,
+            batch_size=settings.batch_size,
+            micro_batch=settings.batch_size // (ranks.world * accumulation(settings, ranks.world)),
+            rank=ranks.rank,
+            world=ranks.world,
+            start=start,
+            workers=self.config.data.workers,
+            collate=collate_tokens,
+        )
+
+    def counts(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """Text targets: captions differ in length, so ranks and micro-batches differ in weight."""
+        return [float(sum(int(counted_text_targets(text).sum()) for text, _ in micro_batches))]
+
+    def loss(
+        self, engine: Engine, micro_batch: Batch, counts: Sequence[float], step: int
+    ) -> tuple[Tensor, Tensor]:
+        text_BT, codes_BN = micro_batch
+        device = next(engine.module.parameters()).device
+        text, _, image, _ = engine(text_BT.to(device), codes_BN.to(device))
+        images = self.settings.batch_size * self.config.transformer.image_tokens
+        text, image = text / counts[0], image / images
+        return weighted(text, image, self.config.train.text_loss), torch.stack([text, image])
+
+    def numbers(self, terms: Sequence[float], step: int) -> dict[str, float]:
+        text, image = terms
+        total = weighted(text, image, self.config.train.text_loss)
+        return {"loss": total, "loss_text": text, "loss_image": image}
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        return {
+            "tokens_per_s": self.settings.batch_size * self.config.transformer.tokens / seconds
+        }
+
+    def validate(self, state: TrainingState) -> dict[str, float]:
+        micro_batch = self.settings.batch_size // (state.ranks.world * state.engine.accumulation)
+        names = self.config.train.metrics
+        return measure(names, state.engine, self.held_out, micro_batch, state.ranks)
+
+    def sample(self, state: TrainingState) -> dict[str, Image.Image]:
+        if not self.config.train.prompts:
+            return {}
+        with state.engine.sampling_model(lambda: Transformer(self.config)) as model:
+            if model is None:
+                return {}
+            image = sample_grid(
+                cast(Transformer, model),
+                self.image_tokenizer,
+                self.tokenizer,
+                self.config,
+                state.ranks.device,
+            )
+            return {"samples": image}
+
+    def opening(self, ranks: Ranks, parameters: int) -> dict[str, str]:
+        settings, shape = self.config.train, self.config.transformer
+        return {
+            "model": f"transformer of {parameters:,} parameters: {shape.layers} layers of width "
+            f"{shape.width}, {shape.text_tokens} text + {shape.image_tokens:,} image tokens",
+            "precision": f"{settings.precision}, moments {settings.moments}",
+            "sharding": f"ZeRO-{settings.zero_stage}, between nodes "
+            f"{self.config.parallel.between_nodes}",
+            "schedule": opening.schedule(settings),
+            "captions": opening.captions(self.train_set) if ranks.rank == 0 else "",
+        }
