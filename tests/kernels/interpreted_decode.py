@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from dalle_kernels.masks import AttentionMask
+from dalle_kernels.masks import MASKS, AttentionMask
 from decoding import decode, nan_memory
 
 uninitialised_memory_is_nan = pytest.fixture(autouse=True)(nan_memory)
-CASES = [
-    ("row", "paper"), ("row", "dalle-pytorch"), ("column", "paper"), ("conv", "paper"),
-    ("conv", "clamp"), ("conv", "torus"), ("conv", "dalle-pytorch"), ("causal", "paper"),
-]  # fmt: skip
+CASES = [(kind, variant) for kind, rules in MASKS.items() for variant in rules]
 
 
 # Text, grid, samples of each caption, heads; the first one quick, with the paper's masks.
@@ -23,10 +20,10 @@ RUNS = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("kind", "dialect", "shape"), RUNS)
-def test_as_exact_as_plain_torch(kind, dialect, shape, dtype):
+@pytest.mark.parametrize(("kind", "variant", "shape"), RUNS)
+def test_as_exact_as_plain_torch(kind, variant, shape, dtype):
     text, grid, samples, heads = shape
-    mask = AttentionMask(kind, text, grid, dialect, kernel=3)
+    mask = AttentionMask(kind, text, grid, variant, kernel=3)
     stepped, exact, plain = decode(mask, samples, dtype, "triton", heads)
     assert stepped.isfinite().all()
     assert (stepped - exact).abs().max() <= 2 * (plain - exact).abs().max()

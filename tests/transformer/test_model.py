@@ -146,17 +146,17 @@ def test_first_loss_is_that_of_uniform_predictions():
     assert (loss.image_sum / loss.image_count).item() == pytest.approx(math.log(20))
 
 
-@pytest.mark.parametrize("dialect", ["paper", "clamp", "torus", "dalle-pytorch"])
+@pytest.mark.parametrize("variant", ["paper", "clamp", "torus", "dalle-pytorch"])
 @pytest.mark.parametrize("kind", ["row", "column", "conv", "causal"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_changing_a_token_leaves_all_states_before_it_bit_for_bit(
-    kind, dialect, backend, monkeypatch
+    kind, variant, backend, monkeypatch
 ):
     if (kind, backend) == ("causal", "cpu"):
         backend = "reference"
-    model = tiny(f"transformer.mask_dialect={dialect}")
+    model = tiny(f"transformer.mask_dialect={variant}")
     for layer in model.blocks:
-        layer.attention.mask = AttentionMask(kind, 6, 4, dialect, kernel=3)
+        layer.attention.mask = AttentionMask(kind, 6, 4, variant, kernel=3)
     from dalle_dist.transformer import blocks
 
     attention = blocks.sparse_attention

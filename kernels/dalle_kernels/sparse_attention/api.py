@@ -1,6 +1,6 @@
 """One entry point, several backends.
 
-Shape suffixes: B batch, N states, H heads, D head width; 3 is query, key, value.
+Shape suffixes: B batch, N tokens, H heads, D head width; 3 is query, key, value.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def sparse_attention(qkv_BN3HD: Tensor, mask: AttentionMask, backend: str = "aut
     Args:
         qkv_BN3HD: queries, keys and values, token-major; read where they lie. Triton takes fp32,
             fp16 and bf16, and a width D of 32, 64 or 128.
-        mask: over exactly N states.
+        mask: over exactly N tokens.
         backend: "reference" (dense boolean mask), "cpu" or "triton" (both skip what the mask
             hides), or "auto": the quickest that runs here. On a GPU without Triton that is the
             reference, after one warning.
@@ -84,7 +84,7 @@ def _check(qkv_BN3HD: Tensor, mask: AttentionMask, backend: str) -> None:
     if qkv_BN3HD.dtype not in (*DTYPES, torch.float64):
         raise ValueError(f"qkv: dtype {qkv_BN3HD.dtype} is not one of fp32, fp16, bf16, fp64")
     if qkv_BN3HD.shape[1] != mask.tokens:
-        raise ValueError(f"mask: {mask.tokens} states, but qkv has {qkv_BN3HD.shape[1]}")
+        raise ValueError(f"mask: {mask.tokens} tokens, but qkv has {qkv_BN3HD.shape[1]}")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of auto, {', '.join(BACKENDS)}")
     if backend == "cpu" and qkv_BN3HD.device.type != "cpu":
