@@ -31,7 +31,8 @@ def mask_constants(mask: AttentionMask) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _compilable(rule: Callable[..., Any]) -> Any:
-    return triton.jit(rule)
+    """The rule as the kernels can call it; Triton's interpreter calls plain Python."""
+    return triton.jit(rule) if isinstance(image_token, triton.JITFunction) else rule
 
 
 @triton.jit
