@@ -9,6 +9,7 @@ from dalle_kernels.masks import MASKS, AttentionMask
 from dalle_kernels.sparse_attention import reference, sparse_attention, triton_attention
 from dalle_kernels.sparse_attention.triton_config import Backward, Forward
 from test_sparse_attention import errors
+from toy_masks import RULES, registered
 
 CASES = [(kind, variant) for kind, rules in MASKS.items() for variant in rules]
 SLOWLY = pytest.mark.slow
@@ -54,6 +55,13 @@ def test_as_exact_as_plain_torch(monkeypatch, kind, variant, shape, dtype):
     text, grid, batch, heads = shape
     mask = AttentionMask(kind, text, grid, variant, kernel=3)
     compare(mask, dtype, batch=batch, heads=heads, width=32)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_new_mask_needs_no_new_kernel(monkeypatch, kind):
+    small_tiles(monkeypatch)
+    mask = registered(monkeypatch, kind, 18, 5)
+    compare(mask, torch.float32, batch=1, heads=1, width=32)
 
 
 @pytest.mark.parametrize("text", [29, *(pytest.param(t, marks=SLOWLY) for t in (7, 32))])

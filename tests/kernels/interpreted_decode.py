@@ -4,6 +4,7 @@ import pytest
 import torch
 from dalle_kernels.masks import MASKS, AttentionMask
 from decoding import decode, nan_memory
+from toy_masks import RULES, registered
 
 uninitialised_memory_is_nan = pytest.fixture(autouse=True)(nan_memory)
 CASES = [(kind, variant) for kind, rules in MASKS.items() for variant in rules]
@@ -26,4 +27,11 @@ def test_as_exact_as_plain_torch(kind, variant, shape, dtype):
     mask = AttentionMask(kind, text, grid, variant, kernel=3)
     stepped, exact, plain = decode(mask, samples, dtype, "triton", heads)
     assert stepped.isfinite().all()
+    assert (stepped - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_new_mask_needs_no_new_kernel(monkeypatch, kind):
+    mask = registered(monkeypatch, kind, 5, 4)
+    stepped, exact, plain = decode(mask, [2, 1], torch.float32, "triton")
     assert (stepped - exact).abs().max() <= 2 * (plain - exact).abs().max()

@@ -91,7 +91,7 @@ def test_what_all_masks_share(kind, variant, grid):
 
 
 def test_papers_sizes():
-    """Allowed pairs among image states at 32 x 32, counted from the rules."""
+    """Allowed pairs among image tokens at 32 x 32, counted from the rules."""
     row, column = (AttentionMask(kind, 256, 32).image_part().sum() for kind in ("row", "column"))
     assert (int(row), int(column)) == (33_264, 16_896)
     assert int(AttentionMask("conv", 256, 32).image_part().sum()) == 61_344

@@ -8,7 +8,6 @@ from dalle_kernels.masks import MASKS, AttentionMask, variants
 from dalle_kernels.sparse_attention import sparse_attention
 
 
-
 def slow(qkv_BN3HD, mask):
     """Softmax of scores, query by query."""
     q, k, v = qkv_BN3HD.double().unbind(2)

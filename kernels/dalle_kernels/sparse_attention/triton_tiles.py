@@ -2,6 +2,8 @@
 
 Image tokens are named by their scan positions (`dalle_kernels.spans`).
 """
+# ruff: noqa: ANN001, ANN201
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import triton.language as tl
 
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.spans import span
+
 
 def mask_constants(mask: AttentionMask) -> dict[str, Any]:
     """The kernels' compile-time constants of one mask; its rule is compiled into them."""
@@ -36,7 +39,9 @@ def _compilable(rule: Callable[..., Any]) -> Any:
 
 
 @triton.jit
-def visible(q, k, GRID: tl.constexpr, WINDOW: tl.constexpr, RULE: tl.constexpr, RADIUS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def visible(
+    q, k, GRID: tl.constexpr, WINDOW: tl.constexpr, RULE: tl.constexpr, RADIUS: tl.constexpr
+):
     """Whether scan position q may look at scan position k; both may lie outside the image."""
     d = q - k
     inside = (d >= 0) & (d <= WINDOW) & (k >= 0) & (q < GRID * GRID)
@@ -44,7 +49,7 @@ def visible(q, k, GRID: tl.constexpr, WINDOW: tl.constexpr, RULE: tl.constexpr, 
 
 
 @triton.jit
-def image_token(p, TEXT: tl.constexpr, GRID: tl.constexpr, BY_COLUMN: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def image_token(p, TEXT: tl.constexpr, GRID: tl.constexpr, BY_COLUMN: tl.constexpr):
     """Which of all tokens stands at scan position p."""
     if BY_COLUMN:
         p = (p % GRID) * GRID + p // GRID
@@ -52,13 +57,13 @@ def image_token(p, TEXT: tl.constexpr, GRID: tl.constexpr, BY_COLUMN: tl.constex
 
 
 @triton.jit
-def load_rows(base, token, ok, stride, D: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def load_rows(base, token, ok, stride, D: tl.constexpr):
     """One head's [tokens, D] tile; zeros where not ok."""
     return tl.load(base + token[:, None] * stride + tl.arange(0, D)[None, :], ok[:, None], other=0)
 
 
 @triton.jit
-def store_rows(base, token, ok, stride, tile, D: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+def store_rows(base, token, ok, stride, tile, D: tl.constexpr):
     """The inverse of `load_rows`, in the memory's dtype."""
     pointers = base + token[:, None] * stride + tl.arange(0, D)[None, :]
     tl.store(pointers, tile.to(base.dtype.element_ty), ok[:, None])
