@@ -7,8 +7,8 @@ from itertools import chain
 from typing import Any
 
 import torch
-from dalle_kernels.adamw import Settings, adamw_
-from dalle_kernels.sparse_attention.api import triton_missing
+from dalle_kernels.adamw import Hyperparameters, adamw_
+from dalle_kernels.devices import triton_missing
 from torch import Tensor
 
 from dalle_dist.errors import CheckpointError, ConfigError
@@ -109,7 +109,7 @@ class AdamW(torch.optim.Optimizer):
         else:
             backend = self._backend(param.device)
             moments = state["exp_avg"], state["exp_avg_sq"]
-            adamw_(param, grad, *moments, _settings(step, group), backend)
+            adamw_(param, grad, *moments, _hyperparameters(step, group), backend)
         state["step"] += 1
 
     def _state_of(self, param: Tensor, moments: str) -> dict[str, Tensor]:
@@ -148,9 +148,9 @@ class AdamW(torch.optim.Optimizer):
                 self.state[param][name] = value.to(device, copy=True)
 
 
-def _settings(step: int, group: dict[str, Any]) -> Settings:
+def _hyperparameters(step: int, group: dict[str, Any]) -> Hyperparameters:
     beta1, beta2 = group["betas"]
-    return Settings(
+    return Hyperparameters(
         step=step,
         lr=float(group["lr"]),
         beta1=beta1,

@@ -5,8 +5,6 @@ Shape suffixes: B batch, N tokens, H heads, D head width; 3 is query, key, value
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -14,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dalle_kernels.devices import triton_missing
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.sparse_attention import cpu, reference
 
@@ -55,21 +54,6 @@ def sparse_attention(qkv_BN3HD: Tensor, mask: AttentionMask, backend: str = "aut
     if backend == "auto":
         backend = _quickest(qkv_BN3HD, mask)
     return BACKENDS[backend](qkv_BN3HD, mask)
-
-
-def triton_missing(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on that device; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted else "the tensors are on the CPU"
-    if device.type != "cuda" or torch.version.cuda is None:
-        return f"device {device.type} is no NVIDIA GPU"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"the GPU has compute capability {major}.{minor}, below 8.0"
-    return None
 
 
 def _check(qkv_BN3HD: Tensor, mask: AttentionMask, backend: str) -> None:

@@ -89,7 +89,10 @@ class DecodeCache:
         if self._takes_triton(q_BHD, backend):
             from dalle_kernels.sparse_attention.triton_decode import attend
 
-            return attend(q_BHD, self, position)
+            return attend(
+                q_BHD, self._kept, self.first_C, self.samples, self.mask,
+                self.mask.scan(position), self.filled(position),
+            )  # fmt: skip
         return self._attend(q_BHD, position)
 
     def _check(self, position: int, **new: Tensor) -> None:
@@ -122,8 +125,11 @@ class DecodeCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        kept = (self.k_CHTD, self.v_CHTD, self.k_BHJD, self.v_BHJD)
-        return sum(x.numel() * x.element_size() for x in kept)
+        return sum(x.numel() * x.element_size() for x in self._kept)
+
+    @property
+    def _kept(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.k_CHTD, self.v_CHTD, self.k_BHJD, self.v_BHJD
 
     def _attend(self, q_BHD: Tensor, position: int) -> Tensor:
         # Scores and their softmax in fp32 at least, as in the fused kernels.

@@ -1,4 +1,4 @@
-"""One new image token per sample on a GPU: a program is a caption, a head and a block of its samples.
+"""One new image token per sample on a GPU: a program is a caption, a head and some of its samples.
 
 The text's keys are loaded once per block and meet all its queries in one product; image keys are
 each sample's own, a few dozen, and are multiplied and summed without matrix units.
@@ -9,7 +9,8 @@ each sample's own, a few dozen, and are multiplied and summed without matrix uni
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -20,22 +21,33 @@ from dalle_kernels.masks import AttentionMask
 from dalle_kernels.sparse_attention.triton_config import decode_warps
 from dalle_kernels.sparse_attention.triton_tiles import load_rows, mask_constants, visible
 
-if TYPE_CHECKING:
-    from dalle_kernels.sparse_attention.decode import DecodeCache
-
 BLOCK = 16  # samples: the least rows of a matrix product
 
 
-def attend(q_BHD: Tensor, cache: DecodeCache, position: int) -> Tensor:
-    """out_BHD; see `DecodeCache.attend`."""
+def attend(
+    q_BHD: Tensor,
+    kept: tuple[Tensor, Tensor, Tensor, Tensor],
+    first_C: Tensor,
+    samples: Sequence[int],
+    mask: AttentionMask,
+    scan: int,
+    filled: tuple[int, int],
+) -> Tensor:
+    """out_BHD; see `DecodeCache.attend`.
+
+    Args:
+        kept: k_CHTD, v_CHTD, k_BHJD, v_BHJD, contiguous.
+        first_C: int64 [C + 1], the first sample of each caption, and one past the last.
+        samples: of each caption.
+        scan: the token's scan position.
+        filled: first and last + 1 of the slots that it may look at.
+    """
     _, heads, width = q_BHD.shape
     q_BHD, out_BHD = q_BHD.contiguous(), torch.empty_like(q_BHD.contiguous())
-    start, stop = cache.filled(position)
-    grid = (heads, triton.cdiv(max(cache.samples), BLOCK), len(cache.samples))
+    grid = (heads, triton.cdiv(max(samples), BLOCK), len(samples))
     attention_decode[grid](
-        q_BHD, cache.k_CHTD, cache.v_CHTD, cache.k_BHJD, cache.v_BHJD, out_BHD, cache.first_C,
-        cache.mask.scan(position), start, stop, math.log2(math.e) / math.sqrt(width),
-        **decode_constants(cache.mask, cache.slots, width),
+        q_BHD, *kept, out_BHD, first_C, scan, *filled, math.log2(math.e) / math.sqrt(width),
+        **decode_constants(mask, kept[2].shape[2], width),
         num_warps=decode_warps(width, q_BHD.dtype),
     )  # fmt: skip
     return out_BHD
