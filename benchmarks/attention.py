@@ -15,26 +15,22 @@ and for dense attention; ours is below it because its calls are smaller, and so 
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from dalle_kernels.masks import AttentionMask
 
-from benchmarks import attention_rivals, common
+from benchmarks import attention_figures, attention_gpu, attention_rivals, common
 from benchmarks.attention_rivals import Contender
 from benchmarks.common import Measured
 from dalle_dist.config import HEAD_DIM
 
 BATCH = 2
-KINDS = ("row", "column", "conv")
 
 
 def main() -> None:
     options = common.arguments(__doc__, rounds=31)
     if torch.cuda.is_available():
-        from benchmarks import attention_gpu
-
         attention_gpu.run(options)
         return
     config = common.benchmark_config(options.smoke)
@@ -44,7 +40,7 @@ def main() -> None:
     grad_BNHD = torch.randn(BATCH, shape.tokens, shape.heads, HEAD_DIM)
     peak = common.gemm_peak(256 if options.smoke else 2048)
     rows = [peak]
-    for kind in KINDS:
+    for kind in attention_figures.KINDS:
         mask = AttentionMask(kind, shape.text_tokens, shape.image_grid, kernel=shape.conv_kernel)
         case = (qkv_BN3HD, grad_BNHD, mask)
         contenders = [
@@ -55,24 +51,10 @@ def main() -> None:
         if not options.smoke:  # a smoke test can do without a compiler
             for name, how in attention_rivals.FLEX_CPU.items():
                 contenders += attention_rivals.flex(*case, name, how)
-        contenders = checked(contenders, qkv_BN3HD, grad_BNHD)
+        contenders = attention_figures.checked(contenders, qkv_BN3HD, grad_BNHD)
         products = int(mask.dense().sum()) * BATCH * shape.heads * HEAD_DIM
         rows += cpu_figures(contenders, options.rounds, products * 1e-9 / peak.median)
     common.report("attention", config, rows, options)
-
-
-def checked(contenders: Sequence[Contender], *batch: torch.Tensor) -> list[Contender]:
-    """Those that may be timed; says which may not, and refuses to go on without ours."""
-    right = []
-    for contender in contenders:
-        fault = attention_rivals.fault(contender, *batch)
-        if fault is None:
-            right.append(contender)
-        elif contender.family == "ours":
-            raise SystemExit(f"{contender.mask.kind}: ours is not timed: {fault}")
-        else:
-            print(f"{contender.mask.kind}: {contender.name} is left out: {fault}")
-    return right
 
 
 def cpu_figures(
@@ -87,37 +69,12 @@ def cpu_figures(
     families = {c.name: c.family for c in contenders}
     memory = {c.name: peak_memory(c.both) for c in trained}
     return [
-        *figures(kind, "forward", forward, families, 4 * seconds_per_product),
-        *figures(kind, "forward + backward", both, families, 14 * seconds_per_product),
+        *attention_figures.figures(kind, "forward", forward, families, 4 * seconds_per_product),
+        *attention_figures.figures(
+            kind, "forward + backward", both, families, 14 * seconds_per_product
+        ),
         *(Measured(f"{kind}: {name}", "peak memory", "MiB", [m]) for name, m in memory.items()),
     ]
-
-
-def figures(
-    label: str,
-    metric: str,
-    times: Mapping[str, Sequence[float]],
-    families: Mapping[str, str],
-    floor: float | None = None,
-) -> list[Measured]:
-    """Times, ours against the best of each family of rivals, and its share of `floor` seconds."""
-    ours = times["ours"]
-    rows = [
-        Measured(f"{label}: {name}", metric, "ms", [1e3 * t for t in took])
-        for name, took in times.items()
-    ]
-    for family in dict.fromkeys(families[name] for name in times if name != "ours"):
-        best = quickest(times, [name for name in times if families[name] == family])
-        ratios = [t / o for t, o in zip(times[best], ours, strict=True)]
-        rows.append(Measured(f"{label}: ours / {best}", f"{metric} speed", "x", ratios))
-    if floor is not None:
-        share = [100 * floor / t for t in ours]
-        rows.append(Measured(f"{label}: ours", f"{metric} share of floor", "%", share))
-    return rows
-
-
-def quickest(times: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:
-    return min(names, key=lambda name: statistics.median(times[name]))
 
 
 def peak_memory(run: Callable[[], object]) -> float:

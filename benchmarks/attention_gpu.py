@@ -21,7 +21,7 @@ from dalle_kernels.sparse_attention import reference
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from benchmarks import attention, attention_rivals, common, rivals
+from benchmarks import attention_figures, attention_rivals, common, rivals
 from benchmarks.attention_rivals import DENSE, FLEX_GPU
 from benchmarks.common import Measured
 from dalle_dist.config import HEAD_DIM, Config, TransformerConfig, from_dict
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
     )
     grad_BNHD = torch.randn_like(qkv_BN3HD[:, :, 0], memory_format=torch.contiguous_format)
     clock = partial(gpu_seconds, torch.empty(FLUSH, dtype=torch.uint8, device="cuda"))
-    for kind in attention.KINDS:
+    for kind in attention_figures.KINDS:
         mask = AttentionMask(kind, shape.text_tokens, shape.image_grid, kernel=shape.conv_kernel)
         op_rows, dense = op_figures(qkv_BN3HD, grad_BNHD, mask, options, clock)
         layer = blocks.Layer(shape.width, mask).to("cuda", DTYPE)
@@ -119,7 +119,7 @@ def op_figures(
     contenders += [attention_rivals.dense(*case, backend) for backend in DENSE]
     for name, how in FLEX_GPU.items():
         contenders += attention_rivals.flex(*case, name, how)
-    contenders = attention.checked(contenders, qkv_BN3HD, grad_BNHD)
+    contenders = attention_figures.checked(contenders, qkv_BN3HD, grad_BNHD)
     forward = common.interleaved(
         {c.name: partial(_same, c.forward) for c in contenders}, options.rounds, clock
     )
@@ -128,14 +128,14 @@ def op_figures(
     )
     families = {c.name: c.family for c in contenders}
     floors = floor_seconds(qkv_BN3HD, mask)
-    rows = attention.figures(mask.kind, "forward", forward, families, floors[0])
-    rows += attention.figures(mask.kind, "backward", backward, families, floors[1])
+    rows = attention_figures.figures(mask.kind, "forward", forward, families, floors[0])
+    rows += attention_figures.figures(mask.kind, "backward", backward, families, floors[1])
     both = {
         name: [a + b for a, b in zip(forward[name], backward[name], strict=True)]
         for name in forward
     }
     dense = [name for name in both if families[name] == "SDPA causal"]
-    return rows, attention.quickest(both, dense).rpartition(" ")[2]
+    return rows, attention_figures.quickest(both, dense).rpartition(" ")[2]
 
 
 def _same(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -193,7 +193,7 @@ def gain(
     cases = {"ours": partial(_same, step), name: partial(_same, dense_step)}
     times = common.interleaved(cases, rounds, clock)
     families = {"ours": "ours", name: "dense"}
-    return attention.figures(label, metric, times, families)
+    return attention_figures.figures(label, metric, times, families)
 
 
 def layer_step(layer: blocks.Layer, shape: TransformerConfig) -> Callable[[], Any]:

@@ -1,10 +1,10 @@
 """Ours and the rivals of the attention benchmark, each on inputs in the layout that suits it best.
 
 Ours reads token-major qkv, rivals read contiguous q, k, v. FlexAttention gets a column mask with
-the image states in column order, where the mask is a band: once with q, k, v moved there
+the image tokens in column order, where the mask is a band: once with q, k, v moved there
 beforehand, and once with the moves in the measured time, as a model would have to pay for them.
 
-Shape suffixes: B batch, N states, H heads, D head width; 3 is query, key, value.
+Shape suffixes: B batch, N tokens, H heads, D head width; 3 is query, key, value.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 import torch._dynamo.config as dynamo_config
 import torch.nn.functional as F
 from dalle_kernels.masks import AttentionMask
-from dalle_kernels.spans import span
 from dalle_kernels.sparse_attention import reference, sparse_attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -57,7 +56,7 @@ class Contender:
 
     family   rivals of one family are tried, and the best is taken
     mask     what it computes: the benchmark's mask, or "causal" for dense attention
-    natural  from its own layout to [B, H, N, D], states in raster order
+    natural  from its own layout to [B, H, N, D], tokens in raster order
     """
 
     name: str
@@ -138,14 +137,14 @@ def flex(
     yield Contender(
         name, "Flex", mask, attend, there, grad[:, :, order], lambda x: x[..., back, :], trains
     )
-    if mask.kind == "column":
+    if mask.rule.by_column:
         yield Contender(
             f"{name} moved", "Flex moved", mask, moved, inputs, grad, has_backward=trains
         )
 
 
 class _Moved(torch.autograd.Function):
-    """States put in another order, and their gradients put back: one copy each way."""
+    """Tokens put in another order, and their gradients put back: one copy each way."""
 
     @staticmethod
     def forward(ctx: Any, x_BHND: Tensor, order: Tensor, back: Tensor) -> Tensor:
@@ -158,20 +157,11 @@ class _Moved(torch.autograd.Function):
 
 
 def mask_mod(mask: AttentionMask) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention's form of a mask of the paper's dialect, states in `band_order`."""
-    text, grid, reach = mask.text, mask.grid, mask.kernel // 2
-
-    def near(query: Tensor, key: Tensor) -> Tensor:
-        apart = query - key
-        if mask.kind == "row":
-            return apart <= grid
-        if mask.kind == "column":
-            return query // grid == key // grid
-        across = apart % grid
-        return (apart // grid <= reach) & ((across <= reach) | (across >= grid - reach))
+    """FlexAttention's form of a mask, tokens in `band_order`: its rule, as our kernels have it."""
+    text, grid, radius, rule = mask.text, mask.grid, mask.radius, mask.rule.visible
 
     def allowed(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & ((key < text) | near(query - text, key - text))
+        return (query >= key) & ((key < text) | rule(query - text, key - text, grid, radius))
 
     return allowed
 
@@ -185,12 +175,12 @@ def mask_table(
 
 
 def band_order(mask: AttentionMask) -> tuple[Tensor, Tensor]:
-    """Indices that put the states in the order in which the mask is a band, and back.
+    """Indices that put the tokens in the order in which the mask is a band, and back.
 
     Another order than their own only for a column mask: column by column.
     """
-    states = [mask.text + span(mask).position(p) for p in range(mask.image)]
-    order = torch.tensor([*range(mask.text), *states])
+    image = [mask.text + mask.scan(position) for position in range(mask.image)]
+    order = torch.tensor([*range(mask.text), *image])
     return order, order.argsort()
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks import common, precision_plots
 from benchmarks.common import Measured
+from benchmarks.precision_curves import Curve, means
 from dalle_dist.config import Config, from_dict
 from dalle_dist.optim.adamw import AdamW
 from dalle_dist.optim.groups import param_groups
@@ -78,18 +79,6 @@ class Scheme:
     everything: bool = False
     moments: str = "fp32"
     nudged: bool = False  # weights start wrong by as much as fp16 rounds them
-
-
-@dataclass
-class Curve:
-    """What was recorded of a run: by update, and by probe and resblock."""
-
-    losses: dict[int, float] = field(default_factory=dict)
-    scales: dict[int, list[float]] = field(default_factory=dict)
-    underflow: list[list[float]] = field(default_factory=list)
-    error: list[list[float]] = field(default_factory=list)
-    skipped: int = 0
-    held_out: float = 0.0
 
 
 def main() -> None:
@@ -180,11 +169,6 @@ def figures(seeds: list[dict[str, Curve]]) -> list[Measured]:
         if cuts:
             rows.append(Measured(f"{rival} / per resblock", CUT, "x", cuts))
     return rows
-
-
-def means(probes: list[list[float]]) -> list[float]:
-    """Of each resblock, over all probes."""
-    return [statistics.fmean(of_block) for of_block in zip(*probes, strict=True)]
 
 
 def cut(rival: Curve, ours: Curve) -> float | None:

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import precision
+from benchmarks.precision_curves import Curve, means
 from dalle_dist.evaluate.plots import draw_scales
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from benchmarks.precision import Curve
 
 DOCS = Path(__file__).parents[1] / "docs"
 SMOOTHING = 10  # updates
@@ -64,7 +62,7 @@ def _underflow(curves: dict[str, Curve]) -> Figure:
     for first, axes in enumerate(figure.subplots(1, 2, sharey=True)):
         for name, curve in curves.items():
             if curve.underflow:
-                shares = [100 * share for share in precision.means(curve.underflow)[first::2]]
+                shares = [100 * share for share in means(curve.underflow)[first::2]]
                 axes.plot(range(1, len(shares) + 1), shares, ".", label=name)
         axes.set_yscale("symlog", linthresh=1e-4)
         axes.set_ylim(-2e-5, 0.1)

@@ -105,13 +105,13 @@ def test_a_wrong_rival_is_left_out_and_a_wrong_ours_refused(monkeypatch, capsys)
     import torch
     from dalle_kernels.masks import AttentionMask
 
-    from benchmarks import attention, attention_rivals
+    from benchmarks import attention_figures, attention_rivals
 
     mask = AttentionMask("column", 5, 6)
     qkv, grad = torch.randn(2, mask.tokens, 3, 1, 64), torch.randn(2, mask.tokens, 1, 64)
     ours = attention_rivals.ours(qkv, grad, mask, "cpu")
     rivals = [attention_rivals.boolean(qkv, grad, mask), attention_rivals.dense(qkv, grad, mask)]
-    assert attention.checked([ours, *rivals], qkv, grad) == [ours, *rivals]
+    assert attention_figures.checked([ours, *rivals], qkv, grad) == [ours, *rivals]
 
     def off(contender, attend):
         return dataclasses.replace(contender, attend=attend)
@@ -126,13 +126,13 @@ def test_a_wrong_rival_is_left_out_and_a_wrong_ours_refused(monkeypatch, capsys)
         off(rivals[1], failing),
     ]
     capsys.readouterr()
-    assert attention.checked([ours, *wrong], qkv, grad) == [ours]
+    assert attention_figures.checked([ours, *wrong], qkv, grad) == [ours]
     said = capsys.readouterr().out.splitlines()
     for line, reason in zip(said, ("output", "gradient", "no such kernel"), strict=True):
         assert reason in line
     with pytest.raises(SystemExit, match="ours is not timed: gradient"):
         skewed = off(ours, lambda x: (y := ours.attend(x)) + 0.01 * (y - y.detach()))
-        attention.checked([skewed, *rivals], qkv, grad)
+        attention_figures.checked([skewed, *rivals], qkv, grad)
 
 
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
@@ -170,7 +170,7 @@ def test_gradients_that_only_fp16_loses_are_counted(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     import torch
 
-    from benchmarks import precision
+    from benchmarks import precision, precision_curves
 
     plan = precision.plans(smoke=True)[0]
     torch.manual_seed(0)
@@ -185,7 +185,7 @@ def test_gradients_that_only_fp16_loses_are_counted(monkeypatch):
         scheme = precision.Scheme("global", precision.GlobalScale(blocks, 9))
         state = {"log2": [log2] * blocks, "since_cut": [0] * blocks, "overflows": [0] * blocks}
         scheme.scales.load_state_dict(state)
-        curve = precision.Curve()
+        curve = precision_curves.Curve()
         precision.Run(model, scheme, plan, curve)._probe()
         return curve
 

@@ -43,13 +43,13 @@ def sample_codes(
     caches = model.prefill(text_CT, samples_C.tolist())
     codes_BN = torch.empty(len(seeds), tokens, dtype=torch.long, device=device)
     held_B = torch.full_like(codes_BN[:, 0], model.image_embedding.start)
-    for state in range(tokens):
-        logits_BK = model.step(held_B, caches, state)
-        if prefix_codes is not None and state < prefix:
-            held_B = prefix_codes[:, state]
+    for position in range(tokens):
+        logits_BK = model.step(held_B, caches, position)
+        if prefix_codes is not None and position < prefix:
+            held_B = prefix_codes[:, position]
         else:
-            held_B = choose(logits_BK, uniform_BN[:, state], temperature, top_k, top_p)
-        codes_BN[:, state] = held_B
+            held_B = choose(logits_BK, uniform_BN[:, position], temperature, top_k, top_p)
+        codes_BN[:, position] = held_B
     return codes_BN
 
 

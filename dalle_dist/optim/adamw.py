@@ -7,8 +7,8 @@ from itertools import chain
 from typing import Any
 
 import torch
-from dalle_kernels.adamw import Settings, adamw_
-from dalle_kernels.sparse_attention.api import triton_missing
+from dalle_kernels.adamw import Hyperparameters, adamw_
+from dalle_kernels.devices import triton_missing
 from torch import Tensor
 
 from dalle_dist.errors import CheckpointError, ConfigError
@@ -131,7 +131,7 @@ class AdamW(torch.optim.Optimizer):
             self._apex.update(param, grad, state, step, group)
         else:
             moments = (state[name] for name in MOMENT_NAMES)
-            adamw_(param, grad, *moments, _settings(step, group), self._backend(param.device))
+            adamw_(param, grad, *moments, _hyperparameters(step, group), self._backend(param.device))
 
     def _state_of(self, param: Tensor, moments: str) -> dict[str, Tensor]:
         state, dtype = self.state[param], MOMENTS[moments]
@@ -188,9 +188,9 @@ def _gaps(ranges: Sequence[tuple[int, int]], end: int) -> Iterator[tuple[int, in
         at = max(at, stop)
 
 
-def _settings(step: int, group: dict[str, Any]) -> Settings:
+def _hyperparameters(step: int, group: dict[str, Any]) -> Hyperparameters:
     beta1, beta2 = group["betas"]
-    return Settings(
+    return Hyperparameters(
         step=step,
         lr=float(group["lr"]),
         beta1=beta1,

@@ -2,7 +2,7 @@
 
 In fp16 every resblock has a gradient scale of its own (`dalle_dist.precision`).
 
-Shape suffixes: B batch, C captions, S states, W width, H heads, D head width, T text states.
+Shape suffixes: B batch, C captions, S positions, W width, H heads, D head width, T text tokens.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ class Attention(Resblock):
         return self.out(sparse_attention(self._qkv(h_BSW), self.mask).flatten(2))
 
     def prefill(self, x_CTW: Tensor, cache: DecodeCache) -> Tensor:
-        """The text states, whose keys and values go into the cache."""
+        """The text, whose keys and values go into the cache."""
         q_CHTD, k_CHTD, v_CHTD = self._qkv(self.norm(x_CTW)).permute(2, 0, 3, 1, 4)
         cache.put_text(k_CHTD, v_CHTD)
         out_CHTD = F.scaled_dot_product_attention(q_CHTD, k_CHTD, v_CHTD, is_causal=True)
         return x_CTW + self.out(out_CHTD.transpose(1, 2).flatten(2)).float()
 
-    def step(self, x_B1W: Tensor, cache: DecodeCache, state: int) -> Tensor:
-        """One image state, which looks at the text and at the image keys its mask allows."""
+    def step(self, x_B1W: Tensor, cache: DecodeCache, position: int) -> Tensor:
+        """One image token, which looks at the text and at the image keys its mask allows."""
         q_BHD, k_BHD, v_BHD = self._qkv(self.norm(x_B1W))[:, 0].unbind(1)
-        cache.put_image(state, k_BHD, v_BHD)
-        out_BHD = cache.attend(q_BHD, state)
+        cache.put_image(position, k_BHD, v_BHD)
+        out_BHD = cache.attend(q_BHD, position)
         return x_B1W + self.out(out_BHD.flatten(1))[:, None].float()
 
     def _qkv(self, h_BSW: Tensor) -> Tensor:
@@ -96,8 +96,8 @@ class Layer(nn.Module):
     def prefill(self, x_CTW: Tensor, cache: DecodeCache) -> Tensor:
         return self.mlp(self.attention.prefill(x_CTW, cache))
 
-    def step(self, x_B1W: Tensor, cache: DecodeCache, state: int) -> Tensor:
-        return self.mlp(self.attention.step(x_B1W, cache, state))
+    def step(self, x_B1W: Tensor, cache: DecodeCache, position: int) -> Tensor:
+        return self.mlp(self.attention.step(x_B1W, cache, position))
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
-"""What each state of the sequence holds and predicts (arXiv 2102.12092, 2.2 and Fig. 10).
+"""What each position of the sequence holds and predicts (arXiv 2102.12092, 2.2 and Fig. 10).
 
-    states   start t1 ... t(T-1) | start-of-image z1 ... z(N-1)
+    inputs   start t1 ... t(T-1) | start-of-image z1 ... z(N-1)
     targets  t1    t2 ... tT     | z1             z2 ... zN
 
-Image state s stands at the cell that it predicts: row s // grid, column s % grid.
-Shape suffixes: B batch, T text states, N image states.
+Image position s stands at the cell that it predicts: row s // grid, column s % grid.
+Shape suffixes: B batch, T text tokens, N image tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def layer_masks(config: TransformerConfig) -> list[AttentionMask]:
 
     return [
         AttentionMask(
-            kind(layer),  # type: ignore[arg-type]
+            kind(layer),
             config.text_tokens,
             config.image_grid,
             config.mask_variant,
@@ -40,7 +40,7 @@ def layer_masks(config: TransformerConfig) -> list[AttentionMask]:
 
 
 def text_inputs(text_BT: Tensor) -> Tensor:
-    """Captions, padded with PAD, to the tokens that the text states hold."""
+    """Captions, padded with PAD, to the tokens that the text positions hold."""
     return torch.cat([torch.full_like(text_BT[:, :1], START), text_BT[:, :-1]], dim=1)
 
 

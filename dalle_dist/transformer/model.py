@@ -1,6 +1,6 @@
 """The sparse transformer over one stream of text and image tokens (arXiv 2102.12092, 2.2).
 
-Shape suffixes: B batch, C captions, T text states, N image states, S = T + N, W width, K codebook
+Shape suffixes: B batch, C captions, T text tokens, N image tokens, S = T + N, W width, K codebook
 entries.
 """
 
@@ -50,10 +50,10 @@ class Transformer(nn.Module):
             ValueError: another shape or dtype. Values are not looked at, which would hold up
                 training; `logits` and `prefill` do.
         """
-        x_BSW = self._states(text_BT, codes_BN)
+        x_BSW = self._stream(text_BT, codes_BN)
         text_BTW, image_BNW = x_BSW.split([text_BT.shape[1], codes_BN.shape[1]], dim=1)
         counted_BT = counted_text_targets(text_BT)
-        # Only states whose target counts are unembedded: most text states hold pads.
+        # Only positions whose target counts are unembedded: most text positions hold pads.
         text = cross_entropy_sum(self.text_unembedding(text_BTW[counted_BT]), text_BT[counted_BT])
         image = cross_entropy_sum(
             self.image_unembedding(image_BNW).flatten(0, 1), codes_BN.flatten()
@@ -61,7 +61,7 @@ class Transformer(nn.Module):
         return Loss(*text, *image)
 
     def prefill(self, text_CT: Tensor, samples: Sequence[int]) -> list[DecodeCache]:
-        """Run captions through all layers; the caches then take image states one by one.
+        """Run captions through all layers; the caches then take image tokens one by one.
 
         `samples` images are drawn from each caption; those of a caption are neighbours along the
         B of `step`.
@@ -78,14 +78,14 @@ class Transformer(nn.Module):
             x_CTW = layer.prefill(x_CTW, cache)  # type: ignore[operator]
         return caches
 
-    def step(self, held_B: Tensor, caches: list[DecodeCache], state: int) -> Tensor:
-        """fp32 logits_BK of image token `state`, the state holding `held_B`.
+    def step(self, held_B: Tensor, caches: list[DecodeCache], position: int) -> Tensor:
+        """fp32 logits_BK of the image token at `position`, whose input is `held_B`.
 
-        State 0 holds `image_embedding.start`, later ones the code before theirs.
+        The input of position 0 is `image_embedding.start`, of later ones the code before theirs.
         """
-        x_B1W = self.image_embedding(held_B[:, None], first=state)
+        x_B1W = self.image_embedding(held_B[:, None], first=position)
         for layer, cache in zip(self.blocks, caches, strict=True):
-            x_B1W = layer.step(x_B1W, cache, state)  # type: ignore[operator]
+            x_B1W = layer.step(x_B1W, cache, position)  # type: ignore[operator]
         return self.image_unembedding(self.norm(x_B1W))[:, 0]
 
     def logits(self, text_BT: Tensor, codes_BN: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,11 +96,11 @@ class Transformer(nn.Module):
         """
         checks.ids_fit("text", text_BT, self.config.tokenizer.vocab_size)
         checks.ids_fit("codes", codes_BN, self.config.transformer.codebook_size)
-        x_BSW = self._states(text_BT, codes_BN)
+        x_BSW = self._stream(text_BT, codes_BN)
         text_BTW, image_BNW = x_BSW.split([text_BT.shape[1], codes_BN.shape[1]], dim=1)
         return self.text_unembedding(text_BTW), self.image_unembedding(image_BNW)
 
-    def _states(self, text_BT: Tensor, codes_BN: Tensor) -> Tensor:
+    def _stream(self, text_BT: Tensor, codes_BN: Tensor) -> Tensor:
         checks.text_fits(text_BT, self.config)
         checks.codes_fit(codes_BN, len(text_BT), self.config)
         start_B1 = torch.full_like(codes_BN[:, :1], self.image_embedding.start)

@@ -1,12 +1,12 @@
 """DALL-E's attention masks and the kernels that exploit them; imports nothing of dalle_dist.
 
 sparse_attention(qkv, mask)        attention that skips what an AttentionMask hides
-DecodeCache(mask, samples)         the same for images that are drawn state by state
-adamw_(param, grad, mean, variance, by)   one AdamW update in place, by AdamWSettings
+DecodeCache(mask, samples)         the same for images that are generated token by token
+adamw_(param, grad, mean, variance, by)   one AdamW update in place, by AdamWHyperparameters
 pack(x, fmt), unpack(bits, fmt)    Adam's moments in 16 bits
 """
 
-from dalle_kernels.adamw import Settings as AdamWSettings
+from dalle_kernels.adamw import Hyperparameters as AdamWHyperparameters
 from dalle_kernels.adamw import adamw_
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.minifloat import pack, unpack
@@ -16,7 +16,7 @@ from dalle_kernels.minifloat import pack, unpack
 from dalle_kernels.sparse_attention import DecodeCache, sparse_attention
 
 __all__ = [
-    "AdamWSettings",
+    "AdamWHyperparameters",
     "AttentionMask",
     "DecodeCache",
     "adamw_",

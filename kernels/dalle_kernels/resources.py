@@ -117,7 +117,7 @@ def _compile(
     """`types` are of the tensors and strides; the other numbers are the kernels' few scalars."""
     aligned = types
     types = types | dict.fromkeys(("scale", *triton_adamw.SCALARS), "fp32")
-    types |= dict.fromkeys(("position", "start", "stop"), "i32")
+    types |= dict.fromkeys(("scan", "start", "stop"), "i32")
     names = kernel.arg_names
     source = ASTSource(
         kernel,

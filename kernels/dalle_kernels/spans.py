@@ -1,9 +1,8 @@
 """Where in the image a mask can be non-zero: what kernels need to know before they look at a pair.
 
-Kernels walk the image states in an order in which every mask is a band under the diagonal: raster
-order, or column by column for column masks. Positions are places in that order, from 0 on. The
-bounds are closed forms, so that a compiled kernel can hold them as constants; the tests hold them
-against `AttentionMask.dense()`.
+Kernels walk the image tokens in scan order (`MaskRule.by_column`), in which every mask is a band
+under the diagonal. Its extent is measured on the rule itself, once per mask and process, and so can
+be neither too narrow nor wider than it must be.
 """
 
 from __future__ import annotations
@@ -16,63 +15,65 @@ from dalle_kernels.masks import AttentionMask
 
 @dataclass(frozen=True)
 class Span:
-    """The band of one mask's image part.
+    """The band of one mask's image part, in scan positions.
 
-    image      positions
-    grid       positions per line: a row of the picture, or a column where `by_column`
-    by_column  position p is the state at row p % grid, column p // grid; else p is the state
-    back       how many positions before its own a query looks at most
-    own_line   whether a query never looks out of its own line
+    image      image tokens
+    grid       scan positions per line: a row of the image, or a column where `by_column`
+    by_column  whether the scan goes down the columns
+    window     how many scan positions before its own a query looks at most
+    same_row   whether a query never looks out of its own line
+    full       whether every query sees all keys from its `first_key` to itself
     """
 
     image: int
     grid: int
     by_column: bool
-    back: int
-    own_line: bool
+    window: int
+    same_row: bool
+    full: bool
 
     @property
     def slots(self) -> int:
-        """Positions that a decoding step can still look at, its own among them."""
-        return self.back + 1
+        """Keys of the image that a decoding step can still look at, or that later steps need.
 
-    def position(self, state: int) -> int:
-        """Of an image state; its own inverse."""
-        return state % self.grid * self.grid + state // self.grid if self.by_column else state
+        Decoding goes in raster order: a column's next token comes a line later, so all are kept.
+        """
+        if self.by_column:
+            return self.image
+        return self.grid if self.same_row else self.window + 1
 
     def first_key(self, query: int) -> int:
-        """The first position that the query at `query`, or any later one, may look at."""
-        return query // self.grid * self.grid if self.own_line else max(0, query - self.back)
+        """The first scan position that the query at `query`, or any later one, may look at."""
+        line = query // self.grid * self.grid if self.same_row else 0
+        return max(line, query - self.window)
 
     def queries_end(self, key: int) -> int:
-        """One past the last position whose query may look at `key` or an earlier one."""
-        if self.own_line:
-            return (key // self.grid + 1) * self.grid
-        return min(self.image, key + self.back + 1)
+        """One past the last scan position whose query may look at `key` or an earlier one."""
+        end = (key // self.grid + 1) * self.grid if self.same_row else self.image
+        return min(end, key + self.window + 1)
 
 
 @lru_cache(maxsize=256)
 def span(mask: AttentionMask) -> Span:
-    """The band of the mask's image part; `back` is reached by at least one query."""
-    own_line = mask.kind == "column" or (mask.kind == "row" and mask.dialect == "dalle-pytorch")
-    back = min(_back(mask, own_line), mask.image - 1)
-    return Span(mask.image, mask.grid, mask.kind == "column", back, own_line)
+    """The band of the mask's image part; `window` is reached by at least one query.
 
+    Raises:
+        ValueError: a rule under which a query misses itself; a rule by column that leaves its
+            column, whose keys would not be there yet when an image is generated row by row.
+    """
+    import torch
 
-def _back(mask: AttentionMask, own_line: bool) -> int:
-    grid, reach = mask.grid, mask.kernel // 2
-    if own_line:
-        return grid - 1
-    if mask.kind == "row":
-        return grid
-    if mask.kind == "causal":
-        return mask.image - 1
-    if mask.dialect == "dalle-pytorch":
-        return (min(mask.kernel, grid) - 1) * (grid + 1)
-    if reach == 0:
-        return 0
-    if mask.dialect == "torus":
-        return mask.image - 1
-    if mask.dialect == "clamp":
-        return min(reach, grid - 1) * (grid + 1)
-    return reach * grid + grid - 1
+    scan, by_column = torch.arange(mask.image, device="cpu"), mask.rule.by_column
+    window, pairs, same_row = 0, 0, True
+    for line in scan.split(mask.grid):  # all pairs at once would take gigabytes of a large image
+        query, key = mask.visible(line[:, None], scan[None, :]).nonzero().unbind(1)
+        back = query + line[0] - key
+        if int((back == 0).sum()) < mask.grid:
+            raise ValueError(f"kind: {mask.kind!r} hides a query's own key from it")
+        window, pairs = max(window, int(back.max())), pairs + len(key)
+        same_row = same_row and bool((key >= line[0]).all())
+    if by_column and not same_row:
+        raise ValueError(f"kind: {mask.kind!r} goes by column and looks out of its own column")
+    band = Span(mask.image, mask.grid, by_column, window, same_row, full=False)
+    full = pairs == sum(p + 1 - band.first_key(p) for p in range(mask.image))
+    return Span(mask.image, mask.grid, by_column, window, same_row, full)

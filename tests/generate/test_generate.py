@@ -41,9 +41,9 @@ def text(size=3):
 
 
 @pytest.mark.parametrize("masks", ["paper", "causal"])
-@pytest.mark.parametrize("dialect", ["paper", "clamp", "torus", "dalle-pytorch"])
-def test_decoding_step_by_step_equals_the_full_forward(masks, dialect):
-    model = build(f"transformer.masks={masks}", f"transformer.mask_variant={dialect}").model
+@pytest.mark.parametrize("variant", ["paper", "clamp", "torus", "dalle-pytorch"])
+def test_decoding_step_by_step_equals_the_full_forward(masks, variant):
+    model = build(f"transformer.masks={masks}", f"transformer.mask_variant={variant}").model
     codes_BN = torch.randint(0, 20, (3, 16), generator=torch.Generator().manual_seed(6))
     _, expected = model.logits(text(), codes_BN)
     caches = model.prefill(text(), [1, 1, 1])

@@ -1,4 +1,4 @@
-"""What the tests of decoding share: a whole sequence, drawn state by state from the cache."""
+"""What the tests of decoding share: a whole sequence, generated token by token from the cache."""
 
 import torch
 from dalle_kernels.sparse_attention import reference
@@ -6,7 +6,7 @@ from dalle_kernels.sparse_attention.decode import DecodeCache
 
 
 def decode(mask, samples, dtype, backend, heads=2, width=32, device="cpu"):
-    """(stepped, exact, plain) outputs of the image states: ours, fp64's and torch's in `dtype`."""
+    """(stepped, exact, plain) outputs of the image tokens: ours, fp64's and torch's in `dtype`."""
     owner = [c for c, count in enumerate(samples) for _ in range(count)]
     shape = (len(owner), mask.tokens, 3, heads, width)
     qkv = torch.randn(shape, dtype=torch.double, generator=torch.Generator().manual_seed(3))
@@ -18,10 +18,10 @@ def decode(mask, samples, dtype, backend, heads=2, width=32, device="cpu"):
     cache = DecodeCache(mask, samples)
     cache.put_text(*text[:, :, 1:].permute(2, 0, 3, 1, 4))
     stepped = []
-    for state in range(mask.image):
-        q, k, v = qkv[:, mask.text + state].unbind(1)
-        cache.put_image(state, k, v)
-        stepped.append(cache.attend(q, state, backend))
+    for position in range(mask.image):
+        q, k, v = qkv[:, mask.text + position].unbind(1)
+        cache.put_image(position, k, v)
+        stepped.append(cache.attend(q, position, backend))
     exact, plain = (reference.attention(x, mask)[:, mask.text :] for x in (qkv.double(), qkv))
     return torch.stack(stepped, 1), exact, plain
 

@@ -5,15 +5,13 @@ fp32 and fp16 only: the interpreter's bf16 arithmetic is wrong without a word.
 
 import pytest
 import torch
-from dalle_kernels.masks import AttentionMask
+from dalle_kernels.masks import MASKS, AttentionMask
 from dalle_kernels.sparse_attention import reference, sparse_attention, triton_attention
 from dalle_kernels.sparse_attention.triton_config import Backward, Forward
 from test_sparse_attention import errors
+from toy_masks import RULES, registered
 
-CASES = [
-    ("row", "paper"), ("row", "dalle-pytorch"), ("column", "paper"), ("conv", "paper"),
-    ("conv", "clamp"), ("conv", "torus"), ("conv", "dalle-pytorch"), ("causal", "paper"),
-]  # fmt: skip
+CASES = [(kind, variant) for kind, rules in MASKS.items() for variant in rules]
 SLOWLY = pytest.mark.slow
 # Text, grid, batch, heads. The interpreter takes seconds for each: the quick tests have the one
 # that needs several tiles, a ragged one among them, of the paper's masks.
@@ -51,12 +49,19 @@ def compare(mask, dtype, **shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("kind", "dialect", "shape"), RUNS)
-def test_as_exact_as_plain_torch(monkeypatch, kind, dialect, shape, dtype):
+@pytest.mark.parametrize(("kind", "variant", "shape"), RUNS)
+def test_as_exact_as_plain_torch(monkeypatch, kind, variant, shape, dtype):
     small_tiles(monkeypatch)
     text, grid, batch, heads = shape
-    mask = AttentionMask(kind, text, grid, dialect, kernel=3)
+    mask = AttentionMask(kind, text, grid, variant, kernel=3)
     compare(mask, dtype, batch=batch, heads=heads, width=32)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_new_mask_needs_no_new_kernel(monkeypatch, kind):
+    small_tiles(monkeypatch)
+    mask = registered(monkeypatch, kind, 18, 5)
+    compare(mask, torch.float32, batch=1, heads=1, width=32)
 
 
 @pytest.mark.parametrize("text", [29, *(pytest.param(t, marks=SLOWLY) for t in (7, 32))])

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from dalle_kernels.masks import AttentionMask
+from dalle_kernels.masks import MASKS, AttentionMask
 from decoding import decode, nan_memory
+from toy_masks import RULES, registered
 
 uninitialised_memory_is_nan = pytest.fixture(autouse=True)(nan_memory)
-CASES = [
-    ("row", "paper"), ("row", "dalle-pytorch"), ("column", "paper"), ("conv", "paper"),
-    ("conv", "clamp"), ("conv", "torus"), ("conv", "dalle-pytorch"), ("causal", "paper"),
-]  # fmt: skip
+CASES = [(kind, variant) for kind, rules in MASKS.items() for variant in rules]
 
 
 # Text, grid, samples of each caption, heads; the first one quick, with the paper's masks.
@@ -23,10 +21,17 @@ RUNS = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("kind", "dialect", "shape"), RUNS)
-def test_as_exact_as_plain_torch(kind, dialect, shape, dtype):
+@pytest.mark.parametrize(("kind", "variant", "shape"), RUNS)
+def test_as_exact_as_plain_torch(kind, variant, shape, dtype):
     text, grid, samples, heads = shape
-    mask = AttentionMask(kind, text, grid, dialect, kernel=3)
+    mask = AttentionMask(kind, text, grid, variant, kernel=3)
     stepped, exact, plain = decode(mask, samples, dtype, "triton", heads)
     assert stepped.isfinite().all()
+    assert (stepped - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_new_mask_needs_no_new_kernel(monkeypatch, kind):
+    mask = registered(monkeypatch, kind, 5, 4)
+    stepped, exact, plain = decode(mask, [2, 1], torch.float32, "triton")
     assert (stepped - exact).abs().max() <= 2 * (plain - exact).abs().max()

@@ -7,11 +7,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from dalle_kernels.adamw import Settings, adamw_, api, chunked
+from dalle_kernels.adamw import Hyperparameters, adamw_, api, chunked
 from dalle_kernels.minifloat import pack, unpack
 from slow_optimizer import slow_adamw
 
-BY = Settings(
+BY = Hyperparameters(
     step=3, lr=2e-3, beta1=0.9, beta2=0.96, eps=1e-8, weight_decay=0.045, variance_clip=5.0
 )
 GROUP = {
@@ -57,7 +57,7 @@ def test_chunked_is_the_slow_loop_bit_for_bit(packed, monkeypatch):
 
 
 def test_fused_is_chunked_within_rounding():
-    by = Settings(step=3, lr=2e-3, beta1=0.9, beta2=0.96, eps=1e-8, weight_decay=0.045)
+    by = Hyperparameters(step=3, lr=2e-3, beta1=0.9, beta2=0.96, eps=1e-8, weight_decay=0.045)
     tensors = drawn((1000,), packed=False)
     for a, b in zip(updated(tensors, "fused", by), updated(tensors, "chunked", by), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-9)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from dalle_kernels import devices
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.sparse_attention import api, sparse_attention
 
@@ -16,7 +17,7 @@ GPU = torch.device("cuda", 0)
 def on_a_gpu(monkeypatch, capability=(9, 0), installed=True):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(api.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: installed or None)
 
 
 def gpu_qkv(dtype=torch.bfloat16, width=64):

@@ -4,26 +4,24 @@ import itertools
 
 import pytest
 import torch
-from dalle_kernels.masks import AttentionMask
+from dalle_kernels.masks import MASKS, AttentionMask, variants
 from dalle_kernels.sparse_attention.decode import DecodeCache
 from decoding import decode, nan_memory
 
 uninitialised_memory_is_nan = pytest.fixture(autouse=True)(nan_memory)
-KINDS = ["row", "column", "conv", "causal"]
-DIALECTS = ["paper", "clamp", "torus", "dalle-pytorch"]
 
 
-@pytest.mark.parametrize(("kind", "dialect"), itertools.product(KINDS, DIALECTS))
+@pytest.mark.parametrize(("kind", "variant"), itertools.product(MASKS, variants()))
 @pytest.mark.parametrize(("text", "samples", "heads"), [(1, [1], 1), (5, [2, 1, 3], 2)])
-def test_steps_equal_the_whole_sequence(kind, dialect, text, samples, heads):
+def test_steps_equal_the_whole_sequence(kind, variant, text, samples, heads):
     for grid in (1, 3, 4, 6):
-        mask = AttentionMask(kind, text, grid, dialect, kernel=3)
+        mask = AttentionMask(kind, text, grid, variant, kernel=3)
         stepped, exact, _ = decode(mask, samples, torch.double, "torch", heads)
         torch.testing.assert_close(stepped, exact, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MASKS)
 def test_as_exact_as_plain_torch(kind, dtype):
     mask = AttentionMask(kind, 9, 8, kernel=5)
     stepped, exact, plain = decode(mask, [2, 2], dtype, "torch")
@@ -31,7 +29,7 @@ def test_as_exact_as_plain_torch(kind, dtype):
 
 
 @pytest.mark.parametrize(
-    ("kind", "dialect", "slots"),
+    ("kind", "variant", "slots"),
     [
         ("row", "paper", 33),
         ("conv", "paper", 192),
@@ -39,10 +37,10 @@ def test_as_exact_as_plain_torch(kind, dtype):
         ("column", "paper", 1024),
     ],
 )
-def test_bytes_at_the_papers_shape(kind, dialect, slots):
+def test_bytes_at_the_papers_shape(kind, variant, slots):
     """The text's once per caption, the images' for as many slots as the mask needs."""
     captions, samples, heads, width = 2, 4, 3, 64
-    cache = DecodeCache(AttentionMask(kind, 256, 32, dialect), [samples] * captions)
+    cache = DecodeCache(AttentionMask(kind, 256, 32, variant), [samples] * captions)
     text = torch.zeros(captions, heads, 256, width, dtype=torch.float16)
     cache.put_text(text, text)
     pair = 2 * heads * width * 2  # key and value, two bytes a number
@@ -71,11 +69,11 @@ def test_steps_that_do_not_fit_are_named(monkeypatch):
     cache = DecodeCache(mask, [2])
     cache.put_text(*torch.zeros(2, 1, 1, 2, 32))
     two = torch.zeros(2, 1, 32)
-    for state in (-1, 9):
-        with pytest.raises(ValueError, match=f"^state: {state} is not in 0 to 8"):
-            cache.put_image(state, two, two)
-        with pytest.raises(ValueError, match=f"^state: {state} is not in 0 to 8"):
-            cache.attend(two, state)
+    for position in (-1, 9):
+        with pytest.raises(ValueError, match=f"^position: {position} is not in 0 to 8"):
+            cache.put_image(position, two, two)
+        with pytest.raises(ValueError, match=f"^position: {position} is not in 0 to 8"):
+            cache.attend(two, position)
     with pytest.raises(ValueError, match=r"^k: shape \(1, 1, 32\) is not \(2, 1, 32\)"):
         cache.put_image(0, one, two)
     with pytest.raises(ValueError, match=r"^q: shape"):

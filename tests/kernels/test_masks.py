@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from dalle_kernels.masks import AttentionMask
+from dalle_kernels.masks import MASKS, AttentionMask, variants
 
 # Image part for a 4 x 4 grid: a line per query, the keys it sees.
 ROW = [
@@ -45,7 +45,7 @@ def seen(mask: AttentionMask) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dialect", "expected"),
+    ("kind", "variant", "expected"),
     [
         ("row", "paper", ROW),
         ("column", "paper", COLUMN),
@@ -53,8 +53,8 @@ def seen(mask: AttentionMask) -> list[str]:
         ("conv", "clamp", CONV_CLAMP),
     ],
 )
-def test_image_part_on_a_4x4_grid(kind, dialect, expected):
-    assert seen(AttentionMask(kind, 6, 4, dialect, kernel=3)) == expected
+def test_image_part_on_a_4x4_grid(kind, variant, expected):
+    assert seen(AttentionMask(kind, 6, 4, variant, kernel=3)) == expected
 
 
 def test_dalle_pytorch_row_stays_in_its_line():
@@ -74,17 +74,13 @@ def test_torus_conv_sees_across_the_edges():
     assert lines[12] == "013" + "89b" + "c"  # the first line, from the last one
 
 
-ALL = list(
-    itertools.product(
-        ["row", "column", "conv", "causal"], ["paper", "clamp", "torus", "dalle-pytorch"], [1, 3, 5]
-    )
-)
+ALL = list(itertools.product(MASKS, variants(), [1, 3, 5]))
 
 
-@pytest.mark.parametrize(("kind", "dialect", "grid"), ALL)
-def test_what_all_masks_share(kind, dialect, grid):
+@pytest.mark.parametrize(("kind", "variant", "grid"), ALL)
+def test_what_all_masks_share(kind, variant, grid):
     text = 4
-    mask = AttentionMask(kind, text, grid, dialect, kernel=3)
+    mask = AttentionMask(kind, text, grid, variant, kernel=3)
     dense = mask.dense()
     assert dense.shape == (text + grid**2,) * 2
     assert not dense.triu(1).any(), "a query sees the future"
@@ -95,7 +91,7 @@ def test_what_all_masks_share(kind, dialect, grid):
 
 
 def test_papers_sizes():
-    """Allowed pairs among image states at 32 x 32, counted from the rules."""
+    """Allowed pairs among image tokens at 32 x 32, counted from the rules."""
     row, column = (AttentionMask(kind, 256, 32).image_part().sum() for kind in ("row", "column"))
     assert (int(row), int(column)) == (33_264, 16_896)
     assert int(AttentionMask("conv", 256, 32).image_part().sum()) == 61_344
@@ -107,7 +103,7 @@ def test_papers_sizes():
     [
         (("rows", 4, 4), "kind"),
         (("row", 0, 4), "text, grid"),
-        (("row", 4, 4, "other"), "dialect"),
+        (("row", 4, 4, "other"), "variant"),
         (("conv", 4, 4, "paper", 4), "kernel"),
         (("conv", 4, 4, "paper", 3.0), "kernel"),
         (("row", 4.0, 4), "text"),

@@ -111,7 +111,7 @@ def test_states_equal_a_slow_loop_in_double():
         for parameter in model.parameters():
             parameter.mul_(0.5)
     text_BT, codes_BN = batch()
-    states_BSW = model._states(text_BT, codes_BN).double()
+    states_BSW = model._stream(text_BT, codes_BN).double()
     for b in range(3):
         expected_SW = slow_states(model, text_BT[b].tolist(), codes_BN[b].tolist())
         torch.testing.assert_close(states_BSW[b], expected_SW, rtol=1e-4, atol=1e-4)
@@ -146,17 +146,17 @@ def test_first_loss_is_that_of_uniform_predictions():
     assert (loss.image_sum / loss.image_count).item() == pytest.approx(math.log(20))
 
 
-@pytest.mark.parametrize("dialect", ["paper", "clamp", "torus", "dalle-pytorch"])
+@pytest.mark.parametrize("variant", ["paper", "clamp", "torus", "dalle-pytorch"])
 @pytest.mark.parametrize("kind", ["row", "column", "conv", "causal"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_changing_a_token_leaves_all_states_before_it_bit_for_bit(
-    kind, dialect, backend, monkeypatch
+def test_changing_a_token_leaves_all_positions_before_it_bit_for_bit(
+    kind, variant, backend, monkeypatch
 ):
     if (kind, backend) == ("causal", "cpu"):
         backend = "reference"
-    model = tiny(f"transformer.mask_variant={dialect}")
+    model = tiny(f"transformer.mask_variant={variant}")
     for layer in model.blocks:
-        layer.attention.mask = AttentionMask(kind, 6, 4, dialect, kernel=3)
+        layer.attention.mask = AttentionMask(kind, 6, 4, variant, kernel=3)
     from dalle_dist.transformer import blocks
 
     attention = blocks.sparse_attention

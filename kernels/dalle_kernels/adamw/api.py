@@ -13,59 +13,24 @@ for anything (paper B.2). 16-bit moments are unpacked, updated, used, and rounde
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dalle_kernels.adamw import chunked
-from dalle_kernels.sparse_attention.api import triton_missing
+from dalle_kernels.adamw.hyperparameters import Hyperparameters
+from dalle_kernels.devices import triton_missing
 
 GRADIENTS = (torch.float32, torch.float16, torch.bfloat16)
 MOMENTS = (torch.float32, torch.uint16)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the update depends on besides its tensors. variance_clip 0 is none; step is from 1.
-
-    Raises:
-        ValueError: naming the number that is out of its range.
-    """
-
-    step: int
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float = 0.0
-    variance_clip: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.step < 1:
-            raise ValueError(f"step: {self.step} is below 1; the first update is 1")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is not in [0, 1)")
-
-    @property
-    def keep(self) -> float:
-        return 1 - self.lr * self.weight_decay
-
-    @property
-    def size(self) -> float:
-        return self.lr / (1 - self.beta1**self.step)
-
-    @property
-    def root(self) -> float:
-        return 1 / math.sqrt(1 - self.beta2**self.step)
-
-
-def _fused(param: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, by: Settings) -> None:
+def _fused(
+    param: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, by: Hyperparameters
+) -> None:
     if not _fusible(param, grad, mean, by):
         raise ValueError("backend: 'fused' takes a CPU, fp32 throughout, and no variance clip")
     step = torch.tensor(float(by.step))
@@ -76,7 +41,9 @@ def _fused(param: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, by: Sett
     )  # fmt: skip
 
 
-def _triton(param: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, by: Settings) -> None:
+def _triton(
+    param: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, by: Hyperparameters
+) -> None:
     missing = triton_missing(param.device)
     if missing:
         raise ValueError(f"backend: 'triton' cannot run here: {missing}")
@@ -85,7 +52,7 @@ def _triton(param: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, by: Set
     triton_adamw.update(param, grad, mean, variance, by)
 
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Settings], None]] = {
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Hyperparameters], None]] = {
     "fused": _fused,
     "chunked": chunked.update,
     "triton": _triton,
@@ -98,7 +65,7 @@ def adamw_(
     grad: Tensor,
     mean: Tensor,
     variance: Tensor,
-    by: Settings,
+    by: Hyperparameters,
     backend: str = "auto",
 ) -> None:
     """Update `param`, `mean` and `variance` in place.
@@ -115,8 +82,8 @@ def adamw_(
         ValueError: naming the argument that does not fit.
     """
     _check(param, grad, mean, variance)
-    if not isinstance(by, Settings):
-        raise ValueError(f"by: {type(by).__name__} is not the Settings of an update")
+    if not isinstance(by, Hyperparameters):
+        raise ValueError(f"by: {type(by).__name__} is not the Hyperparameters of a step")
     if backend == "auto":
         backend = _quickest(param, grad, mean, by)
     if backend not in BACKENDS:
@@ -146,7 +113,7 @@ def _check(param: Tensor, grad: Tensor, mean: Tensor, variance: Tensor) -> None:
             raise ValueError(f"{name}: is not contiguous")
 
 
-def _quickest(param: Tensor, grad: Tensor, mean: Tensor, by: Settings) -> str:
+def _quickest(param: Tensor, grad: Tensor, mean: Tensor, by: Hyperparameters) -> str:
     if param.device.type == "cpu":
         return "fused" if _fusible(param, grad, mean, by) else "chunked"
     missing = triton_missing(param.device)
@@ -156,7 +123,7 @@ def _quickest(param: Tensor, grad: Tensor, mean: Tensor, by: Settings) -> str:
     return "chunked"
 
 
-def _fusible(param: Tensor, grad: Tensor, mean: Tensor, by: Settings) -> bool:
+def _fusible(param: Tensor, grad: Tensor, mean: Tensor, by: Hyperparameters) -> bool:
     plain = grad.dtype == mean.dtype == torch.float32 and not by.variance_clip
     return plain and param.device.type == "cpu"
 

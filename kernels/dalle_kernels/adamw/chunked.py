@@ -6,15 +6,11 @@ two roundings, and then no second implementation could agree bit for bit.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from dalle_kernels.adamw.hyperparameters import Hyperparameters
 from dalle_kernels.minifloat import pack, unpack
-
-if TYPE_CHECKING:
-    from dalle_kernels.adamw.api import Settings
 
 # Elements. On CPUs the temporaries of a piece (about 2 MB) stay in the second-level cache; on
 # other devices a piece must be large enough to hide the launches.
@@ -22,7 +18,9 @@ CPU_PIECE = 1 << 16
 DEVICE_PIECE = 1 << 24
 
 
-def update(param: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, by: Settings) -> None:
+def update(
+    param: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, by: Hyperparameters
+) -> None:
     """See `adamw_`."""
     piece = CPU_PIECE if param.device.type == "cpu" else DEVICE_PIECE
     pieces = (tensor.view(-1).split(piece) for tensor in (param, grad, mean, variance))
@@ -36,7 +34,7 @@ def update(param: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, by: Sett
             _update(p, g.float(), m, v, by)
 
 
-def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, by: Settings) -> None:
+def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, by: Hyperparameters) -> None:
     m.mul_(by.beta1).add_(g * (1 - by.beta1))
     v.mul_(by.beta2).add_((g * g).mul_(1 - by.beta2))
     if by.variance_clip:

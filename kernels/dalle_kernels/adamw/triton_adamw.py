@@ -7,17 +7,13 @@ Bytes moved per element with an fp32 gradient: 28 with fp32 moments, 20 with 16-
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dalle_kernels.adamw.hyperparameters import Hyperparameters
 from dalle_kernels.minifloat.triton_minifloat import pack, unpack
-
-if TYPE_CHECKING:
-    from dalle_kernels.adamw.api import Settings
 
 BLOCK = 1024
 # Memory is the limit, so separate roundings cost nothing, and CPUs can be matched bit for bit.
@@ -26,7 +22,9 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 SCALARS = ("keep", "size", "root", "beta1", "rest1", "beta2", "rest2", "eps", "clip")
 
 
-def update(param: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, by: Settings) -> None:
+def update(
+    param: Tensor, grad: Tensor, mean: Tensor, variance: Tensor, by: Hyperparameters
+) -> None:
     """See `adamw_`."""
     numel = param.numel()
     adamw_update[(triton.cdiv(numel, BLOCK),)](

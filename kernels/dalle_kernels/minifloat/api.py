@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dalle_kernels.devices import triton_missing
 from dalle_kernels.minifloat import torch_minifloat
 from dalle_kernels.minifloat.formats import FORMATS
-from dalle_kernels.sparse_attention.api import triton_missing
 
 BACKENDS = ("torch", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

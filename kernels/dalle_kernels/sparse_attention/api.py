@@ -1,12 +1,10 @@
 """One entry point, several backends.
 
-Shape suffixes: B batch, N states, H heads, D head width; 3 is query, key, value.
+Shape suffixes: B batch, N tokens, H heads, D head width; 3 is query, key, value.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -14,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dalle_kernels.devices import triton_missing
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.sparse_attention import cpu, reference
 
@@ -43,7 +42,7 @@ def sparse_attention(qkv_BN3HD: Tensor, mask: AttentionMask, backend: str = "aut
     Args:
         qkv_BN3HD: queries, keys and values, token-major; read where they lie. Triton takes fp32,
             fp16 and bf16, and a width D of 32, 64 or 128.
-        mask: over exactly N states.
+        mask: over exactly N tokens.
         backend: "reference" (dense boolean mask), "cpu" or "triton" (both skip what the mask
             hides), or "auto": the quickest that runs here. On a GPU without Triton that is the
             reference, after one warning.
@@ -55,21 +54,6 @@ def sparse_attention(qkv_BN3HD: Tensor, mask: AttentionMask, backend: str = "aut
     if backend == "auto":
         backend = _quickest(qkv_BN3HD, mask)
     return BACKENDS[backend](qkv_BN3HD, mask)
-
-
-def triton_missing(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on that device; None if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted else "the tensors are on the CPU"
-    if device.type != "cuda" or torch.version.cuda is None:
-        return f"device {device.type} is no NVIDIA GPU"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"the GPU has compute capability {major}.{minor}, below 8.0"
-    return None
 
 
 def _check(qkv_BN3HD: Tensor, mask: AttentionMask, backend: str) -> None:
@@ -84,7 +68,7 @@ def _check(qkv_BN3HD: Tensor, mask: AttentionMask, backend: str) -> None:
     if qkv_BN3HD.dtype not in (*DTYPES, torch.float64):
         raise ValueError(f"qkv: dtype {qkv_BN3HD.dtype} is not one of fp32, fp16, bf16, fp64")
     if qkv_BN3HD.shape[1] != mask.tokens:
-        raise ValueError(f"mask: {mask.tokens} states, but qkv has {qkv_BN3HD.shape[1]}")
+        raise ValueError(f"mask: {mask.tokens} tokens, but qkv has {qkv_BN3HD.shape[1]}")
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of auto, {', '.join(BACKENDS)}")
     if backend == "cpu" and qkv_BN3HD.device.type != "cpu":

@@ -8,7 +8,7 @@ Its strips are of keys, with the queries that reach them: strips that overlap in
 gradient to add up, strips that overlap in keys two.
 All that the calls read are slices of qkv; nothing is gathered, no N x N matrix is built.
 
-Shape suffixes: B batch, N states, H heads, D head width, I image states, Q queries and K keys of a
+Shape suffixes: B batch, N tokens, H heads, D head width, I image tokens, Q queries and K keys of a
 strip; 3 is query, key, value.
 """
 
@@ -35,7 +35,7 @@ QUERIES, KEYS = 32, 64  # of a forward and of a backward call, at least; measure
 
 
 class Strip(NamedTuple):
-    """Image states as slices of all states; `bias_QK` is 0 or -inf, None for a causal square."""
+    """Image tokens as slices of all tokens; `bias_QK` is 0 or -inf, None for a causal square."""
 
     queries: slice
     keys: slice
@@ -49,7 +49,7 @@ def pays(mask: AttentionMask) -> bool:
 
 def attention(qkv_BN3HD: Tensor, mask: AttentionMask) -> Tensor:
     """out_BNHD; see `sparse_attention`."""
-    if mask.kind == "causal":
+    if mask.is_causal:
         return reference.attention(qkv_BN3HD, mask)
     return _Attention.apply(qkv_BN3HD, mask)
 
@@ -63,8 +63,8 @@ class _Attention(torch.autograd.Function):
         text, image = slice(mask.text), slice(mask.text, None)
         out_BNHD = torch.empty_like(qkv_BN3HD[:, :, 0])
         out = out_BNHD.transpose(1, 2)
-        far, far_lse_BHI = _flash(q[:, :, image], k[:, :, text], v[:, :, text])
-        lse_BHN = far_lse_BHI.new_empty(q.shape[:3])
+        from_text, from_text_lse_BHI = _flash(q[:, :, image], k[:, :, text], v[:, :, text])
+        lse_BHN = from_text_lse_BHI.new_empty(q.shape[:3])
         out[:, :, text], lse_BHN[:, :, text] = _flash(
             q[:, :, text], k[:, :, text], v[:, :, text], 0.0, True
         )
@@ -72,7 +72,7 @@ class _Attention(torch.autograd.Function):
             out[:, :, queries], lse_BHN[:, :, queries] = _flash(
                 q[:, :, queries], k[:, :, keys], v[:, :, keys], 0.0, bias is None, attn_mask=bias
             )
-        _merge(out[:, :, image], lse_BHN[:, :, image], far, far_lse_BHI)
+        _merge(out[:, :, image], lse_BHN[:, :, image], from_text, from_text_lse_BHI)
         ctx.save_for_backward(qkv_BN3HD, out_BNHD, lse_BHN)
         ctx.mask = mask
         return out_BNHD
@@ -94,11 +94,11 @@ class _Attention(torch.autograd.Function):
             )  # fmt: skip
 
         # The call with the largest results goes first, before memory is taken for all gradients.
-        far = share(Strip(image, text, None), False)
+        from_text = share(Strip(image, text, None), False)
         grad_qkv_BN3HD = torch.empty_like(qkv_BN3HD, memory_format=torch.contiguous_format)
         dq, dk, dv = grad_qkv_BN3HD.permute(2, 0, 3, 1, 4)
-        dq[:, :, image], dk[:, :, text], dv[:, :, text] = far
-        del far
+        dq[:, :, image], dk[:, :, text], dv[:, :, text] = from_text
+        del from_text
         dq[:, :, text], text_dk, text_dv = share(Strip(text, text, None), True)
         dk[:, :, text] += text_dk
         dv[:, :, text] += text_dv
@@ -110,11 +110,11 @@ class _Attention(torch.autograd.Function):
         return grad_qkv_BN3HD, None
 
 
-def _merge(near: Tensor, near_lse: Tensor, far: Tensor, far_lse: Tensor) -> None:
-    """Softmax over both sets of keys, from each set's own, into the near ones; spoils `far`."""
-    near_share = torch.sigmoid(near_lse - far_lse)[..., None]
-    near.copy_(far.to(near_share).lerp_(near.to(near_share), near_share))
-    near_lse.copy_(torch.logaddexp(near_lse, far_lse))
+def _merge(image: Tensor, image_lse: Tensor, text: Tensor, text_lse: Tensor) -> None:
+    """Softmax over image and text keys, from each set's own, into the image's; spoils `text`."""
+    image_share = torch.sigmoid(image_lse - text_lse)[..., None]
+    image.copy_(text.to(image_share).lerp_(image.to(image_share), image_share))
+    image_lse.copy_(torch.logaddexp(image_lse, text_lse))
 
 
 # Kept for later calls, so never inference tensors, which autograd would refuse.
@@ -137,7 +137,7 @@ def _strips(mask: AttentionMask, dtype: torch.dtype, of_keys: bool) -> tuple[Str
 
 
 def _slices(mask: AttentionMask, of_keys: bool) -> Iterator[tuple[slice, slice]]:
-    """Queries and keys of each strip, as slices of the image states."""
+    """Queries and keys of each strip, as slices of the image tokens."""
     band, grid = span(mask), mask.grid
     if band.by_column:
         yield from ((slice(c, mask.image, grid),) * 2 for c in range(grid))
@@ -151,5 +151,5 @@ def _slices(mask: AttentionMask, of_keys: bool) -> Iterator[tuple[slice, slice]]
                 yield slice(start, stop), slice(band.first_key(start), stop)
 
 
-def _shifted(states: slice, by: int) -> slice:
-    return slice(states.start + by, states.stop + by, states.step)
+def _shifted(tokens: slice, by: int) -> slice:
+    return slice(tokens.start + by, tokens.stop + by, tokens.step)

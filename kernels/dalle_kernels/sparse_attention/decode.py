@@ -1,11 +1,11 @@
-"""Attention of one new image state per sample, and a cache that keeps what its mask still needs.
+"""Attention of one new image token per sample, and a cache that keeps what its mask still needs.
 
 Text keys and values are kept once per caption, and all its samples look at them in one product.
-Image keys and values go into a ring of `span(mask).slots`; column masks keep whole columns, each of
-them contiguous, since a column's states come a line apart.
+Image keys and values go into a ring of `span(mask).slots`, where scan position p is in slot
+p % slots; masks by column keep whole columns, each of them contiguous.
 
 Shape suffixes: C captions, S samples of a caption (padded to the most), B samples of all captions,
-H heads, D head width, T text states, J slots.
+H heads, D head width, T text tokens, J slots.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from dalle_kernels.sparse_attention.api import unfit, warn
 
 
 class DecodeCache:
-    """One layer's keys and values while images are drawn state by state.
+    """One layer's keys and values while images are generated token by token.
 
     Args:
         mask: the layer's.
-        samples: how many images are drawn from each caption; images of a caption are neighbours
+        samples: how many images are generated from each caption; images of a caption are neighbours
             along B.
 
     Raises:
@@ -43,10 +43,10 @@ class DecodeCache:
         if not samples or min(samples) < 1:
             raise ValueError(f"samples: {list(samples)} are not one or more for each caption")
         self.mask, self.samples, self.span = mask, tuple(samples), span(mask)
-        self.slots = mask.image if mask.kind == "column" else self.span.slots
+        self.slots = self.span.slots
 
     def put_text(self, k_CHTD: Tensor, v_CHTD: Tensor) -> None:
-        """Keys and values of each caption's text states; makes room for the images."""
+        """Keys and values of each caption's text; makes room for the images."""
         if k_CHTD.ndim != 4 or k_CHTD.shape != v_CHTD.shape:
             raise ValueError(
                 f"k, v: shapes {tuple(k_CHTD.shape)} and {tuple(v_CHTD.shape)} are not one "
@@ -55,24 +55,27 @@ class DecodeCache:
         captions, heads, text, width = k_CHTD.shape
         if (captions, text) != (len(self.samples), self.mask.text):
             raise ValueError(
-                f"text: {captions} captions of {text} states, expected {len(self.samples)} of "
+                f"text: {captions} captions of {text} tokens, expected {len(self.samples)} of "
                 f"{self.mask.text}"
             )
         self.k_CHTD, self.v_CHTD = k_CHTD.contiguous(), v_CHTD.contiguous()
         self.k_BHJD = k_CHTD.new_empty(sum(self.samples), heads, self.slots, width)
         self.v_BHJD = torch.empty_like(self.k_BHJD)
-        self.place_B = _places(self.samples, k_CHTD.device)
+        self.padded_row_B = _padded_rows(self.samples, k_CHTD.device)
         first = [0, *accumulate(self.samples)]  # sample of each caption, and one past the last
         self.first_C = torch.tensor(first, device=k_CHTD.device)
 
-    def put_image(self, state: int, k_BHD: Tensor, v_BHD: Tensor) -> None:
-        """Key and value of image state `state` of every sample; states come in order."""
-        self._check(state, k=k_BHD, v=v_BHD)
-        slot = self.span.position(state) % self.slots
+    def put_image(self, position: int, k_BHD: Tensor, v_BHD: Tensor) -> None:
+        """Key and value of the image token at raster position `position` of every sample.
+
+        Positions come in order, from 0 on.
+        """
+        self._check(position, k=k_BHD, v=v_BHD)
+        slot = self.mask.scan(position) % self.slots
         self.k_BHJD[:, :, slot], self.v_BHJD[:, :, slot] = k_BHD, v_BHD
 
-    def attend(self, q_BHD: Tensor, state: int, backend: str = "auto") -> Tensor:
-        """out_BHD of image state `state`, whose key and value are there already.
+    def attend(self, q_BHD: Tensor, position: int, backend: str = "auto") -> Tensor:
+        """out_BHD of the image token at raster position `position`, which `put_image` has had.
 
         backend: "torch" (any device), "triton", or "auto": Triton on GPUs that run it; on others
             torch, after one warning.
@@ -82,22 +85,25 @@ class DecodeCache:
         """
         if backend not in ("auto", "torch", "triton"):
             raise ValueError(f"backend: {backend!r} is not one of auto, torch, triton")
-        self._check(state, q=q_BHD)
+        self._check(position, q=q_BHD)
         if self._takes_triton(q_BHD, backend):
             from dalle_kernels.sparse_attention.triton_decode import attend
 
-            return attend(q_BHD, self, state)
-        return self._attend(q_BHD, state)
+            return attend(
+                q_BHD, self._kept, self.first_C, self.samples, self.mask,
+                self.mask.scan(position), self.filled(position),
+            )  # fmt: skip
+        return self._attend(q_BHD, position)
 
-    def _check(self, state: int, **new: Tensor) -> None:
+    def _check(self, position: int, **new: Tensor) -> None:
         if "k_BHJD" not in vars(self):
             raise ValueError("text: none is there; put_text comes first")
-        if not 0 <= state < self.mask.image:
-            raise ValueError(f"state: {state} is not in 0 to {self.mask.image - 1}")
-        room = (*self.k_BHJD.shape[:2], self.k_BHJD.shape[-1])
+        if not 0 <= position < self.mask.image:
+            raise ValueError(f"position: {position} is not in 0 to {self.mask.image - 1}")
+        expected = (*self.k_BHJD.shape[:2], self.k_BHJD.shape[-1])
         for name, x_BHD in new.items():
-            if x_BHD.shape != room:
-                raise ValueError(f"{name}: shape {tuple(x_BHD.shape)} is not {room}")
+            if x_BHD.shape != expected:
+                raise ValueError(f"{name}: shape {tuple(x_BHD.shape)} is not {expected}")
 
     def _takes_triton(self, q_BHD: Tensor, backend: str) -> bool:
         if backend == "torch" or (backend == "auto" and q_BHD.device.type == "cpu"):
@@ -109,46 +115,49 @@ class DecodeCache:
             warn("decoding falls back to torch", missing)
         return missing is None
 
-    def filled(self, state: int) -> tuple[int, int]:
-        """First and last + 1 of the slots that state `state` may look at."""
-        position, grid = self.span.position(state), self.span.grid
-        if self.mask.kind == "column":
-            return position // grid * grid, position + 1
-        return 0, position % grid + 1 if self.span.own_line else min(position + 1, self.slots)
+    def filled(self, position: int) -> tuple[int, int]:
+        """First and last + 1 of the slots that the token at raster position `position` may use."""
+        scan = self.mask.scan(position)
+        if self.span.same_row:  # a line starts at a multiple of the slots, or all lines are kept
+            return self.span.first_key(scan) % self.slots, scan % self.slots + 1
+        return 0, min(scan + 1, self.slots)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        kept = (self.k_CHTD, self.v_CHTD, self.k_BHJD, self.v_BHJD)
-        return sum(x.numel() * x.element_size() for x in kept)
+        return sum(x.numel() * x.element_size() for x in self._kept)
 
-    def _attend(self, q_BHD: Tensor, state: int) -> Tensor:
+    @property
+    def _kept(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.k_CHTD, self.v_CHTD, self.k_BHJD, self.v_BHJD
+
+    def _attend(self, q_BHD: Tensor, position: int) -> Tensor:
         # Scores and their softmax in fp32 at least, as in the fused kernels.
         exact = torch.promote_types(q_BHD.dtype, torch.float32)
         q_BHD = q_BHD.to(exact) * (1 / math.sqrt(q_BHD.shape[-1]))
-        start, stop = self.filled(state)
+        start, stop = self.filled(position)
         k_BHJD, v_BHJD = (x[:, :, start:stop].to(exact) for x in (self.k_BHJD, self.v_BHJD))
-        near_BHJ = (q_BHD[:, :, None] @ k_BHJD.transpose(-1, -2))[:, :, 0]
-        if self.mask.kind == "conv":
-            near_BHJ += _bias(self.mask, q_BHD.device)[state, :stop]
-        far_BHT = self._per_caption(q_BHD, self.k_CHTD.to(exact).transpose(-1, -2))
-        weights = torch.cat([far_BHT, near_BHJ], dim=-1).softmax(dim=-1)
-        far_BHT, near_BHJ = weights.split([self.mask.text, stop - start], dim=-1)
-        far_BHD = self._per_caption(far_BHT, self.v_CHTD.to(exact))
-        return (far_BHD + (near_BHJ[:, :, None] @ v_BHJD)[:, :, 0]).to(self.v_BHJD.dtype)
+        image_BHJ = (q_BHD[:, :, None] @ k_BHJD.transpose(-1, -2))[:, :, 0]
+        if not self.span.full:
+            image_BHJ += _bias(self.mask, q_BHD.device)[self.mask.scan(position), start:stop]
+        text_BHT = self._per_caption(q_BHD, self.k_CHTD.to(exact).transpose(-1, -2))
+        weights = torch.cat([text_BHT, image_BHJ], dim=-1).softmax(dim=-1)
+        text_BHT, image_BHJ = weights.split([self.mask.text, stop - start], dim=-1)
+        out_BHD = self._per_caption(text_BHT, self.v_CHTD.to(exact))
+        return (out_BHD + (image_BHJ[:, :, None] @ v_BHJD)[:, :, 0]).to(self.v_BHJD.dtype)
 
     def _per_caption(self, x_BHn: Tensor, y_CHnm: Tensor) -> Tensor:
         """Each sample's rows times its caption's matrix: [B, H, m]."""
         captions, most = len(self.samples), max(self.samples)
-        if self.place_B is not None:
+        if self.padded_row_B is not None:
             padded = x_BHn.new_zeros(captions * most, *x_BHn.shape[1:])
-            x_BHn = padded.index_copy(0, self.place_B, x_BHn)
+            x_BHn = padded.index_copy(0, self.padded_row_B, x_BHn)
         x_CHSn = x_BHn.unflatten(0, (captions, most)).transpose(1, 2)
         out_BHm = (x_CHSn @ y_CHnm).transpose(1, 2).flatten(0, 1)
-        return out_BHm if self.place_B is None else out_BHm[self.place_B]
+        return out_BHm if self.padded_row_B is None else out_BHm[self.padded_row_B]
 
 
-def _places(samples: tuple[int, ...], device: torch.device) -> Tensor | None:
+def _padded_rows(samples: tuple[int, ...], device: torch.device) -> Tensor | None:
     """int64 [B]: each sample's row among captions padded to the most samples; None if all alike."""
     most = max(samples)
     if min(samples) == most:
@@ -161,9 +170,9 @@ def _places(samples: tuple[int, ...], device: torch.device) -> Tensor | None:
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _bias(mask: AttentionMask, device: torch.device) -> Tensor:
-    """[state, slot]: 0 where the ring's slot holds a state to be looked at, else -inf."""
-    slots, part = span(mask).slots, mask.image_part()
-    state, key = part.nonzero().unbind(1)
+    """[scan position, slot]: 0 where the slot holds a token that may be looked at, else -inf."""
+    slots, scan = span(mask).slots, torch.arange(mask.image, device="cpu")
+    query, key = mask.visible(scan[:, None], scan[None, :]).nonzero().unbind(1)
     bias = torch.full((mask.image, slots), -torch.inf, device="cpu", dtype=torch.float32)
-    bias[state, key % slots] = 0
+    bias[query, key % slots] = 0
     return bias.to(device)

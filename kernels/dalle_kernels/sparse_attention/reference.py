@@ -14,7 +14,7 @@ from dalle_kernels.masks import AttentionMask
 def attention(qkv_BN3HD: Tensor, mask: AttentionMask) -> Tensor:
     """out_BNHD; see `sparse_attention`."""
     q_BHND, k_BHND, v_BHND = qkv_BN3HD.permute(2, 0, 3, 1, 4)
-    if mask.kind == "causal":
+    if mask.is_causal:
         out_BHND = F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, is_causal=True)
     else:
         allowed = _dense(mask, qkv_BN3HD.device)

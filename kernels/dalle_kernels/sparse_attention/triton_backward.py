@@ -132,8 +132,8 @@ def _text_keys(
 def _image_keys(
     q_base, k_base, v_base, grad, lse, delta, dk_base, dv_base, stride, grad_stride, out_stride,
     scale, first, TEXT: tl.constexpr, GRID: tl.constexpr, BY_COLUMN: tl.constexpr,
-    BACK: tl.constexpr, RULE: tl.constexpr, REACH: tl.constexpr, D: tl.constexpr,
-    BM: tl.constexpr, BW: tl.constexpr,
+    WINDOW: tl.constexpr, SAME_ROW: tl.constexpr, RULE: tl.constexpr, RADIUS: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     IMAGE: tl.constexpr = GRID * GRID
     key = first + tl.arange(0, BW)
@@ -142,8 +142,8 @@ def _image_keys(
     v = load_rows(v_base, column, key < IMAGE, stride, D)
     dk, dv = tl.zeros([BW, D], tl.float32), tl.zeros([BW, D], tl.float32)
     last = tl.minimum(first + BW, IMAGE) - 1
-    end = last + BACK + 1
-    if RULE == 0:
+    end = last + WINDOW + 1
+    if SAME_ROW:
         end = (last // GRID + 1) * GRID
     for start in range(first, tl.minimum(end, IMAGE), BM):
         query = start + tl.arange(0, BM)
@@ -151,7 +151,7 @@ def _image_keys(
         q, g, m, d = _load_queries(
             q_base, grad, lse, delta, row, query < IMAGE, stride, grad_stride, D
         )
-        ok = visible(query[:, None], key[None, :], GRID, BACK, RULE, REACH)
+        ok = visible(query[:, None], key[None, :], GRID, WINDOW, RULE, RADIUS)
         dk, dv = _add_dkv(dk, dv, q, k, g, v, m, d, ok, scale)
     store_rows(dk_base, column, key < IMAGE, out_stride, dk * scale, D)
     store_rows(dv_base, column, key < IMAGE, out_stride, dv, D)
@@ -177,8 +177,8 @@ def _text_queries(
 def _image_queries(
     q_base, k_base, v_base, grad, lse, delta, dq_base, stride, grad_stride, out_stride,
     scale, first, TEXT: tl.constexpr, GRID: tl.constexpr, BY_COLUMN: tl.constexpr,
-    BACK: tl.constexpr, RULE: tl.constexpr, REACH: tl.constexpr, D: tl.constexpr,
-    BM: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
+    WINDOW: tl.constexpr, SAME_ROW: tl.constexpr, RULE: tl.constexpr, RADIUS: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     IMAGE: tl.constexpr = GRID * GRID
     query = first + tl.arange(0, BM)
@@ -191,15 +191,15 @@ def _image_queries(
         v = load_rows(v_base, key, key < TEXT, stride, D)
         ok = None if TEXT % BT == 0 else (key < TEXT)[None, :]
         dq = _add_dq(dq, q, k, g, v, m, d, ok, scale)
-    low = tl.maximum(first - BACK, 0)
-    if RULE == 0:
+    low = tl.maximum(first - WINDOW, 0)
+    if SAME_ROW:
         low = first // GRID * GRID
     for start in range(low, tl.minimum(first + BM, IMAGE), BW):
         key = start + tl.arange(0, BW)
         column = image_token(key, TEXT, GRID, BY_COLUMN)
         k = load_rows(k_base, column, key < IMAGE, stride, D)
         v = load_rows(v_base, column, key < IMAGE, stride, D)
-        ok = visible(query[:, None], key[None, :], GRID, BACK, RULE, REACH)
+        ok = visible(query[:, None], key[None, :], GRID, WINDOW, RULE, RADIUS)
         dq = _add_dq(dq, q, k, g, v, m, d, ok, scale)
     store_rows(dq_base, row, query < IMAGE, out_stride, dq * scale, D)
 
@@ -207,8 +207,8 @@ def _image_queries(
 @triton.jit
 def attention_backward(
     qkv, grad, lse, delta, dqkv, stride_b, stride_n, stride_c, stride_h, scale,
-    TEXT: tl.constexpr, GRID: tl.constexpr, BY_COLUMN: tl.constexpr, BACK: tl.constexpr,
-    RULE: tl.constexpr, REACH: tl.constexpr, D: tl.constexpr,
+    TEXT: tl.constexpr, GRID: tl.constexpr, BY_COLUMN: tl.constexpr, WINDOW: tl.constexpr,
+    SAME_ROW: tl.constexpr, RULE: tl.constexpr, RADIUS: tl.constexpr, D: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     IMAGE: tl.constexpr = GRID * GRID
@@ -233,12 +233,14 @@ def attention_backward(
     elif tile < IMAGE_QUERIES:
         _image_queries(
             q, k, v, grad, lse, delta, dq, stride_n, g_stride, d_stride, scale,
-            (tile - TEXT_KEYS) * BM, TEXT, GRID, BY_COLUMN, BACK, RULE, REACH, D, BM, BT, BW,
+            (tile - TEXT_KEYS) * BM, TEXT, GRID, BY_COLUMN, WINDOW, SAME_ROW, RULE, RADIUS,
+            D, BM, BT, BW,
         )  # fmt: skip
     elif tile < IMAGE_KEYS:
         _image_keys(
             q, k, v, grad, lse, delta, dk, dv, stride_n, g_stride, d_stride, scale,
-            (tile - IMAGE_QUERIES) * BW, TEXT, GRID, BY_COLUMN, BACK, RULE, REACH, D, BM, BW,
+            (tile - IMAGE_QUERIES) * BW, TEXT, GRID, BY_COLUMN, WINDOW, SAME_ROW, RULE, RADIUS,
+            D, BM, BW,
         )  # fmt: skip
     else:
         _text_queries(

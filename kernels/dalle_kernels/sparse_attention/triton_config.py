@@ -1,7 +1,7 @@
 """Tile sizes by device and shape. No autotuning at run time: the same run takes the same kernels.
 
 The choices follow what the offline compiler reports (`kernels/resources.json`): no spills on sm_90,
-and two programs per multiprocessor where they fit. Units: states per tile.
+and two programs per multiprocessor where they fit. Units: tokens per tile.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def forward_tiles(
     if dtype == torch.float32:
         return Forward(BM=32, BT=32, BW=32, num_warps=4, num_stages=1)
     if capability >= (9, 0) and width == 64 and 128 < mask.text <= 256 and mask.grid >= 16:
-        # Half an image per program: two per head keep all multiprocessors busy (kernels.md F2).
+        # Half an image per program: each loads the text once for all its tiles, and two for every
+        # head and sample are still more programs than a GPU has multiprocessors.
         stride = max(1, mask.image // 128)
         return Forward(64, 128, 32, num_warps=4, num_stages=1, STRIDE=stride, RESIDENT=True)
     if width == 128:

@@ -1,4 +1,4 @@
-"""One new state per sample on a GPU: a program is a caption, a head and a block of its samples.
+"""One new image token per sample on a GPU: a program is a caption, a head and some of its samples.
 
 The text's keys are loaded once per block and meet all its queries in one product; image keys are
 each sample's own, a few dozen, and are multiplied and summed without matrix units.
@@ -9,7 +9,8 @@ each sample's own, a few dozen, and are multiplied and summed without matrix uni
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -20,22 +21,33 @@ from dalle_kernels.masks import AttentionMask
 from dalle_kernels.sparse_attention.triton_config import decode_warps
 from dalle_kernels.sparse_attention.triton_tiles import load_rows, mask_constants, visible
 
-if TYPE_CHECKING:
-    from dalle_kernels.sparse_attention.decode import DecodeCache
-
 BLOCK = 16  # samples: the least rows of a matrix product
 
 
-def attend(q_BHD: Tensor, cache: DecodeCache, state: int) -> Tensor:
-    """out_BHD; see `DecodeCache.attend`."""
+def attend(
+    q_BHD: Tensor,
+    kept: tuple[Tensor, Tensor, Tensor, Tensor],
+    first_C: Tensor,
+    samples: Sequence[int],
+    mask: AttentionMask,
+    scan: int,
+    filled: tuple[int, int],
+) -> Tensor:
+    """out_BHD; see `DecodeCache.attend`.
+
+    Args:
+        kept: k_CHTD, v_CHTD, k_BHJD, v_BHJD, contiguous.
+        first_C: int64 [C + 1], the first sample of each caption, and one past the last.
+        samples: of each caption.
+        scan: the token's scan position.
+        filled: first and last + 1 of the slots that it may look at.
+    """
     _, heads, width = q_BHD.shape
     q_BHD, out_BHD = q_BHD.contiguous(), torch.empty_like(q_BHD.contiguous())
-    start, stop = cache.filled(state)
-    grid = (heads, triton.cdiv(max(cache.samples), BLOCK), len(cache.samples))
+    grid = (heads, triton.cdiv(max(samples), BLOCK), len(samples))
     attention_decode[grid](
-        q_BHD, cache.k_CHTD, cache.v_CHTD, cache.k_BHJD, cache.v_BHJD, out_BHD, cache.first_C,
-        cache.span.position(state), start, stop, math.log2(math.e) / math.sqrt(width),
-        **decode_constants(cache.mask, cache.slots, width),
+        q_BHD, *kept, out_BHD, first_C, scan, *filled, math.log2(math.e) / math.sqrt(width),
+        **decode_constants(mask, kept[2].shape[2], width),
         num_warps=decode_warps(width, q_BHD.dtype),
     )  # fmt: skip
     return out_BHD
@@ -44,16 +56,16 @@ def attend(q_BHD: Tensor, cache: DecodeCache, state: int) -> Tensor:
 def decode_constants(mask: AttentionMask, slots: int, width: int) -> dict[str, Any]:
     """The kernel's compile-time constants: the mask's, and tiles of samples, text and slots."""
     constants = mask_constants(mask)
-    del constants["BY_COLUMN"]  # positions are all that is needed here
+    del constants["BY_COLUMN"], constants["SAME_ROW"]  # `start` and `stop` say what they would
     tiles = {"BS": BLOCK, "BT": 32, "BJ": 256 // max(width, 64)}
     return {**constants, "SLOTS": slots, "D": width, **tiles}
 
 
-@triton.jit(do_not_specialize=["position", "start", "stop"])
+@triton.jit(do_not_specialize=["scan", "start", "stop"])
 def attention_decode(
-    q, k_text, v_text, k_image, v_image, out, first_C, position, start, stop, scale,
-    TEXT: tl.constexpr, GRID: tl.constexpr, BACK: tl.constexpr, RULE: tl.constexpr,
-    REACH: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr,
+    q, k_text, v_text, k_image, v_image, out, first_C, scan, start, stop, scale,
+    TEXT: tl.constexpr, GRID: tl.constexpr, WINDOW: tl.constexpr, RULE: tl.constexpr,
+    RADIUS: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr,
     BS: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     head, heads, caption = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
@@ -77,19 +89,19 @@ def attention_decode(
     ring = (sample * heads + head) * SLOTS
     for begin in range(start, stop, BJ):
         slot = begin + tl.arange(0, BJ)
-        # Which position the ring's slot holds: the last one up to now that falls on it.
-        held = position - (position % SLOTS - slot + SLOTS) % SLOTS
+        # Which scan position the slot holds: the last one up to now that falls on it.
+        held = scan - (scan % SLOTS - slot + SLOTS) % SLOTS
         # As wide as its peer: the interpreter turns a lone scalar's verdict into integers.
-        now = position + tl.zeros_like(slot)
-        seen = (slot < stop) & visible(now, held, GRID, BACK, RULE, REACH)
-        place = (ring[:, None] + slot[None, :])[:, :, None] * D + lane
+        now = scan + tl.zeros_like(slot)
+        seen = (slot < stop) & visible(now, held, GRID, WINDOW, RULE, RADIUS)
+        offsets = (ring[:, None] + slot[None, :])[:, :, None] * D + lane
         there = (ok[:, None] & seen[None, :])[:, :, None]
-        k = tl.load(k_image + place, there, other=0).to(tl.float32)
-        v = tl.load(v_image + place, there, other=0).to(tl.float32)
+        k = tl.load(k_image + offsets, there, other=0).to(tl.float32)
+        v = tl.load(v_image + offsets, there, other=0).to(tl.float32)
         s = tl.where(seen[None, :], tl.sum(wide[:, None, :] * k, 2) * scale, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         p, shrink = tl.exp2(s - new_top[:, None]), tl.exp2(top - new_top)
         acc = acc * shrink[:, None] + tl.sum(p[:, :, None] * v, 1)
         top, total = new_top, total * shrink + tl.sum(p, 1)
-    place = out + head * D + sample[:, None] * heads * D + tl.arange(0, D)[None, :]
-    tl.store(place, (acc / total[:, None]).to(out.dtype.element_ty), ok[:, None])
+    pointers = out + head * D + sample[:, None] * heads * D + tl.arange(0, D)[None, :]
+    tl.store(pointers, (acc / total[:, None]).to(out.dtype.element_ty), ok[:, None])

@@ -76,8 +76,8 @@ def _text_queries(
 @triton.jit
 def attention_forward(
     qkv, out, lse, stride_b, stride_n, stride_c, stride_h, scale,
-    TEXT: tl.constexpr, GRID: tl.constexpr, BY_COLUMN: tl.constexpr, BACK: tl.constexpr,
-    RULE: tl.constexpr, REACH: tl.constexpr, D: tl.constexpr,
+    TEXT: tl.constexpr, GRID: tl.constexpr, BY_COLUMN: tl.constexpr, WINDOW: tl.constexpr,
+    SAME_ROW: tl.constexpr, RULE: tl.constexpr, RADIUS: tl.constexpr, D: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
     STRIDE: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
@@ -120,16 +120,16 @@ def attention_forward(
                 v = load_rows(v_base, key, key < TEXT, stride_n, D)
                 ok = None if TEXT % BT == 0 else (key < TEXT)[None, :]
                 acc, top, total = _update(acc, top, total, q, k, v, ok, scale)
-        # From the first position in reach; own lines need no more than the lines of the tile.
-        low = tl.maximum(first - BACK, 0)
-        if RULE == 0:
+        # From the first scan position in the window, or the first of the tile's own lines.
+        low = tl.maximum(first - WINDOW, 0)
+        if SAME_ROW:
             low = first // GRID * GRID
         for start in range(low, tl.minimum(first + BM, IMAGE), BW):
             key = start + tl.arange(0, BW)
             column = image_token(key, TEXT, GRID, BY_COLUMN)
             k = load_rows(k_base, column, key < IMAGE, stride_n, D)
             v = load_rows(v_base, column, key < IMAGE, stride_n, D)
-            ok = visible(query[:, None], key[None, :], GRID, BACK, RULE, REACH)
+            ok = visible(query[:, None], key[None, :], GRID, WINDOW, RULE, RADIUS)
             acc, top, total = _update(acc, top, total, q, k, v, ok, scale)
         store_rows(out, row, query < IMAGE, heads * D, acc / total[:, None], D)
         tl.store(lse + row, top + tl.log2(total), query < IMAGE)
