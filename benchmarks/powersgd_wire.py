@@ -27,7 +27,7 @@ from benchmarks.common import Measured
 from benchmarks.wire_rank import TORCH_START, Outcome
 from dalle_dist.config import Config, from_dict, to_dict
 from dalle_dist.data.shards import ShardWriter
-from dalle_dist.tokenizer import train_tokenizer
+from dalle_dist.text_tokenizer.bpe import train_tokenizer
 
 RATES = (1000, 100)  # Mbit/s; the first is where losses are compared, which no wire changes
 TRAINED = 40  # updates on the first wire; the mean loss of the ...

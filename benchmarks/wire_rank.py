@@ -34,7 +34,7 @@ from dalle_dist.distributed.launch import Ranks
 from dalle_dist.optim.adamw import AdamW
 from dalle_dist.optim.groups import param_groups
 from dalle_dist.optim.schedule import Schedule
-from dalle_dist.tokenizer import Tokenizer
+from dalle_dist.text_tokenizer.bpe import Tokenizer
 from dalle_dist.train.held_out import LossTransformer
 from dalle_dist.transformer.layout import counted_text_targets
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dalle_dist.config import load as load_config
     from dalle_dist.dvae.model import DVAE
     from dalle_dist.generate.generator import GeneratedImage, Generator
-    from dalle_dist.tokenizer import Tokenizer
+    from dalle_dist.text_tokenizer.bpe import Tokenizer
     from dalle_dist.transformer.model import Transformer
 
 __version__ = "0.1.0"
@@ -43,7 +43,7 @@ _HOMES = {
     "Config": "config.Config",
     "GeneratedImage": "generate.generator.GeneratedImage",
     "Generator": "generate.generator.Generator",
-    "Tokenizer": "tokenizer.Tokenizer",
+    "Tokenizer": "text_tokenizer.bpe.Tokenizer",
     "Transformer": "transformer.model.Transformer",
     "load": "checkpoint.release.load_release",
     "load_config": "config.load",

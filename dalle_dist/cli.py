@@ -238,7 +238,7 @@ def _data_inspect(options: argparse.Namespace) -> None:
 
 def _tokenizer_train(options: argparse.Namespace) -> None:
     from dalle_dist.data import storage
-    from dalle_dist.tokenizer import train_tokenizer
+    from dalle_dist.text_tokenizer.bpe import train_tokenizer
 
     config = _config_of(options)
     tokenizer = train_tokenizer(_captions(config), config.tokenizer.vocab_size)

@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 
 from dalle_dist.errors import DataError
-from dalle_dist.tokenizer import PAD, START, Tokenizer, train_tokenizer
+from dalle_dist.text_tokenizer.bpe import PAD, START, Tokenizer, train_tokenizer
 
 CAPTIONS = ["woman astronaut medium skin tone", "man astronaut dark skin tone", "red heart"] * 4
 

@@ -2,7 +2,7 @@
 
 import random
 
-from dalle_dist.tokenizer import PAD, START, train_tokenizer
+from dalle_dist.text_tokenizer.bpe import PAD, START, train_tokenizer
 
 CAPTIONS = [
     "a red heart",

@@ -1,19 +1,27 @@
-"""A training checkpoint of any ZeRO stage and any number of ranks to a release folder."""
+"""A checkpoint of either stage, any ZeRO stage and any number of ranks, to a release folder."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 
 from dalle_dist.checkpoint import store
-from dalle_dist.checkpoint.release import CONFIG, save_release
+from dalle_dist.checkpoint.formats import State
+from dalle_dist.checkpoint.release import CONFIG, save_dvae_release, save_release
 from dalle_dist.checkpoint.weights import KINDS, load_weights
 from dalle_dist.config import Config, from_dict
 from dalle_dist.data import storage
+from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import CheckpointError, ConfigError
+from dalle_dist.image_tokenizer.registry import image_tokenizer_folder
 from dalle_dist.transformer.model import Transformer
+
+TRAINING = "training.json"  # in a checkpoint: which stage wrote it, and where it goes on
 
 
 def convert(checkpoint: str, out: str, weights: str = "ema") -> str:
@@ -25,7 +33,7 @@ def convert(checkpoint: str, out: str, weights: str = "ema") -> str:
         weights: "ema", the average, or "raw", the fp32 master weights.
 
     Returns:
-        The fingerprint of the transformer's weights.
+        The fingerprint of the model's weights.
 
     Raises:
         CheckpointError: no whole checkpoint there, or `out` holds a release already.
@@ -36,13 +44,11 @@ def convert(checkpoint: str, out: str, weights: str = "ema") -> str:
         raise CheckpointError(f"{out}: holds a release already; choose another folder")
     step = find_checkpoint(checkpoint)
     store.verify(step)
-    config = read_config(step)
+    config, (build, save) = read_config(step), _STAGES[read_training(step)["stage"]]
     with torch.device("meta"):
-        model = Transformer(config)
+        model = build(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    state = load_weights(step, weights, shapes)
-    dvae = storage.join(config.paths.dvae_run, "release")
-    return save_release(out, config, state, config.paths.tokenizer, dvae)
+    return save(out, config, load_weights(step, weights, shapes))
 
 
 def find_checkpoint(path: str) -> Path:
@@ -53,8 +59,8 @@ def find_checkpoint(path: str) -> Path:
     folder = storage.fetch_folder(path) if storage.is_remote(path) else Path(path)
     if (folder / store.MANIFEST).is_file():
         return folder
-    for place in (folder / "checkpoints", folder):
-        found = store.latest(place)
+    for inner in (folder / "checkpoints", folder):
+        found = store.latest(inner)
         if found is not None:
             return found
     raise CheckpointError(f"{path}: no whole checkpoint here (a run, checkpoints/ or step-...)")
@@ -64,5 +70,26 @@ def read_config(step: Path) -> Config:
     """The config a checkpoint was saved with. Raises CheckpointError when it has none."""
     path = step / CONFIG
     if not path.is_file():
-        raise CheckpointError(f"{step}: no checkpoint of a transformer ({CONFIG} is missing)")
+        raise CheckpointError(f"{step}: no checkpoint ({CONFIG} is missing)")
     return from_dict(yaml.safe_load(path.read_text()))
+
+
+def read_training(step: Path) -> dict[str, object]:
+    """What training goes on from, and `stage`. Raises CheckpointError: none, or of no stage."""
+    path = step / TRAINING
+    found: dict[str, object] = json.loads(path.read_text()) if path.is_file() else {}
+    if found.get("stage") not in _STAGES:
+        raise CheckpointError(f"{step}: no checkpoint of {' or '.join(_STAGES)} ({TRAINING})")
+    return found
+
+
+def _save_transformer(out: str, config: Config, state: State) -> str:
+    return save_release(
+        out, config, state, config.paths.tokenizer, image_tokenizer_folder(config)
+    )
+
+
+_STAGES: dict[str, tuple[Callable[[Config], nn.Module], Callable[[str, Config, State], str]]] = {
+    "dvae": (lambda config: DVAE(config.dvae), save_dvae_release),
+    "transformer": (Transformer, _save_transformer),
+}

@@ -1,4 +1,4 @@
-"""A checkpoint's weights, readable without DeepSpeed: every rank's fp32 fragments as safetensors.
+"""A checkpoint's weights, readable without DeepSpeed: every rank's fp32 pieces as safetensors.
 
 step-00001000/weights/ema-rank-00000.safetensors    the average        tensors `name@start`
                      /raw-rank-00000.safetensors    the master weights
@@ -12,36 +12,36 @@ from pathlib import Path
 
 from dalle_dist.checkpoint.formats import State, load_tensors, save_tensors
 from dalle_dist.errors import CheckpointError
-from dalle_dist.optim.ema import assemble
+from dalle_dist.gradients.piece import assemble
 
 FOLDER = "weights"
 KINDS = ("ema", "raw")
 
 
-def save_fragments(checkpoint: Path, kind: str, rank: int, fragments: State) -> None:
-    """Write one rank's fragments, by key; nothing for a rank that owns none."""
-    if fragments:
-        save_tensors(_file(checkpoint, kind, rank), fragments)
+def save_pieces(checkpoint: Path, kind: str, rank: int, pieces: State) -> None:
+    """Write one rank's pieces, by key; nothing for a rank that owns none."""
+    if pieces:
+        save_tensors(_file(checkpoint, kind, rank), pieces)
 
 
-def load_fragments(checkpoint: Path, kind: str, rank: int) -> State:
-    """What `save_fragments` wrote for this rank; empty when it owned none."""
+def load_pieces(checkpoint: Path, kind: str, rank: int) -> State:
+    """What `save_pieces` wrote for this rank; empty when it owned none."""
     path = _file(checkpoint, kind, rank)
     return load_tensors(path) if path.exists() else {}
 
 
 def load_weights(checkpoint: Path, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> State:
-    """Whole tensors from all ranks' fragments, whatever the ZeRO stage.
+    """Whole tensors from all ranks' pieces, whatever the ZeRO stage.
 
     Raises:
         CheckpointError: no such weights there, or they do not fit `shapes`.
     """
     files = sorted((checkpoint / FOLDER).glob(f"{kind}-rank-*.safetensors"))
     if not files:
-        raise CheckpointError(f"{checkpoint}: no checkpoint of a transformer ({FOLDER}/ is empty)")
-    fragments = {key: values for file in files for key, values in load_tensors(file).items()}
+        raise CheckpointError(f"{checkpoint}: no checkpoint ({FOLDER}/ is empty)")
+    pieces = {key: values for file in files for key, values in load_tensors(file).items()}
     try:
-        return assemble(fragments, shapes)
+        return assemble(pieces, shapes)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint}: {error}") from None
 

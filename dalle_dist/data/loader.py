@@ -22,7 +22,7 @@ from dalle_dist.data.decode import decode_sample
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardSet
 from dalle_dist.errors import ConfigError, DataError
-from dalle_dist.tokenizer import Tokenizer
+from dalle_dist.text_tokenizer.protocol import TextTokenizer
 
 CACHE_BYTES = 256 << 20  # decoded pictures kept per process, for data sets that fit
 
@@ -143,7 +143,7 @@ class TokenDataset(Dataset):
         self,
         folder: str,
         order: SampleOrder | None,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         text_tokens: int,
         dropout: float,
         seed: int,

@@ -27,7 +27,7 @@ from dalle_dist.distributed.launch import device_of
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import UserError
 from dalle_dist.generate.sampler import sample_codes
-from dalle_dist.tokenizer import Tokenizer
+from dalle_dist.text_tokenizer.protocol import TextTokenizer
 from dalle_dist.transformer.model import Transformer
 
 
@@ -61,7 +61,7 @@ class Generator:
     def __init__(
         self,
         model: Transformer,
-        tokenizer: Tokenizer,
+        tokenizer: TextTokenizer,
         dvae: DVAE,
         config: Config,
         fingerprint: str = "",

@@ -1,4 +1,4 @@
-"""Does the caption help? Image loss with the right captions against captions shuffled."""
+"""Caption gain: the image loss with another image's captions, less that with the right ones."""
 
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ class CaptionLosses:
         return self.shuffled - self.right
 
 
+def caption_cycle(count: int, seed: int) -> Tensor:
+    """whose caption each of `count` images gets: a seeded cycle, so that none keeps its own."""
+    cycle = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    other = torch.empty_like(cycle)
+    other[cycle] = cycle.roll(1)
+    return other
+
+
 def caption_losses(
     model: Transformer, text_BT: Tensor, codes_BN: Tensor, *, seed: int = 0, batch_size: int = 64
 ) -> CaptionLosses:
-    """Image loss over a held-out set, with each picture's caption and with another's.
-
-    The shuffle is a seeded cycle, so that no picture keeps its own caption.
-    """
-    cycle = torch.randperm(len(text_BT), generator=torch.Generator().manual_seed(seed))
-    other_BT = torch.empty_like(text_BT)
-    other_BT[cycle] = text_BT[cycle.roll(1)]
+    """Image loss over a held-out set, with each image's caption and with another's."""
+    other_BT = text_BT[caption_cycle(len(text_BT), seed)]
     right = _image_loss(model, text_BT, codes_BN, batch_size)
     return CaptionLosses(right, _image_loss(model, other_BT, codes_BN, batch_size))
 

@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from dalle_dist.checkpoint import store
+from dalle_dist.checkpoint.convert import TRAINING, read_training
 from dalle_dist.checkpoint.formats import load_tree, save_tree
 from dalle_dist.checkpoint.release import CONFIG
 from dalle_dist.checkpoint.weights import load_pieces, save_pieces
@@ -27,8 +28,6 @@ from dalle_dist.engine.interface import Engine, owned
 from dalle_dist.errors import CheckpointError, ConfigError, UserError
 from dalle_dist.gradients.piece import assemble
 from dalle_dist.optim.ema import EMA
-
-TRAINING = "training.json"
 
 
 class Stateful(Protocol):
@@ -157,11 +156,11 @@ class TrainingState:
 
 
 def _read(checkpoint: Path, kind: str) -> dict[str, Any]:
-    path = checkpoint / TRAINING
-    saved: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    if saved.get("stage") != kind:
-        found = saved.get("stage", f"nothing ({TRAINING} missing)")
-        raise CheckpointError(f"{checkpoint}: no checkpoint of stage '{kind}', but of {found}")
+    saved: dict[str, Any] = read_training(checkpoint)
+    if saved["stage"] != kind:
+        raise CheckpointError(
+            f"{checkpoint}: is of stage '{saved['stage']}', and this is '{kind}'"
+        )
     return saved
 
 

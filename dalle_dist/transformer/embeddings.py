@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dalle_dist.tokenizer import PAD
+from dalle_dist.text_tokenizer.protocol import PAD
 
 
 class TextEmbedding(nn.Module):

@@ -14,7 +14,7 @@ from dalle_kernels.masks import AttentionMask
 from torch import Tensor
 
 from dalle_dist.config import TransformerConfig
-from dalle_dist.tokenizer import PAD, START
+from dalle_dist.text_tokenizer.protocol import PAD, START
 
 
 def layer_masks(config: TransformerConfig) -> list[AttentionMask]:

@@ -12,7 +12,7 @@ from dalle_dist.checkpoint.release import load_release
 from dalle_dist.distributed.build import build_engine
 from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.testing import run_distributed
-from dalle_dist.tokenizer import Tokenizer
+from dalle_dist.text_tokenizer.bpe import Tokenizer
 from dalle_dist.train.state import State
 from dalle_dist.transformer.model import Transformer
 

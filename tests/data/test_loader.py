@@ -17,7 +17,7 @@ from dalle_dist.data.loader import (
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.errors import ConfigError, DataError
-from dalle_dist.tokenizer import PAD, train_tokenizer
+from dalle_dist.text_tokenizer.bpe import PAD, train_tokenizer
 
 N, GRID = 23, 2
 

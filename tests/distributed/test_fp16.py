@@ -7,7 +7,7 @@ import torch
 from dalle_dist.config import load
 from dalle_dist.distributed.build import build_engine
 from dalle_dist.testing import run_distributed
-from dalle_dist.tokenizer import PAD
+from dalle_dist.text_tokenizer.protocol import PAD
 from dalle_dist.train.held_out import LossTransformer
 from dalle_dist.transformer.blocks import block_of
 

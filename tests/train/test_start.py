@@ -23,7 +23,7 @@ from dalle_dist.data.shards import ShardSet, ShardWriter
 from dalle_dist.distributed import launch
 from dalle_dist.errors import UserError
 from dalle_dist.testing import run_distributed
-from dalle_dist.tokenizer import train_tokenizer
+from dalle_dist.text_tokenizer.bpe import train_tokenizer
 from dalle_dist.train.lock import Lock
 from dalle_dist.train.train import _Setup
 

@@ -19,7 +19,7 @@ from dalle_dist.data.loader import collate_tokens
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import CheckpointError, ConfigError, DataError, UserError
 from dalle_dist.testing import run_distributed
-from dalle_dist.tokenizer import train_tokenizer
+from dalle_dist.text_tokenizer.bpe import train_tokenizer
 from dalle_dist.train import state
 from dalle_dist.train import train as program
 from dalle_dist.train.run import read_log

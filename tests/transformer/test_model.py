@@ -6,7 +6,7 @@ import torch
 from dalle_kernels.masks import AttentionMask
 
 from dalle_dist.config import load, preset_names
-from dalle_dist.tokenizer import PAD
+from dalle_dist.text_tokenizer.protocol import PAD
 from dalle_dist.transformer.layout import counted_text_targets, layer_masks, text_inputs
 from dalle_dist.transformer.model import Transformer
 

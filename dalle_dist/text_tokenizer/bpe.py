@@ -16,8 +16,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from dalle_dist.data import storage
 from dalle_dist.errors import DataError
+from dalle_dist.text_tokenizer.protocol import PAD, START, TextTokenizer
 
-PAD, START = 0, 1
 SPECIAL = ["<pad>", "<start>"]
 CACHED_CAPTIONS = 100_000
 
@@ -59,7 +59,7 @@ def _filled(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> tokenizers.Toke
     return tokenizers.Tokenizer.from_str(json.dumps(tree))
 
 
-class Tokenizer:
+class Tokenizer(TextTokenizer):
     """Ids 0 (`<pad>`) and 1 (`<start>`) never come out of `encode`."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
@@ -107,13 +107,6 @@ class Tokenizer:
         generator = random.Random(seed)
         pieces = [p for word in self._split(text) for p in self._merge(word, dropout, generator)]
         return [self._ids[piece] for piece in pieces]
-
-    def encode_padded(
-        self, text: str, length: int, *, dropout: float = 0.0, seed: str | int | None = None
-    ) -> tuple[list[int], bool]:
-        """(exactly `length` ids, PAD after the text; whether the text was cut)."""
-        ids = self.encode(text, dropout=dropout, seed=seed)
-        return ids[:length] + [PAD] * (length - len(ids)), len(ids) > length
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; specials are left out, as is the space before the first word."""

@@ -1,0 +1,41 @@
+"""Kinds of image tokenizers by name, the values of the config's `image_tokenizer.kind`."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from dalle_dist.config import Config
+from dalle_dist.data import storage
+from dalle_dist.errors import ConfigError
+from dalle_dist.image_tokenizer.protocol import ImageTokenizer
+
+# Module and class; imported when first asked for.
+KINDS = {"dvae": "dalle_dist.image_tokenizer.dvae.DVAETokenizer"}
+
+
+def image_tokenizer_class(kind: str) -> type[ImageTokenizer]:
+    """Raises ConfigError: no such kind."""
+    if kind not in KINDS:
+        raise ConfigError(f"image_tokenizer.kind: '{kind}' is not one of {', '.join(KINDS)}")
+    module, _, name = KINDS[kind].rpartition(".")
+    found: type[ImageTokenizer] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def load_image_tokenizer(
+    kind: str, folder: str, device: torch.device | str = "cpu"
+) -> ImageTokenizer:
+    """The tokenizer in a release folder, local or remote.
+
+    Raises:
+        ConfigError: no such kind.
+        CheckpointError: no release of this kind there.
+    """
+    return image_tokenizer_class(kind).load(folder, device)
+
+
+def image_tokenizer_folder(config: Config) -> str:
+    """The release folder that a config names."""
+    return config.image_tokenizer.path or storage.join(config.paths.dvae_run, "release")
