@@ -46,7 +46,7 @@ $(DATA)/held-out/index.json: $(VENV)/ready
 # The same road in a few minutes: it proves the road, its pictures are poor.
 demo-short:
 	$(MAKE) demo RUN=runs/demo-short DATA=data/emoji-short \
-	  EXTRA="dvae_train.updates=60 dvae_train.eval_every=60 train.updates=40 train.warmup=10 train.eval_every=40 train.sample_every=40"
+	  EXTRA="dvae_train.steps=60 dvae_train.eval_every=60 train.steps=40 train.warmup=10 train.eval_every=40 train.sample_every=40"
 
 # A file's tests stay in one process, which shares what they set up. pytest-xdist would start with the
 # files of most tests; the longest have few, and tests/conftest.py puts those first.

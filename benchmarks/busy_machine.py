@@ -111,8 +111,8 @@ def _settings(folder: Path, run: Path, updates: int) -> Sequence[str]:
     values = {
         "paths.images": folder / "images",
         "paths.dvae_run": run,
-        "dvae_train.updates": updates,
-        "dvae_train.lr_warmup": WINDOW,
+        "dvae_train.steps": updates,
+        "dvae_train.warmup": WINDOW,
         "dvae_train.log_every": WINDOW,
         "dvae_train.eval_every": updates,
         "dvae_train.save_every": updates,

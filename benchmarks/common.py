@@ -60,7 +60,14 @@ def arguments(text: str | None, rounds: int) -> argparse.Namespace:
 def benchmark_config(smoke: bool) -> Config:
     """d=256, 4 layers, 4 heads of 64, 256 + 1024 tokens, vocabularies 16,384 and 8,192, fp32."""
     wide = {"width": 256, "heads": 4, "layers": 4, "text_tokens": 256, "image_grid": 32}
-    tiny = {"width": 64, "heads": 1, "layers": 2, "text_tokens": 16, "image_grid": 12}
+    tiny = {
+        "width": 64,
+        "heads": 1,
+        "layers": 2,
+        "text_tokens": 16,
+        "image_grid": 12,
+        "codebook_size": 32,
+    }
     return from_dict(
         {
             "name": "smoke" if smoke else "d256-l4",
@@ -85,7 +92,7 @@ def random_batch(config: Config, batch: int) -> tuple[Tensor, Tensor]:
     """Captions that fill the text block (no pads: every rival does the same work), and codes."""
     shape = config.transformer
     text_BT = torch.randint(2, config.tokenizer.vocab_size, (batch, shape.text_tokens))
-    codes_BN = torch.randint(config.dvae.codebook_size, (batch, shape.image_tokens))
+    codes_BN = torch.randint(config.transformer.codebook_size, (batch, shape.image_tokens))
     return text_BT, codes_BN
 
 

@@ -50,14 +50,14 @@ class Contender:
 
 
 def ours(wire: str, trained: bool = True) -> Contender:
-    parallel = {"between_machines": "powersgd", "wire": wire}
+    parallel = {"between_nodes": "powersgd", "comm_dtype": wire}
     return Contender(f"ours, {wire}", parallel, trained=trained)
 
 
-DENSE = Contender("dense all-reduce", {"between_machines": "dense"})
+DENSE = Contender("dense all-reduce", {"between_nodes": "dense"})
 CONTENDERS = (
     DENSE,
-    Contender("dense ZeRO-2 over all", {"between_machines": "zero"}, trained=False),
+    Contender("dense ZeRO-2 over all", {"between_nodes": "zero"}, trained=False),
     Contender("DDP, fp16", hook="fp16"),
     Contender("DDP, torch's PowerSGD", hook="powerSGD"),
     ours("fp32", trained=False),
@@ -93,13 +93,15 @@ def wire_config(smoke: bool, folder: Path) -> Config:
             "paths": {"tokens": str(folder / "tokens"), "tokenizer": str(folder / "tokenizer")},
             "tokenizer": {"vocab_size": 300},
             "dvae": {"image_size": 32, "codebook_size": 16},
-            "transformer": {**shape, "text_tokens": 8, "image_grid": 4, "conv_kernel": 3},
+            "transformer": {
+                **shape, "text_tokens": 8, "image_grid": 4, "conv_kernel": 3, "codebook_size": 16,
+            },
             "train": {
                 "precision": "fp32", "checkpoint_activations": False, "batch_size": 8,
                 "micro_batch": 4, "lr": 7e-4, "warmup": 10,
             },
             # 48 of 512 sends 14.1% of a layer, as 112 of the paper's 496x3968 does.
-            "parallel": {"node_size": 1, "rank": 6 if smoke else 48, "rank_of": "shard"},
+            "parallel": {"local_world_size": 1, "rank": 6 if smoke else 48, "rank_of": "shard"},
         }
     )  # fmt: skip
 
@@ -109,13 +111,13 @@ def write_inputs(config: Config) -> None:
     captions = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
     train_tokenizer(captions, config.tokenizer.vocab_size).save(config.paths.tokenizer)
     grid, random = config.dvae.grid, np.random.default_rng(0)
-    meta = {"dvae": "none", "grid": grid, "codebook_size": config.dvae.codebook_size}
+    meta = {"dvae": "none", "grid": grid, "codebook_size": config.transformer.codebook_size}
     with ShardWriter(f"{config.paths.tokens}/train", "tokens", meta, 256) as writer:
         for number in range(64 * len(captions)):
             colour, thing = divmod(number % len(captions), len(THINGS))
             codes = np.repeat(np.array([colour, 4 + thing], np.uint16), grid * grid // 2)
             free = random.random(codes.shape) < NOISE
-            codes[free] = random.integers(0, config.dvae.codebook_size, int(free.sum()))
+            codes[free] = random.integers(0, config.transformer.codebook_size, int(free.sum()))
             buffer = io.BytesIO()
             np.save(buffer, codes, allow_pickle=False)
             caption = captions[number % len(captions)].encode()
@@ -146,7 +148,7 @@ def run(
     job["out"] = str(folder / "rank{rank}.json")
     (folder / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "benchmarks.wire_rank", str(folder / "job.json")]
-    per_machine = config.parallel.node_size
+    per_machine = config.parallel.local_world_size
     with thin_wire.ThinWire(rate) as wire:
         wire.run(command, per_machine, LIMIT)
     ranks = range(2 * per_machine)

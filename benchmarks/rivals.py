@@ -47,12 +47,12 @@ class PlainTransformer(nn.Module):
         shape, width = config.transformer, config.transformer.width
         self.text_tokens = shape.text_tokens
         self.text = nn.Embedding(config.tokenizer.vocab_size, width)
-        self.image = nn.Embedding(config.dvae.codebook_size + 1, width)
+        self.image = nn.Embedding(config.transformer.codebook_size + 1, width)
         self.position = nn.Parameter(torch.randn(shape.tokens, width) * 0.02)
         self.blocks = nn.Sequential(*(PlainBlock(width, shape.heads) for _ in range(shape.layers)))
         self.norm = nn.LayerNorm(width)
         self.text_head = nn.Linear(width, config.tokenizer.vocab_size)
-        self.image_head = nn.Linear(width, config.dvae.codebook_size)
+        self.image_head = nn.Linear(width, config.transformer.codebook_size)
 
     def forward(self, text_BT: Tensor, codes_BN: Tensor) -> Tensor:
         """The mean loss, an eighth of it text."""

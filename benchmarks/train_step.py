@@ -94,7 +94,7 @@ def step_flops(config: Config) -> float:
         model = Transformer(config)
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     heads = shape.text_tokens * config.tokenizer.vocab_size
-    heads += shape.image_tokens * config.dvae.codebook_size
+    heads += shape.image_tokens * config.transformer.codebook_size
     pairs = sum(int(mask.dense().sum()) for mask in layer_masks(shape))
     forward = 2 * blocks * shape.tokens + 2 * heads * shape.width
     forward += 4 * pairs * HEAD_DIM * shape.heads

@@ -146,7 +146,7 @@ def _add_configured(
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
     presets = ", ".join(preset_names())
     verb.add_argument("preset", metavar="PRESET", help=f"{presets}, or a YAML file")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.updates=100")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100")
     verb.set_defaults(handler=handler)
     return verb
 

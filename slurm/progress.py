@@ -23,7 +23,7 @@ def progress(verb: str, preset: str, *overrides: str) -> str:
     config = load(preset, list(overrides))
     first_stage = verb == "train-dvae"
     run = config.paths.dvae_run if first_stage else config.paths.run
-    wanted = config.dvae_train.updates if first_stage else config.train.updates
+    wanted = config.dvae_train.steps if first_stage else config.train.steps
     # Only a whole checkpoint has left its .tmp folder.
     whole = re.compile(rf"step-(\d+)/{re.escape(MANIFEST)}")
     files = (whole.fullmatch(name) for name in list_files(join(run, "checkpoints")))

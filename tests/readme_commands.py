@@ -64,32 +64,33 @@ TRIES = [
     (r"torchrun .* train emoji", r"\g<0> $SMALL paths.run=runs/torchrun"),
     (r"mpirun .* train emoji", r"\g<0> $SMALL paths.run=runs/mpirun"),
     (r"sbatch .* (slurm/\S+) (\S+)", r"dalle-dist slurm && bash -n \1 && dalle-dist config \2"),
-    (r"train\.updates=1000 train\.warmup=50", r"dalle-dist config cc3m \g<0>"),
-    (r"train\.deepspeed=\S+", r"dalle-dist train emoji $SMALL paths.run=runs/stage \g<0>"),
+    (r"train\.steps=1000 train\.warmup=50", r"dalle-dist config cc3m \g<0>"),
+    (r"train\.zero_stage=\d", r"dalle-dist train emoji $SMALL paths.run=runs/stage \g<0>"),
     (r"dalle-dist convert RUN OUT", r"dalle-dist convert runs/demo converted"),
     (r"train\.precision=fp16", r"dalle-dist train emoji $SMALL paths.run=runs/fp16 \g<0>"),
     (r"(dalle-dist plot scales) RUN", r"\1 runs/fp16"),
     (r"train\.moments=16-bit", r"dalle-dist train emoji $SMALL paths.run=runs/moments \g<0>"),
     (
-        r"parallel\.between_machines=powersgd .*",
+        r"parallel\.between_nodes=powersgd .*",
         r"torchrun --nproc-per-node 2 -m dalle_dist train emoji $SMALL paths.run=runs/powersgd "
-        r"\g<0> parallel.rank=4 parallel.node_size=1",
+        r"\g<0> parallel.rank=4 parallel.local_world_size=1",
     ),
     (r"(dalle-dist plot compression) RUN", r"\1 runs/powersgd"),
 ]
 
 PROGRAMS = "dalle-dist|deepspeed|make|mpirun|pip|python3?|sbatch|srun|torchrun"
-# `dalle-dist data inspect X`, `NAME=1 .venv/bin/dalle-dist ...`, `train.updates=1000`
+# `dalle-dist data inspect X`, `NAME=1 .venv/bin/dalle-dist ...`, `train.steps=1000`
 COMMAND = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:\S*/bin/)?(?:{PROGRAMS}) \S|[a-z_]+\.[a-z_]+=\S")
 LANGUAGES = ("", "bash", "console", "python", "sh", "shell")  # of the fenced blocks that are tried
 SMALL = """
     data.workers=0 dvae.image_size=16 dvae.width=8 dvae.decoder_stem=8 dvae.codebook_size=16
-    dvae.downsamplings=2 dvae.blocks_per_group=1 dvae_train.batch_size=8 dvae_train.updates=4
-    dvae_train.lr_warmup=2 train.warmup=2
+    transformer.codebook_size=16
+    dvae.downsamplings=2 dvae.blocks_per_group=1 dvae_train.batch_size=8 dvae_train.steps=4
+    dvae_train.warmup=2 train.warmup=2
     dvae_train.eval_every=4 dvae_train.save_every=4 dvae_train.precision=fp32
     transformer.layers=2 transformer.width=64 transformer.heads=1 transformer.text_tokens=24
     transformer.image_grid=4 transformer.conv_kernel=3 train.batch_size=8 train.micro_batch=2
-    train.updates=4 train.eval_every=4 train.sample_every=4 train.save_every=2 train.log_every=1
+    train.steps=4 train.eval_every=4 train.sample_every=4 train.save_every=2 train.log_every=1
     train.precision=fp32 train.prompts=[heart]
 """
 MINE = """

@@ -50,14 +50,14 @@ def test_version_is_told_without_importing_torch():
 
 
 def test_config_prints_what_a_command_would_use(capsys):
-    assert main(["config", "emoji", "train.updates=7"]) == 0
-    assert "updates: 7" in capsys.readouterr().out
+    assert main(["config", "emoji", "train.steps=7"]) == 0
+    assert "steps: 7" in capsys.readouterr().out
 
 
 def test_overrides_may_follow_flags(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "emoji", "--resume", "auto", "train.updates=none"]) == 2
-    assert "train.updates: 'none' is not an integer" in capsys.readouterr().err
+    assert main(["train", "emoji", "--resume", "auto", "train.steps=none"]) == 2
+    assert "train.steps: 'none' is not an integer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

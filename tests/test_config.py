@@ -25,16 +25,16 @@ def test_12b_has_the_papers_numbers():
     config = load("12b")
     t, train, stage1 = config.transformer, config.train, config.dvae_train
     assert (t.layers, t.width, t.heads, t.tokens) == (64, 3968, 62, 1280)
-    assert (train.batch_size, train.updates, train.lr, train.clip) == (1024, 430_000, 4.5e-4, 4.0)
+    assert (train.batch_size, train.steps, train.lr, train.clip) == (1024, 430_000, 4.5e-4, 4.0)
     assert (train.beta1, train.beta2, train.weight_decay) == (0.9, 0.96, 4.5e-2)
     assert (train.ema, train.ema_every, train.text_loss) == (0.99, 25, 0.125)
-    assert (stage1.kl_weight, stage1.kl_updates, stage1.temperature_final) == (6.6, 5000, 0.0625)
-    assert (stage1.lr, stage1.lr_final, stage1.lr_updates) == (1e-4, 1.25e-6, 1_200_000)
+    assert (stage1.kl_weight, stage1.kl_steps, stage1.temperature_final) == (6.6, 5000, 0.0625)
+    assert (stage1.lr, stage1.lr_final, stage1.lr_steps) == (1e-4, 1.25e-6, 1_200_000)
 
 
 def test_overrides_convert_types():
-    config = load("emoji", ["train.updates=7", "train.lr=3e-4", "train.prompts=[a, b]", "seed=2"])
-    assert (config.train.updates, config.train.lr, config.seed) == (7, 3e-4, 2)
+    config = load("emoji", ["train.steps=7", "train.lr=3e-4", "train.prompts=[a, b]", "seed=2"])
+    assert (config.train.steps, config.train.lr, config.seed) == (7, 3e-4, 2)
     assert config.train.prompts == ["a", "b"]
     assert load("emoji", ["train.text_loss=1/4"]).train.text_loss == 0.25
 
@@ -43,17 +43,17 @@ def test_overrides_convert_types():
     ("override", "message"),
     [
         ("train.udpates=7", r"unknown key 'train.udpates'; did you mean 'updates'\?"),
-        ("trian.updates=7", r"unknown key 'trian'; did you mean 'train'\?"),
-        ("train.updates=many", "train.updates: 'many' is not an integer"),
-        ("train.updates=1.5", "train.updates: 1.5 is not an integer"),
-        ("train.updates=true", "train.updates: True is not an integer"),
+        ("trian.steps=7", r"unknown key 'trian'; did you mean 'train'\?"),
+        ("train.steps=many", "train.steps: 'many' is not an integer"),
+        ("train.steps=1.5", "train.steps: 1.5 is not an integer"),
+        ("train.steps=true", "train.steps: True is not an integer"),
         ("train.lr=1/0", "train.lr: '1/0' is not a number"),
         ("train.prompts=7", "train.prompts: 7 is not a list"),
         ("train.prompts=[7]", r"train.prompts\[0\]: 7 is not text"),
         ("train.checkpoint_activations=1", "train.checkpoint_activations: 1 is not true or false"),
         ("train.precision=fp8", "train.precision: 'fp8' is not one of fp16, bf16, fp32"),
         ("train=7", "train: 7 is not a section with keys"),
-        ("train.updates", "'train.updates' is not of the form key=value"),
+        ("train.steps", "'train.steps' is not of the form key=value"),
         ("train.lr.x=1", "train.lr.x: 'lr' is not a section"),
         ("transformer.heads=5", "transformer.width: 192 is not transformer.heads x 64 = 320"),
         ("transformer.image_grid=9", "transformer.image_grid: 9, but the dVAE gives"),
@@ -63,7 +63,7 @@ def test_overrides_convert_types():
         ("train.micro_batch=7", "train.batch_size: 64 is not a multiple of train.micro_batch 7"),
         ("train.ema=1", r"train.ema: 1.0 is not in \[0, 1\)"),
         ("tokenizer.dropout=1", r"tokenizer.dropout: 1.0 is not in \[0, 1\)"),
-        ("train.updates=0", "train.updates: 0 is not positive"),
+        ("train.steps=0", "train.steps: 0 is not positive"),
         ("dvae_train.crop_min=0.5", r"dvae_train.crop_min: 0.5 is not in"),
     ],
 )

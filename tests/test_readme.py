@@ -9,7 +9,7 @@ from readme_commands import ROOT, TRIES, commands, plan
 
 SAMPLE = """# Title
 
-Say `make demo`. `train.updates=1000` is a setting, `emoji` a preset, `make` a program; `dalle-dist
+Say `make demo`. `train.steps=1000` is a setting, `emoji` a preset, `make` a program; `dalle-dist
 convert A B` is broken over two lines.
 
     make demo        # a comment
@@ -43,7 +43,7 @@ def test_commands_are_found_in_prose_blocks_and_tables():
     *others, program, slurm = commands(SAMPLE)
     assert others == [
         "make demo",
-        "train.updates=1000",
+        "train.steps=1000",
         "dalle-dist convert A B",
         "dalle-dist data build FOLDER data/mine",
         "OMP_NUM_THREADS=1 dalle-dist train emoji",

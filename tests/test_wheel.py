@@ -19,7 +19,6 @@ PIP = ["-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
 # Folders of the repository, and where their files lie beside the installed package.
 SHIPPED = {
     "dalle_dist": "dalle_dist",
-    "ds_configs": "dalle_dist/ds_configs",
     "slurm": "dalle_dist/slurm",
     "kernels/dalle_kernels": "dalle_kernels",
 }
@@ -79,7 +78,7 @@ def elsewhere(tmp_path):
         Image.new("RGB", (16, 16), (i * 4, 128, 255 - i * 4)).save(tmp_path / f"pictures/{i}.png")
         (tmp_path / f"pictures/{i}.txt").write_text(caption)
     tree = yaml.safe_load(tiny_run.CONFIG)
-    tree["dvae_train"] = {"batch_size": 8, "updates": 4, "eval_every": 4, "precision": "fp32"}
+    tree["dvae_train"] = {"batch_size": 8, "steps": 4, "eval_every": 4, "precision": "fp32"}
     tree["paths"] = {
         "images": "data", "tokens": "tokens", "tokenizer": "tokenizer.json",
         "dvae_run": "runs/tiny-dvae", "run": "runs/tiny",

@@ -134,7 +134,7 @@ def _hint(folder: str) -> str:
 def _masks(config: Config) -> dict[str, str]:
     """What the weights were trained to look at, which no shape of theirs tells."""
     shape = config.transformer
-    names = ("masks", "mask_dialect", "conv_kernel", "text_tokens", "image_grid")
+    names = ("masks", "mask_variant", "conv_kernel", "text_tokens", "image_grid")
     return {f"transformer.{name}": str(getattr(shape, name)) for name in names}
 
 

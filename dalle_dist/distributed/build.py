@@ -15,7 +15,7 @@ from torch import nn
 
 from dalle_dist.config import Config
 from dalle_dist.distributed.block_scaling import BlockScaling
-from dalle_dist.distributed.ds_config import check_together, deepspeed_config, stage
+from dalle_dist.distributed.ds_config import check_together, deepspeed_config
 from dalle_dist.distributed.engine import Engine
 from dalle_dist.distributed.gradient_path import GradientPath
 from dalle_dist.distributed.groups import Groups, machine_groups
@@ -41,21 +41,21 @@ def build_engine(model: nn.Module, config: Config, ranks: Ranks) -> Engine:
     """Put `model` under DeepSpeed as the config says; rank 0's weights are taken by all.
 
     Raises:
-        ConfigError: the JSON at train.deepspeed contradicts the config, sizes do not divide, what
+        ConfigError: train.deepspeed contradicts the config, sizes do not divide, what
             is asked for does not go together, or this DeepSpeed is known to be wrong.
         RuntimeError: this DeepSpeed lacks a private name that is used here.
     """
     import deepspeed
 
-    between, precision = config.parallel.between_machines, config.train.precision
-    check_version(deepspeed.__version__, precision, stage(config.train), between)
+    between, precision = config.parallel.between_nodes, config.train.precision
+    check_version(deepspeed.__version__, precision, config.train.zero_stage, between)
     wait_for_all_gathers(deepspeed.__version__, ranks.device.type)
     _quieten()
     tree = deepspeed_config(config.train, ranks.world)
     check_together(config, tree)
     groups = None
     if between != "zero":
-        groups = machine_groups(ranks, config.parallel.node_size or None)
+        groups = machine_groups(ranks, config.parallel.local_world_size or None)
         tree["train_batch_size"] //= groups.machines  # DeepSpeed knows of one
         start_alike(model, ranks)
     path = _path(model, config, ranks, groups)
@@ -76,7 +76,7 @@ def _path(model: nn.Module, config: Config, ranks: Ranks, groups: Groups | None)
         # cuBLAS may else add up parts of a long sum in fp16.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if groups is not None:
-        cut = stage(config.train) == 3
+        cut = config.train.zero_stage == 3
         replicas = Replicas(model, config.parallel, groups, ranks, config.seed, cut)
     return GradientPath(model, config.train.skip, scaling, replicas)
 

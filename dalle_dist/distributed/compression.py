@@ -13,15 +13,15 @@ from dalle_dist.errors import ConfigError
 Shape = tuple[int, ...]
 
 
-def shard_rank(machine_rank: int, node_size: int) -> int:
-    """Rank of one shard when `machine_rank` is the total over the `node_size` ranks of a machine.
+def shard_rank(machine_rank: int, local_world_size: int) -> int:
+    """Rank of one shard when `machine_rank` is the total over the `local_world_size` ranks of a machine.
 
     Raises ConfigError when it is not whole.
     """
-    rank, rest = divmod(machine_rank, node_size)
+    rank, rest = divmod(machine_rank, local_world_size)
     if rest or rank < 1:
         raise ConfigError(
-            f"parallel.rank: {machine_rank} is not a multiple of {node_size} ranks per machine"
+            f"parallel.rank: {machine_rank} is not a multiple of {local_world_size} ranks per machine"
         )
     return rank
 

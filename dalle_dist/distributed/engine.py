@@ -49,7 +49,11 @@ class Engine:
         self.place, self.places = ranks.rank, ranks.world
         self.machine, self._groups = 0, groups
         if groups is not None:
-            self.place, self.places, self.machine = groups.local, groups.node_size, groups.machine
+            self.place, self.places, self.machine = (
+                groups.local,
+                groups.local_world_size,
+                groups.machine,
+            )
         self.skipped = False  # whether the last `step` left everything as it was
         self.stage = shards(deepspeed_engine)
         self.accumulation = accumulation(config.train, ranks.world)

@@ -26,19 +26,19 @@ class Groups:
     machine: int  # rank within `replica`
     local: int  # rank within `shard`
     machines: int
-    node_size: int
+    local_world_size: int
 
 
-def machine_groups(ranks: Ranks, node_size: int | None = None) -> Groups:
+def machine_groups(ranks: Ranks, local_world_size: int | None = None) -> Groups:
     """Make both kinds of groups; every rank of the world calls this.
 
-    Ranks of one host name form a machine, in any order of ranks. `node_size` overrides that: each
-    run of `node_size` consecutive ranks is then a machine.
+    Ranks of one host name form a machine, in any order of ranks. `local_world_size` overrides that: each
+    run of `local_world_size` consecutive ranks is then a machine.
 
-    Raises ConfigError on all ranks: machines of unequal size, or a `node_size` that does not divide
+    Raises ConfigError on all ranks: machines of unequal size, or a `local_world_size` that does not divide
     the world.
     """
-    machines = members(ranks.gather(socket.gethostname()), node_size)
+    machines = members(ranks.gather(socket.gethostname()), local_world_size)
     columns = [list(column) for column in zip(*machines, strict=True)]
     shard, _ = dist.new_subgroups_by_enumeration(machines)
     replica, _ = dist.new_subgroups_by_enumeration(columns)
@@ -47,7 +47,7 @@ def machine_groups(ranks: Ranks, node_size: int | None = None) -> Groups:
     return Groups(shard, replica, machine, local, len(machines), len(columns))
 
 
-def members(hosts: Sequence[str], node_size: int | None = None) -> list[list[int]]:
+def members(hosts: Sequence[str], local_world_size: int | None = None) -> list[list[int]]:
     """The ranks of each machine, ascending; machines in the order of their lowest rank.
 
     Args:
@@ -56,17 +56,19 @@ def members(hosts: Sequence[str], node_size: int | None = None) -> list[list[int
     Raises ConfigError as `machine_groups` does.
     """
     world = len(hosts)
-    if node_size is not None:
-        if node_size < 1 or world % node_size:
-            raise ConfigError(f"parallel.node_size: {node_size} does not divide {world} ranks")
-        return [list(range(at, at + node_size)) for at in range(0, world, node_size)]
+    if local_world_size is not None:
+        if local_world_size < 1 or world % local_world_size:
+            raise ConfigError(
+                f"parallel.local_world_size: {local_world_size} does not divide {world} ranks"
+            )
+        return [list(range(at, at + local_world_size)) for at in range(0, world, local_world_size)]
     machines: dict[str, list[int]] = {}
     for rank, host in enumerate(hosts):
         machines.setdefault(host, []).append(rank)
     if len({len(found) for found in machines.values()}) > 1:
         sizes = ", ".join(f"{host} has {len(found)}" for host, found in machines.items())
         raise ConfigError(
-            f"parallel.node_size: machines differ in their number of ranks ({sizes}); start as "
+            f"parallel.local_world_size: machines differ in their number of ranks ({sizes}); start as "
             "many on each, or set it to a number that divides them all"
         )
     return list(machines.values())

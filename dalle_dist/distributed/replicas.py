@@ -46,22 +46,24 @@ class Replicas:
         rows_cut: bool,
     ) -> None:
         self._ranks, self._machines, self._rank = ranks, groups.machines, 0
-        of_machine = config.rank_of == "machine"
-        self._cuts = MatrixShards(model, groups.node_size if rows_cut or of_machine else 1)
-        if config.between_machines == "powersgd":
-            self._rank = shard_rank(config.rank, groups.node_size) if of_machine else config.rank
+        of_machine = config.rank_of == "node"
+        self._cuts = MatrixShards(model, groups.local_world_size if rows_cut or of_machine else 1)
+        if config.between_nodes == "powersgd":
+            self._rank = (
+                shard_rank(config.rank, groups.local_world_size) if of_machine else config.rank
+            )
             check_ranks(self._cuts.shapes, self._rank)
         self._powersgd = PowerSGD(
             groups.replica,
             blocks=len(resblocks(model)),
             rank=self._rank or None,
-            wire=config.wire,
+            wire=config.comm_dtype,
             seed=seed,
             flag_group=dist.group.WORLD,
             device=ranks.device,
             p_scale=config.p_scale,
             q_scale=config.q_scale,
-            stored=config.errors,
+            stored=config.error_dtype,
             warm_start=config.warm_start,
             # A single machine has nothing to compress; errors of a larger run come out whole.
             start_step=config.start_step if groups.machines > 1 else 2**62,

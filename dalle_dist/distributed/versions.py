@@ -26,7 +26,7 @@ class Fault:
     what: str
     precision: str | None = None
     stage: int | None = None
-    only_between_machines: bool = False
+    only_between_nodes: bool = False
 
 
 FAULTS = (
@@ -39,7 +39,7 @@ FAULTS = (
     Fault((0, 18, 0), (0, 18, 9), "does not do ZeRO-1 in bf16", "bf16", 1),
     Fault(
         (0, 17, 5), (0, 19, 7), "has no fp32 gradients of bf16 under ZeRO-2 to average between "
-        "machines", "bf16", 2, only_between_machines=True,
+        "machines", "bf16", 2, only_between_nodes=True,
     ),
     Fault((0, 17, 5), (0, 17, 5), "cannot reduce a model's parameters in two dtypes", "fp16"),
 )  # fmt: skip
@@ -51,7 +51,7 @@ def check_version(version: str, precision: str, stage: int, between: str) -> Non
 
     Args:
         stage: of ZeRO.
-        between: parallel.between_machines.
+        between: parallel.between_nodes.
 
     Raises:
         ConfigError: naming the fault and what to install.
@@ -61,7 +61,7 @@ def check_version(version: str, precision: str, stage: int, between: str) -> Non
             fault.first <= _number(version) <= fault.last
             and fault.precision in (None, precision)
             and fault.stage in (None, stage)
-            and not (fault.only_between_machines and between == "zero")
+            and not (fault.only_between_nodes and between == "zero")
         ):
             raise ConfigError(f"DeepSpeed {version} {fault.what}; install {TESTED[0]}")
 

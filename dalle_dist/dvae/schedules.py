@@ -25,11 +25,11 @@ class Rates:
 
 def rates(config: DVAETrainConfig, update: int) -> Rates:
     """Schedules at `update`, counted from 0; a warm-up, if any, is linear and multiplies the lr."""
-    warmup = min(1.0, (update + 1) / config.lr_warmup) if config.lr_warmup else 1.0
+    warmup = min(1.0, (update + 1) / config.warmup) if config.warmup else 1.0
     return Rates(
-        lr=warmup * cosine(config.lr, config.lr_final, update, config.lr_updates),
+        lr=warmup * cosine(config.lr, config.lr_final, update, config.lr_steps),
         temperature=cosine(
-            config.temperature, config.temperature_final, update, config.temperature_updates
+            config.temperature, config.temperature_final, update, config.temperature_steps
         ),
-        kl_weight=cosine(0.0, config.kl_weight, update, config.kl_updates),
+        kl_weight=cosine(0.0, config.kl_weight, update, config.kl_steps),
     )

@@ -71,7 +71,7 @@ def _compression(run: str, lines: Log) -> Figure:
     """Above, ||what is left|| / ||gradient + error|| of each matrix; below, what was sent."""
     from matplotlib.figure import Figure
 
-    missing = f"{run}: its log has no compression; parallel.between_machines=powersgd has it"
+    missing = f"{run}: its log has no compression; parallel.between_nodes=powersgd has it"
     kept = _with("compression_error", lines, missing)
     updates = [line["update"] for line in kept]
     figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")

@@ -88,7 +88,7 @@ def _check(
         raise ValueError(f"prefix_codes: dtype {prefix_codes.dtype} is not int64; use .long()")
     if len(shape) != 2 or shape[0] != len(seeds) or shape[1] > tokens:
         raise ValueError(f"prefix_codes: shape {shape} is not [{len(seeds)}, up to {tokens}]")
-    checks.ids_fit("prefix_codes", prefix_codes, model.config.dvae.codebook_size)
+    checks.ids_fit("prefix_codes", prefix_codes, model.config.transformer.codebook_size)
 
 
 def _uniforms(seed: int, count: int) -> Tensor:

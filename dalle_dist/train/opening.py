@@ -70,16 +70,16 @@ def dvae_schedule(settings: DVAETrainConfig) -> str:
     """Learning rate, temperature and KL weight of stage 1 in words."""
     s = settings
     return (
-        f"rate {s.lr:g} after {s.lr_warmup:,} updates of warm-up, {s.lr_final:g} at "
-        f"{s.lr_updates:,}; temperature {s.temperature:g}, {s.temperature_final:g} at "
-        f"{s.temperature_updates:,}; KL weight 0, {s.kl_weight:g} at {s.kl_updates:,}"
+        f"rate {s.lr:g} after {s.warmup:,} updates of warm-up, {s.lr_final:g} at "
+        f"{s.lr_steps:,}; temperature {s.temperature:g}, {s.temperature_final:g} at "
+        f"{s.temperature_steps:,}; KL weight 0, {s.kl_weight:g} at {s.kl_steps:,}"
     )
 
 
 def unfinished(settings: DVAETrainConfig) -> str:
     """Which schedules of stage 1 the run is too short for: its codes are then not hard yet."""
-    names = ("lr_updates", "temperature_updates", "kl_updates")
-    late = [f"dvae_train.{name}" for name in names if getattr(settings, name) > settings.updates]
+    names = ("lr_steps", "temperature_steps", "kl_steps")
+    late = [f"dvae_train.{name}" for name in names if getattr(settings, name) > settings.steps]
     return f"THE RUN ENDS BEFORE {', '.join(late)}" if late else ""
 
 

@@ -31,7 +31,7 @@ from dalle_dist.optim.schedule import Schedule
 TRAINING = "training.json"
 SHAPE = ("tokenizer", "dvae", "transformer")  # config sections that a resumed run keeps
 # Must be the same: DeepSpeed's files depend on them. `ranks` share the weights between them.
-MADE_BY = ("ranks", "zero_stage", "precision", "moments", "between_machines")
+MADE_BY = ("ranks", "zero_stage", "precision", "moments", "between_nodes")
 
 
 class State:
@@ -104,7 +104,7 @@ class State:
         }
 
     def _made_by(self) -> dict[str, Any]:
-        train, between = self.config.train, self.config.parallel.between_machines
+        train, between = self.config.train, self.config.parallel.between_nodes
         values = (self.engine.places, self.engine.stage, train.precision, train.moments, between)
         return dict(zip(MADE_BY, values, strict=True))
 

@@ -45,7 +45,7 @@ from dalle_dist.transformer.model import Transformer
 
 
 def train(config: Config, resume: str | None = None) -> None:
-    """Train until `train.updates`, then write the run's release folder from the averaged weights.
+    """Train until `train.steps`, then write the run's release folder from the averaged weights.
 
     Args:
         config: the run's config, the same on all ranks.
@@ -72,7 +72,7 @@ class _Setup:
 
     def __init__(self, config: Config, ranks: Ranks, resume: str | None = None) -> None:
         deepspeed_config(config.train, ranks.world)
-        refuse_endless_warmup("train.warmup", config.train.warmup, config.train.updates)
+        refuse_endless_warmup("train.warmup", config.train.warmup, config.train.steps)
         if resume is not None and resume != "auto":
             find_checkpoint(resume)
         self.tokenizer = Tokenizer.load(config.paths.tokenizer)
@@ -130,21 +130,21 @@ class _Trainer:
         self.run.open()
         if resume is not None:
             self.run.rewind(self.state.update)
-        if self.state.update >= self.settings.updates:
+        if self.state.update >= self.settings.steps:
             self._finish()
             return
         self.run.say(opening)
-        stop, bar = StopRequest(), self.run.progress(self.settings.updates, self.state.update)
+        stop, bar = StopRequest(), self.run.progress(self.settings.steps, self.state.update)
         stream, self._since = self._stream(), (time.perf_counter(), self.state.update)
         saved = -1
-        while self.state.update < self.settings.updates and not stop.agreed(self.ranks):
+        while self.state.update < self.settings.steps and not stop.agreed(self.ranks):
             numbers = self._step([next(stream) for _ in range(self.engine.accumulation)])
             bar.update()
             saved = self._after_update(numbers, bar, saved)
         bar.close()
         if saved != self.state.update:
             self._save()
-        if self.state.update < self.settings.updates:
+        if self.state.update < self.settings.steps:
             self.run.say(f"stopped at update {self.state.update}; --resume auto goes on")
         else:
             self._finish()
@@ -179,7 +179,7 @@ class _Trainer:
             sums += torch.stack([text, image]).detach()
         lr = self.state.schedule.rate(self.state.update + 1)
         number, settings = self.state.update + 1, self.settings
-        logged = number % settings.log_every == 0 or number == settings.updates
+        logged = number % settings.log_every == 0 or number == settings.steps
         norm = self.engine.step(lr, measure=logged)
         text_loss, image_loss = self.ranks.sum(sums.tolist())
         total = share * text_loss + (1 - share) * image_loss
@@ -206,7 +206,7 @@ class _Trainer:
     def _after_update(self, numbers: dict[str, float], bar: Any, saved: int) -> int:
         """Log, evaluate, draw and save when it is time; returns the update saved last."""
         settings, update = self.settings, self.state.update
-        last = update == settings.updates
+        last = update == settings.steps
         if update % settings.log_every == 0 or last:
             self.run.log(update, **numbers, **self._speed(), **self.engine.path.numbers())
             bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
@@ -277,11 +277,11 @@ class _Trainer:
             f"{shape.width}, {shape.text_tokens} text + {shape.image_tokens:,} image tokens",
             "precision": f"{settings.precision}, moments {settings.moments}",
             "sharding": f"ZeRO-{self.engine.stage}, between machines "
-            f"{self.config.parallel.between_machines}",
+            f"{self.config.parallel.between_nodes}",
             "data": pictures(self.config.paths.tokens, len(data), len(self.setup.held_out)),
             "batch": f"{settings.batch_size:,} = {settings.micro_batch} x {self.ranks.world:,} "
             f"ranks x {self.engine.accumulation} accumulated",
-            "length": length(settings.updates, settings.batch_size, len(data)),
+            "length": length(settings.steps, settings.batch_size, len(data)),
             "schedule": schedule(settings),
             "captions": captions(data) if self.run.main else "",
             "from": "the start" if not self.state.update else f"update {self.state.update:,}",

@@ -48,7 +48,7 @@ STATE = "state.pt"
 
 
 def train_dvae(config: Config, resume: str | None = None) -> None:
-    """Train until `dvae_train.updates`, then write the run's release folder.
+    """Train until `dvae_train.steps`, then write the run's release folder.
 
     Raises:
         ConfigError: the batch cannot be split over the ranks, or a resumed shape differs.
@@ -74,7 +74,7 @@ class _Setup:
                 f"dvae_train.batch_size: {settings.batch_size} is not a multiple of the "
                 f"{ranks.world} ranks"
             )
-        refuse_endless_warmup("dvae_train.lr_warmup", settings.lr_warmup, settings.updates)
+        refuse_endless_warmup("dvae_train.warmup", settings.warmup, settings.steps)
         augmentation = None
         if settings.augment:
             augmentation = Augmentation(
@@ -120,21 +120,21 @@ class _Trainer:
         self.run.open()
         if resume is not None:
             self.run.rewind(self.update)
-        if self.update >= self.settings.updates and (self.run.folder / "release" / CONFIG).exists():
+        if self.update >= self.settings.steps and (self.run.folder / "release" / CONFIG).exists():
             self.run.say(f"complete at update {self.update}; nothing to do")
             return
         self.run.say(opening)
-        bar = self.run.progress(self.settings.updates, self.update)
+        bar = self.run.progress(self.settings.steps, self.update)
         self._logged = (time.perf_counter(), self.update)
         stop = StopRequest()
         for batch in self._batches():
-            if self.update >= self.settings.updates or stop.agreed(self.ranks):
+            if self.update >= self.settings.steps or stop.agreed(self.ranks):
                 break
             terms, now = self._step(batch)
             bar.update()
             self._after_update(terms, now, bar)
         bar.close()
-        if self.update < self.settings.updates:
+        if self.update < self.settings.steps:
             self._save()
             self.run.say(f"stopped at update {self.update}; --resume auto goes on")
             return
@@ -187,7 +187,7 @@ class _Trainer:
         )
 
     def _after_update(self, terms: Tensor, now: Rates, bar: Any) -> None:
-        settings, last = self.settings, self.update == self.settings.updates
+        settings, last = self.settings, self.update == self.settings.steps
         if self.update % settings.log_every == 0 or last:
             numbers = self._numbers(terms, now)
             bar.set_postfix(
@@ -287,7 +287,7 @@ class _Trainer:
             f"pixels to {shape.grid} x {shape.grid} codes out of {shape.codebook_size:,}",
             "precision": "bf16 autocast, fp32 weights" if bf16 else "fp32",
             "data": pictures(self.config.paths.images, len(self.train_set), len(self.held_out)),
-            "length": length(settings.updates, settings.batch_size, len(self.train_set)),
+            "length": length(settings.steps, settings.batch_size, len(self.train_set)),
             "schedule": dvae_schedule(settings),
             "warning": unfinished(settings),
             "from": "the start" if not self.update else f"update {self.update:,}",

@@ -32,7 +32,7 @@ def layer_masks(config: TransformerConfig) -> list[AttentionMask]:
             kind(layer),  # type: ignore[arg-type]
             config.text_tokens,
             config.image_grid,
-            config.mask_dialect,
+            config.mask_variant,
             config.conv_kernel,
         )
         for layer in range(config.layers)

@@ -35,12 +35,12 @@ class Transformer(nn.Module):
             config.tokenizer.vocab_size, shape.text_tokens, shape.width
         )
         self.image_embedding = ImageEmbedding(
-            config.dvae.codebook_size, shape.image_grid, shape.width
+            config.transformer.codebook_size, shape.image_grid, shape.width
         )
         self.blocks = nn.ModuleList(Layer(shape.width, mask) for mask in layer_masks(shape))
         self.norm = LayerNorm(shape.width)
         self.text_unembedding = Unembedding(shape.width, config.tokenizer.vocab_size)
-        self.image_unembedding = Unembedding(shape.width, config.dvae.codebook_size)
+        self.image_unembedding = Unembedding(shape.width, config.transformer.codebook_size)
         self._init()
 
     def forward(self, text_BT: Tensor, codes_BN: Tensor) -> Loss:
@@ -95,7 +95,7 @@ class Transformer(nn.Module):
             ValueError: another shape or dtype, or an id that is not in its vocabulary.
         """
         checks.ids_fit("text", text_BT, self.config.tokenizer.vocab_size)
-        checks.ids_fit("codes", codes_BN, self.config.dvae.codebook_size)
+        checks.ids_fit("codes", codes_BN, self.config.transformer.codebook_size)
         x_BSW = self._states(text_BT, codes_BN)
         text_BTW, image_BNW = x_BSW.split([text_BT.shape[1], codes_BN.shape[1]], dim=1)
         return self.text_unembedding(text_BTW), self.image_unembedding(image_BNW)

@@ -27,7 +27,7 @@ def _present(engine, config):
 
 def _checkpoint(ranks, folder, stage):
     """Two updates, each folded into the average, and a checkpoint; weights gathered by the way."""
-    config = tiny_run.make(folder, deepspeed=f"ds_configs/zero{stage}.json", ema=0.5)
+    config = tiny_run.make(folder, zero_stage=stage, ema=0.5)
     torch.manual_seed(0)
     engine = build_engine(Transformer(config), config, ranks)
     state = State(config, ranks, engine, {})
@@ -85,7 +85,7 @@ def test_release_holds_the_average_and_can_be_used(saved, stage, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "other"), [("mask_dialect: paper", "clamp"), ("masks: paper", "causal")]
+    ("key", "other"), [("mask_variant: paper", "clamp"), ("masks: paper", "causal")]
 )
 def test_weights_are_not_used_under_other_masks(saved, tmp_path, key, other):
     """No tensor's shape would tell; the pictures would only be worse."""

@@ -28,7 +28,7 @@ def test_there_is_one_shipped_file_per_stage_and_it_holds_zero_matters_only():
 
 def test_our_values_are_filled_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # found from any folder
-    tree = deepspeed_config(replace(FP32, deepspeed="ds_configs/zero2.json"), 4)
+    tree = deepspeed_config(replace(FP32, zero_stage=2), 4)
     assert tree["train_batch_size"] == 16
     assert tree["train_micro_batch_size_per_gpu"] == 2
     assert tree["gradient_accumulation_steps"] == 2
@@ -112,5 +112,5 @@ def test_micro_batches_are_summed_in_fp32_unless_the_json_says_otherwise(tmp_pat
     for between in ("dense", "powersgd"):
         with pytest.raises(ConfigError, match=r"remove data_types.grad_accum_dtype \(bf16\)"):
             check_together(
-                Config(train=train, parallel=ParallelConfig(between_machines=between)), tree
+                Config(train=train, parallel=ParallelConfig(between_nodes=between)), tree
             )

@@ -38,7 +38,7 @@ class _Toy(nn.Module):
 
 def _engine(ranks, stage, precision="fp32", seed=0):
     torch.manual_seed(seed)
-    train = replace(TRAIN, precision=precision, deepspeed=f"ds_configs/zero{stage}.json")
+    train = replace(TRAIN, precision=precision, zero_stage=stage)
     return build_engine(_Toy(), Config(train=train), ranks)
 
 

@@ -16,13 +16,13 @@ SHAPE = [
     "transformer.layers=2", "transformer.width=64", "transformer.heads=1",
     "transformer.text_tokens=6", "transformer.image_grid=4", "transformer.conv_kernel=3",
     "tokenizer.vocab_size=50", "dvae.image_size=32", "dvae.downsamplings=3",
-    "dvae.codebook_size=20", "train.batch_size=8", "train.checkpoint_activations=true",
+    "dvae.codebook_size=20", "transformer.codebook_size=20", "train.batch_size=8", "train.checkpoint_activations=true",
     "train.precision=fp16", "train.clip=1.0",
 ]  # fmt: skip
 
 
 def config_of(stage, *overrides):
-    return load("emoji", [*SHAPE, f"train.deepspeed=ds_configs/zero{stage}.json", *overrides])
+    return load("emoji", [*SHAPE, f"train.zero_stage={stage}", *overrides])
 
 
 def model_of(config):
@@ -317,7 +317,7 @@ def plain_norms(ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("between", ["zero", "dense"])
 def test_block_norms_are_those_of_the_mean_gradient_in_true_units(between):
-    overrides = (f"parallel.between_machines={between}", "parallel.node_size=1")
+    overrides = (f"parallel.between_nodes={between}", "parallel.local_world_size=1")
     plain = run_distributed(plain_norms, 1)[0]
     for norms in run_distributed(block_norms, 2, *overrides):
         assert norms == pytest.approx(plain, rel=0.02)
@@ -325,8 +325,8 @@ def test_block_norms_are_those_of_the_mean_gradient_in_true_units(between):
 
 def unsent(ranks):
     """Names in the log after a good update and after one that is skipped before it is sent."""
-    engine = build(ranks, 2, "train.micro_batch=4", "parallel.between_machines=dense",
-                   "parallel.node_size=1")  # fmt: skip
+    engine = build(ranks, 2, "train.micro_batch=4", "parallel.between_nodes=dense",
+                   "parallel.local_world_size=1")  # fmt: skip
     names = []
     for number in range(2):
         backward(engine, ranks, number)

@@ -7,17 +7,17 @@ from dalle_dist.errors import ConfigError
 from dalle_dist.testing import run_distributed
 
 
-def _describe(ranks, node_size):
-    found = groups.machine_groups(ranks, node_size)
+def _describe(ranks, local_world_size):
+    found = groups.machine_groups(ranks, local_world_size)
     members = [dist.get_process_group_ranks(g) for g in (found.shard, found.replica)]
     total = torch.tensor([1 << ranks.rank])
     dist.all_reduce(total, group=found.replica)
-    places = (found.machine, found.local, found.machines, found.node_size)
+    places = (found.machine, found.local, found.machines, found.local_world_size)
     return *members, *places, int(total)
 
 
 @pytest.mark.parametrize(
-    ("world", "node_size", "expected"),
+    ("world", "local_world_size", "expected"),
     [
         (
             4,
@@ -34,25 +34,27 @@ def _describe(ranks, node_size):
         (2, None, [([0, 1], [r], 0, r, 1, 2, 1 << r) for r in range(2)]),
     ],
 )
-def test_shard_groups_are_machines_and_replica_groups_cross_them(world, node_size, expected):
-    assert run_distributed(_describe, world, node_size) == expected
+def test_shard_groups_are_machines_and_replica_groups_cross_them(world, local_world_size, expected):
+    assert run_distributed(_describe, world, local_world_size) == expected
 
 
 def test_host_names_make_machines_in_any_order_of_ranks():
     """mpirun may deal ranks out to machines in turn."""
     assert groups.members(["b", "a", "b", "a"]) == [[0, 2], [1, 3]]
-    assert groups.members(["b", "a", "b", "a"], node_size=2) == [[0, 1], [2, 3]]
+    assert groups.members(["b", "a", "b", "a"], local_world_size=2) == [[0, 1], [2, 3]]
 
 
 def test_machines_of_unequal_size_are_refused_with_their_sizes():
-    with pytest.raises(ConfigError, match=r"parallel\.node_size: .*\(a has 2, b has 1\)"):
+    with pytest.raises(ConfigError, match=r"parallel\.local_world_size: .*\(a has 2, b has 1\)"):
         groups.members(["a", "b", "a"])
 
 
-@pytest.mark.parametrize("node_size", [3, 0, -1, 8])
-def test_a_node_size_that_does_not_divide_is_refused(node_size):
-    with pytest.raises(ConfigError, match=f"node_size: {node_size} does not divide 4 ranks"):
-        groups.members(["a"] * 4, node_size)
+@pytest.mark.parametrize("local_world_size", [3, 0, -1, 8])
+def test_a_local_world_size_that_does_not_divide_is_refused(local_world_size):
+    with pytest.raises(
+        ConfigError, match=f"local_world_size: {local_world_size} does not divide 4 ranks"
+    ):
+        groups.members(["a"] * 4, local_world_size)
 
 
 def _fails_everywhere(ranks):

@@ -1,4 +1,4 @@
-"""ZeRO inside each machine and means between them: processes as ranks, node_size as machines."""
+"""ZeRO inside each machine and means between them: processes as ranks, local_world_size as machines."""
 
 import contextlib
 import hashlib
@@ -35,8 +35,8 @@ def config_on(ranks, stage, between, *overrides, size=2, parts=1):
     return config_of(
         stage, f"train.batch_size={BATCH}",
         f"train.micro_batch={BATCH // ranks.world // parts}",
-        f"parallel.between_machines={between}", f"parallel.node_size={size}",
-        "parallel.rank_of=shard", "parallel.rank=8", "parallel.wire=fp32", *overrides,
+        f"parallel.between_nodes={between}", f"parallel.local_world_size={size}",
+        "parallel.rank_of=shard", "parallel.rank=8", "parallel.comm_dtype=fp32", *overrides,
     )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def four(request):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_dense_means_between_machines_are_zero_over_all_ranks(four, precision):
+def test_dense_means_between_nodes_are_zero_over_all_ranks(four, precision):
     close = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 3e-4}[precision]
     for rank in four:
         found, expected = (rank[between, precision]["curve"] for between in ("dense", "zero"))
@@ -272,7 +272,7 @@ def test_saved_on_three_machines_and_gone_on_with_on_two(tmp_path, stage, overri
 @pytest.mark.slow
 def test_saved_on_two_machines_of_two_ranks_and_gone_on_with_on_one(tmp_path):
     """One machine sends nothing; two are like it in the step that empties their buffers."""
-    overrides = "train.precision=fp32", "parallel.node_size=2", "parallel.dense_every=4"
+    overrides = "train.precision=fp32", "parallel.local_world_size=2", "parallel.dense_every=4"
     found, ahead = resumed(tmp_path, 3, False, *overrides, before=4)
     assert np.allclose(found[0], ahead[0], rtol=1e-5)
     assert np.allclose(found[1, 0], ahead[1, 0], rtol=1e-5)
@@ -297,11 +297,15 @@ def refused(ranks, overrides, stage):
 @pytest.mark.parametrize(
     ("overrides", "stage", "said"),
     [
-        (["parallel.node_size=3"], 2, "parallel.node_size: 3 does not divide 2 ranks"),
-        ([], 0, "parallel.between_machines: powersgd needs ZeRO 1, 2 or 3"),
+        (
+            ["parallel.local_world_size=3"],
+            2,
+            "parallel.local_world_size: 3 does not divide 2 ranks",
+        ),
+        ([], 0, "parallel.between_nodes: powersgd needs ZeRO 1, 2 or 3"),
         (["parallel.rank=64"], 2, "attention.qkv.weight of shape 64x64; the largest allowed is 63"),
         (["parallel.rank=32"], 3, "attention.qkv.weight of shape 32x64; the largest allowed is 31"),
-        (["parallel.rank_of=machine", "parallel.rank=9"], 2, "parallel.rank: 9 is not a multiple"),
+        (["parallel.rank_of=node", "parallel.rank=9"], 2, "parallel.rank: 9 is not a multiple"),
     ],
 )
 def test_what_cannot_be_compressed_is_refused_in_one_line(overrides, stage, said):

@@ -21,7 +21,7 @@ from tests.distributed.test_machines import build_on, config_on
 # A large eps: with a small one the first steps are the signs of gradients that rounding decides.
 PLAIN = ("train.precision=fp32", "train.clip=0", "train.eps=1e-2")
 # Of a machine of two: every stage then cuts each matrix in two, as FSDP2 does.
-OF_MACHINE = ("parallel.rank_of=machine", "parallel.rank=16")
+OF_MACHINE = ("parallel.rank_of=node", "parallel.rank=16")
 UPDATES, LR = 4, 3e-2
 
 
@@ -86,7 +86,7 @@ class ByFSDP2:
             at += rows * width
         assert at == flat.numel()
         assert not self.replicas.reduce(fragments)
-        flat.mul_(self.groups.node_size)  # FSDP2 divides by it afterwards
+        flat.mul_(self.groups.local_world_size)  # FSDP2 divides by it afterwards
 
     def step(self):
         for name, parameter in self.module.named_parameters():

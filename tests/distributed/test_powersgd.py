@@ -33,15 +33,15 @@ WIRES = ["fp32", "bf16", "fp16", pytest.param("1-6-9", marks=needs_minifloat)]
 STORED = ["fp32", pytest.param("1-6-9", marks=needs_minifloat)]
 
 
-def build(ranks, node_size, **options):
-    groups = machine_groups(ranks, node_size)
+def build(ranks, local_world_size, **options):
+    groups = machine_groups(ranks, local_world_size)
     options = {"rank": RANK, "blocks": BLOCKS} | options
     return PowerSGD(groups.replica, flag_group=dist.group.WORLD, **options), groups
 
 
-def run(ranks, node_size, options, steps, state=None, first=0):
+def run(ranks, local_world_size, options, steps, state=None, first=0):
     """Outputs of each step by name, the state, and what the last step said."""
-    sgd, groups = build(ranks, node_size, **options)
+    sgd, groups = build(ranks, local_world_size, **options)
     if state is not None:
         sgd.load(state[groups.local])
     outputs = []
@@ -63,24 +63,26 @@ def digest(outputs):
     return hashlib.blake2b(b"".join(parts)).hexdigest()
 
 
-@pytest.mark.parametrize(("world", "node_size"), CLUSTERS)
-def test_full_rank_is_the_dense_mean(world, node_size):
-    found = on_ranks(run, world, node_size, {"rank": None}, 2)
+@pytest.mark.parametrize(("world", "local_world_size"), CLUSTERS)
+def test_full_rank_is_the_dense_mean(world, local_world_size):
+    found = on_ranks(run, world, local_world_size, {"rank": None}, 2)
     for rank, (outputs, state, _) in enumerate(found):
         for step, output in enumerate(outputs):
             for name in COMPRESSED | DENSE:
-                wanted = mean_gradient(name, step, world // node_size, rank % node_size)
+                wanted = mean_gradient(
+                    name, step, world // local_world_size, rank % local_world_size
+                )
                 check_close(output[name], wanted, 3e-6)
         for name, error in state["errors"].items():
             assert error.norm() < 2e-5, name
 
 
-@pytest.mark.parametrize(("world", "node_size"), CLUSTERS)
-def test_outputs_are_those_of_the_slow_simulation(world, node_size):
-    found = on_ranks(run, world, node_size, {"seed": 5}, 4)
-    replicas = world // node_size
+@pytest.mark.parametrize(("world", "local_world_size"), CLUSTERS)
+def test_outputs_are_those_of_the_slow_simulation(world, local_world_size):
+    found = on_ranks(run, world, local_world_size, {"seed": 5}, 4)
+    replicas = world // local_world_size
     for rank, (outputs, state, outcome) in enumerate(found):
-        local = rank % node_size
+        local = rank % local_world_size
         slow = SlowPowerSGD(RANK, seed=5, local=local)
         for step, output in enumerate(outputs):
             for name in COMPRESSED:
@@ -227,12 +229,12 @@ def _different_q(ranks, what):
     return str(caught.value)
 
 
-def test_a_q_that_differs_between_machines_is_caught():
+def test_a_q_that_differs_between_nodes_is_caught():
     for rank, text in enumerate(on_ranks(_different_q, 4, "seed")):
         assert f"Q of head@{rank % 2} (10, 30) differs between machines 0 and 1" in text
 
 
-def test_shards_that_differ_between_machines_are_caught():
+def test_shards_that_differ_between_nodes_are_caught():
     for text in on_ranks(_different_q, 4, "order"):
         assert "machines 0 and 1 hold different shards" in text
 

@@ -42,28 +42,30 @@ def reduce(sgd, named, start):
     assert not outcome.bad
 
 
-def _directly(ranks, node_size):
+def _directly(ranks, local_world_size):
     """Plain autograd; gradients averaged over the machine; own rows by PowerSGD; rows gathered."""
-    groups = machine_groups(ranks, node_size)
+    groups = machine_groups(ranks, local_world_size)
     sgd, model = PowerSGD(groups.replica, **OPTIONS), Net()
     for step in range(STEPS):
         gradients = torch.autograd.grad(loss(model, step, ranks.rank), list(model.parameters()))
         rows = []
         for gradient in gradients:
             dist.all_reduce(gradient, group=groups.shard)
-            rows.append(gradient.div_(node_size).chunk(node_size)[groups.local].clone())
+            rows.append(
+                gradient.div_(local_world_size).chunk(local_world_size)[groups.local].clone()
+            )
         names = [name for name, _ in model.named_parameters()]
         reduce(sgd, list(zip(names, rows, strict=True)), groups.local)
         for parameter, mine in zip(model.parameters(), rows, strict=True):
-            whole = [torch.empty_like(mine) for _ in range(node_size)]
+            whole = [torch.empty_like(mine) for _ in range(local_world_size)]
             dist.all_gather(whole, mine, group=groups.shard)
             parameter.data.sub_(torch.cat(whole), alpha=LR)
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def _by_fsdp2(ranks, node_size):
+def _by_fsdp2(ranks, local_world_size):
     """The hook gets the machine's sum of all parameters' rows in one flat buffer."""
-    groups = machine_groups(ranks, node_size)
+    groups = machine_groups(ranks, local_world_size)
     sgd, model = PowerSGD(groups.replica, **OPTIONS), Net()
     mesh = DeviceMesh.from_group(groups.shard, "cpu")
     fully_shard(model, mesh=mesh)
@@ -71,12 +73,12 @@ def _by_fsdp2(ranks, node_size):
     model.set_force_sum_reduction_for_comms(True)
 
     def hook(flat):
-        flat.div_(node_size)
+        flat.div_(local_world_size)
         shapes = [(n, p.to_local().shape) for n, p in model.named_parameters()]
         parts = flat.split([shape.numel() for _, shape in shapes])
         named = [(n, part.view(s)) for (n, s), part in zip(shapes, parts, strict=True)]
         reduce(sgd, named, groups.local)
-        flat.mul_(node_size)
+        flat.mul_(local_world_size)
 
     model.set_all_reduce_hook(hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
@@ -87,10 +89,10 @@ def _by_fsdp2(ranks, node_size):
     return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
 
 
-def _by_ddp(ranks, node_size):
+def _by_ddp(ranks, local_world_size):
     """DDP's hook gets whole gradients: a machine of one rank."""
-    assert node_size == 1
-    groups = machine_groups(ranks, node_size)
+    assert local_world_size == 1
+    groups = machine_groups(ranks, local_world_size)
     sgd, net = PowerSGD(groups.replica, **OPTIONS), Net()
     model = nn.parallel.DistributedDataParallel(net)
 
@@ -114,16 +116,16 @@ def _by_ddp(ranks, node_size):
 
 
 @pytest.mark.parametrize(
-    ("oracle", "world", "node_size"),
+    ("oracle", "world", "local_world_size"),
     [
         (_by_fsdp2, 4, 2),
         pytest.param(_by_fsdp2, 3, 1, marks=pytest.mark.slow),
         pytest.param(_by_ddp, 4, 1, marks=pytest.mark.slow),
     ],
 )
-def test_hooks_of_torch_give_the_parameters_of_direct_use(oracle, world, node_size):
-    direct = on_ranks(_directly, world, node_size)
-    hooked = on_ranks(oracle, world, node_size)
+def test_hooks_of_torch_give_the_parameters_of_direct_use(oracle, world, local_world_size):
+    direct = on_ranks(_directly, world, local_world_size)
+    hooked = on_ranks(oracle, world, local_world_size)
     start = {name: p.detach() for name, p in Net().named_parameters()}
     for rank in range(world):
         for name, wanted in direct[rank].items():

@@ -167,7 +167,7 @@ def test_schedules_at_their_ends_and_middle():
     assert (first.lr, first.temperature, first.kl_weight) == pytest.approx((1e-4, 1, 0))
     assert (last.lr, last.temperature, last.kl_weight) == pytest.approx((1.25e-6, 1 / 16, 6.6))
     assert rates(paper, 2500).kl_weight == pytest.approx(3.3)
-    warm = DVAETrainConfig(lr_warmup=10)
+    warm = DVAETrainConfig(warmup=10)
     assert rates(warm, 0).lr == pytest.approx(1e-5, rel=1e-3)
 
 

@@ -16,8 +16,8 @@ from dalle_dist.train.run import Run, read_log
 from dalle_dist.train.train import train
 from tests.tiny_run import make
 
-FP16 = {"precision": "fp16", "moments": "16-bit", "deepspeed": "ds_configs/zero2.json"}
-POWERSGD = {"between_machines": "powersgd", "node_size": 1, "rank_of": "shard", "rank": 8}
+FP16 = {"precision": "fp16", "moments": "16-bit", "zero_stage": 2}
+POWERSGD = {"between_nodes": "powersgd", "local_world_size": 1, "rank_of": "shard", "rank": 8}
 
 
 def trained(ranks, folder):
@@ -27,7 +27,7 @@ def trained(ranks, folder):
 
 
 def gone_on_with(ranks, folder):
-    config = make(folder, parallel=POWERSGD, **(FP16 | {"updates": 9}))
+    config = make(folder, parallel=POWERSGD, **(FP16 | {"steps": 9}))
     train(config, "auto")
     return [line for line in read_log(folder / "run") if "loss" in line]
 

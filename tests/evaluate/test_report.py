@@ -18,13 +18,13 @@ from dalle_dist.transformer.loss import Loss
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("ball", "box", "bar")
 SMALL = [
-    "dvae.image_size=16", "dvae.codebook_size=16", "dvae.width=8", "dvae.decoder_stem=8",
+    "dvae.image_size=16", "dvae.codebook_size=16", "transformer.codebook_size=16", "dvae.width=8", "dvae.decoder_stem=8",
     "dvae.downsamplings=2", "transformer.image_grid=4", "data.workers=0",
-    "dvae_train.batch_size=6", "dvae_train.updates=20", "dvae_train.lr_warmup=2",
+    "dvae_train.batch_size=6", "dvae_train.steps=20", "dvae_train.warmup=2",
     "dvae_train.eval_every=10",
     "dvae_train.log_every=2", "tokenizer.vocab_size=300", "transformer.layers=4",
     "transformer.width=64", "transformer.heads=1", "transformer.text_tokens=12",
-    "transformer.conv_kernel=3", "train.batch_size=6", "train.micro_batch=3", "train.updates=8",
+    "transformer.conv_kernel=3", "train.batch_size=6", "train.micro_batch=3", "train.steps=8",
     "train.warmup=2",
     "train.log_every=1", "train.eval_every=4", "train.sample_every=8", "train.save_every=8",
     "train.prompts=[red ball]", "train.halve_at=[]",

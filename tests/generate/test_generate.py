@@ -20,7 +20,7 @@ TINY = [
     "transformer.layers=4", "transformer.width=64", "transformer.heads=1",
     "transformer.text_tokens=6", "transformer.image_grid=4", "transformer.conv_kernel=3",
     "tokenizer.vocab_size=300", "dvae.image_size=8", "dvae.downsamplings=1", "dvae.width=8",
-    "dvae.decoder_stem=8", "dvae.codebook_size=20",
+    "dvae.decoder_stem=8", "dvae.codebook_size=20", "transformer.codebook_size=20",
 ]  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def text(size=3):
 @pytest.mark.parametrize("masks", ["paper", "causal"])
 @pytest.mark.parametrize("dialect", ["paper", "clamp", "torus", "dalle-pytorch"])
 def test_decoding_step_by_step_equals_the_full_forward(masks, dialect):
-    model = build(f"transformer.masks={masks}", f"transformer.mask_dialect={dialect}").model
+    model = build(f"transformer.masks={masks}", f"transformer.mask_variant={dialect}").model
     codes_BN = torch.randint(0, 20, (3, 16), generator=torch.Generator().manual_seed(6))
     _, expected = model.logits(text(), codes_BN)
     caches = model.prefill(text(), [1, 1, 1])

@@ -15,7 +15,7 @@ TINY = [
     "transformer.layers=4", "transformer.width=64", "transformer.heads=1",
     "transformer.text_tokens=6", "transformer.image_grid=4", "transformer.conv_kernel=3",
     "tokenizer.vocab_size=40", "dvae.image_size=32", "dvae.downsamplings=3",
-    "dvae.codebook_size=20",
+    "dvae.codebook_size=20", "transformer.codebook_size=20",
 ]  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def updates(folder):
 def test_stage_1_trains_on_two_nodes(cluster, tmp_path):
     config = tiny_run.make(tmp_path)
     write_images(Path(config.paths.images))
-    stage1 = dataclasses.replace(config.dvae_train, batch_size=4, updates=6, log_every=1)
+    stage1 = dataclasses.replace(config.dvae_train, batch_size=4, steps=6, log_every=1)
     paths = dataclasses.replace(config.paths, dvae_run=str(tmp_path / "stage1"))
     config = dataclasses.replace(config, dvae_train=stage1, paths=paths)
     path, out = tiny_run.write_config(config, tmp_path / "c.yaml"), tmp_path / "out"
@@ -72,7 +72,7 @@ def test_stage_1_trains_on_two_nodes(cluster, tmp_path):
 
 
 def test_stage_2_saves_on_usr1_requeues_itself_and_finishes(cluster, tmp_path):
-    config = tiny_run.make(tmp_path, updates=400, save_every=400, eval_every=400, sample_every=400)
+    config = tiny_run.make(tmp_path, steps=400, save_every=400, eval_every=400, sample_every=400)
     path, out = tiny_run.write_config(config, tmp_path / "c.yaml"), tmp_path / "out"
     job = submit(cluster, "train.sbatch", path, out)
     log = Path(config.paths.run) / "log.jsonl"

@@ -82,7 +82,7 @@ def test_a_batch_that_does_not_divide_is_one_line_and_ends_all_ranks_with_2(tmp_
 def faulty(tmp_path_factory):
     """A run that three ranks can do, and the program that breaks it."""
     folder = tmp_path_factory.mktemp("faulty")
-    config = tiny_run.make(folder, batch_size=6, prompts=[], deepspeed="ds_configs/zero2.json")
+    config = tiny_run.make(folder, batch_size=6, prompts=[], zero_stage=2)
     path = tiny_run.write_config(config, folder / "config.yaml")
     (folder / "faults.py").write_text(FAULTS)
     return folder, [str(folder / "faults.py"), "train", path]

@@ -24,7 +24,7 @@ LAUNCHERS = {
 
 
 def _losses(command, folder, name, **train):
-    config = tiny_run.make(folder, deepspeed="ds_configs/zero2.json", updates=4, **train)
+    config = tiny_run.make(folder, zero_stage=2, steps=4, **train)
     path = tiny_run.write_config(config, folder / f"{name}.yaml")
     run = folder / name
     environ = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}

@@ -56,7 +56,7 @@ def _aws():
 
 
 def test_a_run_on_s3_is_gone_on_with_on_another_machine(bucket, tmp_path):
-    local = tiny_run.make(tmp_path / "local", deepspeed="ds_configs/zero2.json", updates=3)
+    local = tiny_run.make(tmp_path / "local", zero_stage=2, steps=3)
     storage.publish_folder(tmp_path / "local", bucket)
     names = [field.name for field in dataclasses.fields(PathsConfig)]
     paths = PathsConfig(**{name: f"{bucket}/{name}" for name in names})
@@ -65,14 +65,14 @@ def test_a_run_on_s3_is_gone_on_with_on_another_machine(bucket, tmp_path):
     files = storage.list_files(f"{bucket}/run")
     assert "checkpoints/step-00000003/manifest.json" in files
     assert "release/transformer.safetensors" in files
-    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, updates=5))
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=5))
     run_distributed(_train_on, 2, _aws(), tmp_path / "two", longer, "auto")
     log = [json.loads(line) for line in storage.read_bytes(f"{bucket}/run/log.jsonl").splitlines()]
     assert [line["update"] for line in log if "loss" in line] == [1, 2, 3, 4, 5]
 
 
 def test_convert_reads_a_checkpoint_from_s3_and_writes_a_release_there(bucket, tmp_path):
-    config = tiny_run.make(tmp_path / "local", updates=2)
+    config = tiny_run.make(tmp_path / "local", steps=2)
     run_distributed(_train_on, 1, {}, tmp_path / "one", config, None)
     storage.publish_folder(tmp_path / "local" / "run", f"{bucket}/run")
     digest = convert(f"{bucket}/run/checkpoints/step-00000002", f"{bucket}/release", "raw")
@@ -83,7 +83,7 @@ def test_convert_reads_a_checkpoint_from_s3_and_writes_a_release_there(bucket, t
 def test_slurm_sees_how_far_a_run_on_s3_is(bucket):
     def progress(updates):
         command = [sys.executable, "slurm/progress.py", "train", "emoji"]
-        settings = [f"paths.run={bucket}/run", f"train.updates={updates}"]
+        settings = [f"paths.run={bucket}/run", f"train.steps={updates}"]
         return subprocess.check_output([*command, *settings], text=True).strip()
 
     assert progress(20) == "none"

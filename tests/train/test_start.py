@@ -27,7 +27,7 @@ from dalle_dist.tokenizer import train_tokenizer
 from dalle_dist.train.lock import Lock
 from dalle_dist.train.train import _Setup
 
-SHORT = {"updates": 1, "warmup": 1, "prompts": []}
+SHORT = {"steps": 1, "warmup": 1, "prompts": []}
 
 
 def _main(ranks, words, environ, no_locks):
@@ -51,7 +51,7 @@ class Stage:
             self.words, self.inputs = [path, f"paths.run={self.run}"], folder / "tokens"
         else:
             write_images(folder / "images")
-            self.words = stage1_arguments(folder, "dvae_train.updates=1", run="runs/new")
+            self.words = stage1_arguments(folder, "dvae_train.steps=1", run="runs/new")
             self.inputs = folder / "images"
 
     def start(self, *more, world=1, no_locks=0, **environ):
@@ -142,8 +142,8 @@ def test_a_batch_that_does_not_divide_leaves_nothing_and_is_told_once(stage):
 
 
 def test_a_warm_up_longer_than_the_run_is_refused_and_one_of_its_length_is_not(stage):
-    name = "train.warmup" if stage.verb == "train" else "dvae_train.lr_warmup"
-    updates = name.split(".")[0] + ".updates=2"
+    name = "train.warmup" if stage.verb == "train" else "dvae_train.warmup"
+    updates = name.split(".")[0] + ".steps=2"
     line = stage.refused(f"{name}=3", updates)
     assert f"{name}: 3 updates of warm-up in a run of 2" in line
     stage.works(f"{name}=2", updates)
@@ -205,7 +205,7 @@ class TestTransformer:
         other = stage.folder / "other"
         train_tokenizer(["a lazy dog", "a quick fox"] * 5, 300).save(str(other))
         log = (stage.run / "log.jsonl").read_bytes()
-        more = ("train.updates=2", "--resume", "auto")
+        more = ("train.steps=2", "--resume", "auto")
         line = stage.refused(f"paths.tokenizer={other}", *more)
         assert "tokenizer" in line
         assert (stage.run / "log.jsonl").read_bytes() == log
@@ -223,8 +223,8 @@ def opening(out: str) -> dict[str, str]:
 
 def test_stage_1_says_what_it_is_about_to_do(tmp_path):
     stage = Stage(tmp_path, "train-dvae")
-    more = ["dvae_train.updates=6", "dvae_train.lr_warmup=3", "dvae_train.lr_updates=6"]
-    more += ["dvae_train.temperature_updates=7", "dvae_train.kl_updates=8"]
+    more = ["dvae_train.steps=6", "dvae_train.warmup=3", "dvae_train.lr_steps=6"]
+    more += ["dvae_train.temperature_steps=7", "dvae_train.kl_steps=8"]
     block = opening(stage.works(*more))
     weights = load_dvae(str(stage.run / "release")).dvae.parameters()
     count = sum(weight.numel() for weight in weights)
@@ -234,7 +234,7 @@ def test_stage_1_says_what_it_is_about_to_do(tmp_path):
     assert block["data"] == f"{stage.inputs}: 24 pictures to train on, 8 held out"
     assert block["length"] == "6 updates of 8 pictures = 2.00 epochs"
     assert "after 3 updates of warm-up" in block["schedule"]
-    late = "dvae_train.temperature_updates, dvae_train.kl_updates"
+    late = "dvae_train.temperature_steps, dvae_train.kl_steps"
     assert block["warning"] == f"THE RUN ENDS BEFORE {late}"
     assert block["from"] == "the start"
 
@@ -249,7 +249,7 @@ def test_stage_1_names_no_setting_that_ends_in_time(tmp_path):
 
 def test_stage_2_says_what_it_is_about_to_do(tmp_path):
     stage = Stage(tmp_path, "train")
-    more = ["train.updates=2", "train.warmup=2", "train.halve_at=[5, 9]"]
+    more = ["train.steps=2", "train.warmup=2", "train.halve_at=[5, 9]"]
     block = opening(stage.works(*more))
     weights = load_release(str(stage.run / "release")).transformer.parameters()
     count = sum(weight.numel() for weight in weights)
@@ -261,7 +261,7 @@ def test_stage_2_says_what_it_is_about_to_do(tmp_path):
     assert block["length"] == f"2 updates of 8 pictures = {16 / 61:.2f} epochs"
     assert "rate 0.005 after 2 updates of warm-up, halved at 5, 9" in block["schedule"]
     assert block["from"] == "the start"
-    block = opening(stage.works("train.updates=3", "--resume", "auto"))
+    block = opening(stage.works("train.steps=3", "--resume", "auto"))
     assert block["from"] == "update 2"
     assert block["schedule"].endswith("when the loss no longer falls")
 

@@ -46,7 +46,7 @@ def curve(config: Config, names: tuple[str, ...] = CURVE) -> list[list[float]]:
 
 
 def zero(stage: int, precision: str = "fp32") -> dict[str, object]:
-    return {"deepspeed": f"ds_configs/zero{stage}.json", "precision": precision}
+    return {"zero_stage": stage, "precision": precision}
 
 
 def train_all(ranks, configs):
@@ -72,7 +72,7 @@ def alone(inputs) -> tuple[Config, list[list[float]], list[list[float]]]:
 class TestOneProcess:
     def test_loss_falls_and_the_release_holds_the_average(self, alone):
         config, curves, held_out = alone
-        assert len(curves) == config.train.updates
+        assert len(curves) == config.train.steps
         assert curves[-1][0] < curves[0][0] - 0.3
         assert [row[4] for row in curves] == [2.5e-3] + [5e-3] * 5
         assert len(held_out) == 1
@@ -95,8 +95,8 @@ class TestOneProcess:
 
     def test_text_loss_weighs_every_counted_target_alike(self, inputs):
         """Micro-batches with few and with many text targets: means of means would differ."""
-        config = in_folder(inputs, "lengths", micro_batch=1, updates=2, **zero(0))
-        whole = in_folder(inputs, "whole", micro_batch=8, updates=2, **zero(0))
+        config = in_folder(inputs, "lengths", micro_batch=1, steps=2, **zero(0))
+        whole = in_folder(inputs, "whole", micro_batch=8, steps=2, **zero(0))
         curves, _ = run_distributed(train_all, 1, [config, whole])[0]
         assert curves[0] == [pytest.approx(row, rel=1e-5) for row in curves[1]]
         setup_counts = _counts(config)
@@ -162,7 +162,7 @@ class TestTwoRanks:
         assert curves[0][3] == pytest.approx(alone[1][0][3], rel=1e-2)
 
     def test_disk_full_on_one_rank_is_one_line_on_all_and_leaves_nothing(self, inputs):
-        configs = [in_folder(inputs, f"full-{i}", updates=1, warmup=1, **zero(2)) for i in range(2)]
+        configs = [in_folder(inputs, f"full-{i}", steps=1, warmup=1, **zero(2)) for i in range(2)]
         for messages in run_distributed(train_on_a_full_disk, 2, *configs, timeout=60):
             for message in messages:
                 assert "step-00000001: not saved (rank 1: disk full)" in message
@@ -266,7 +266,7 @@ class TestRefusals:
         assert "tokenizer" in message and "\n" not in message
 
     def test_another_zero_stage(self, alone):
-        train = dataclasses.replace(alone[0].train, updates=9, **zero(2))
+        train = dataclasses.replace(alone[0].train, steps=9, **zero(2))
         config = dataclasses.replace(alone[0], train=train)
         (message,) = run_distributed(refused, 1, config, "auto")
         assert "zero_stage: 0 -> 2; start with the same number of ranks" in message

@@ -18,11 +18,11 @@ from dalle_dist.train.train_dvae import gumbel_noise
 
 COLOURS = ["red", "green", "blue", "orange", "purple", "black"]
 SHAPE = [
-    "dvae.image_size=16", "dvae.codebook_size=16", "dvae.width=8", "dvae.decoder_stem=8",
+    "dvae.image_size=16", "dvae.codebook_size=16", "transformer.codebook_size=16", "dvae.width=8", "dvae.decoder_stem=8",
     "dvae.downsamplings=2", "transformer.image_grid=4", "data.workers=0",
     "dvae_train.batch_size=8", "dvae_train.lr=3e-3", "dvae_train.eval_every=10",
     "dvae_train.save_every=10", "dvae_train.log_every=1", "dvae_train.precision=fp32",
-    "dvae_train.lr_warmup=0",
+    "dvae_train.warmup=0",
 ]  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stage1")
     write_images(folder / "images", corrupt={5, 30})
     with pytest.warns(UserWarning, match="005"):
-        assert main(["train-dvae", *arguments(folder, "dvae_train.updates=60")]) == 0
+        assert main(["train-dvae", *arguments(folder, "dvae_train.steps=60")]) == 0
     return folder
 
 
@@ -86,7 +86,7 @@ def test_it_learns_and_leaves_a_whole_run(trained):
 
 def test_a_finished_run_says_so_and_a_used_folder_is_refused(trained, capsys):
     before = (trained / "dvae/log.jsonl").read_text()
-    done = arguments(trained, "dvae_train.updates=60")
+    done = arguments(trained, "dvae_train.steps=60")
     assert main(["train-dvae", *done, "--resume", "auto"]) == 0
     assert "complete at update 60; nothing to do" in capsys.readouterr().out
     assert main(["train-dvae", *done]) == 2
@@ -95,7 +95,9 @@ def test_a_finished_run_says_so_and_a_used_folder_is_refused(trained, capsys):
 
 
 def test_resuming_with_another_shape_shows_the_difference(trained, capsys):
-    changed = arguments(trained, "dvae_train.updates=90", "dvae.codebook_size=32")
+    changed = arguments(
+        trained, "dvae_train.steps=90", "dvae.codebook_size=32", "transformer.codebook_size=32"
+    )
     assert main(["train-dvae", *changed, "--resume", "auto"]) == 2
     error = capsys.readouterr().err
     assert "cannot resume with another shape: dvae.codebook_size: 16 -> 32" in error
@@ -104,12 +106,12 @@ def test_resuming_with_another_shape_shows_the_difference(trained, capsys):
 @pytest.mark.filterwarnings("ignore:.*cannot be decoded")
 def test_stopped_and_resumed_equals_never_stopped(tmp_path):
     write_images(tmp_path / "images")
-    schedule = ["dvae_train.lr_updates=20", "dvae_train.temperature_updates=20"]
-    whole = arguments(tmp_path, "dvae_train.updates=20", *schedule, run="whole")
+    schedule = ["dvae_train.lr_steps=20", "dvae_train.temperature_steps=20"]
+    whole = arguments(tmp_path, "dvae_train.steps=20", *schedule, run="whole")
     assert main(["train-dvae", *whole]) == 0
-    half = arguments(tmp_path, "dvae_train.updates=10", *schedule, run="parts")
+    half = arguments(tmp_path, "dvae_train.steps=10", *schedule, run="parts")
     assert main(["train-dvae", *half]) == 0
-    both = arguments(tmp_path, "dvae_train.updates=20", *schedule, run="parts")
+    both = arguments(tmp_path, "dvae_train.steps=20", *schedule, run="parts")
     assert main(["train-dvae", *both, "--resume", "auto"]) == 0
     states = [
         load_tensors(tmp_path / run / "release/dvae.safetensors") for run in ("whole", "parts")
@@ -120,7 +122,7 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path):
 
 
 def _train(ranks, folder, run="two"):
-    overrides = ("dvae_train.updates=5", "dvae_train.lr_warmup=0")
+    overrides = ("dvae_train.steps=5", "dvae_train.warmup=0")
     assert main(["train-dvae", *arguments(Path(folder), *overrides, run=run)]) == 0
     assert not torch.distributed.is_initialized(), "a group that outlives main may abort at exit"
 
@@ -152,7 +154,7 @@ def test_a_half_written_release_is_written_anew(copy):
     (copy / "dvae/release/config.yaml").unlink()
     before = (copy / "dvae/release/dvae.safetensors").read_bytes()
     (copy / "dvae/release/dvae.safetensors").write_bytes(before[:100])
-    done = arguments(copy, "dvae_train.updates=60")
+    done = arguments(copy, "dvae_train.steps=60")
     assert main(["train-dvae", *done, "--resume", "auto"]) == 0
     assert (copy / "dvae/release/dvae.safetensors").read_bytes() == before
     assert (copy / "dvae/release/config.yaml").is_file()
@@ -164,7 +166,7 @@ def test_a_damaged_checkpoint_is_named_or_passed_over(copy, capsys):
     with (newest / "state.pt").open("r+b") as file:
         file.seek(200)
         file.write(b"damage")
-    done = arguments(copy, "dvae_train.updates=60")
+    done = arguments(copy, "dvae_train.steps=60")
     assert main(["train-dvae", *done, "--resume", str(newest)]) == 2
     assert "state.pt is damaged" in capsys.readouterr().err
     assert main(["train-dvae", *done, "--resume", str(copy / "nowhere")]) == 2
@@ -213,17 +215,22 @@ def test_encode_writes_the_argmax_codes_once(trained, capsys):
 @pytest.mark.filterwarnings("ignore:.*cannot be decoded")
 def test_encode_refuses_what_does_not_belong_together(trained, tmp_path, capsys):
     write_images(tmp_path / "images")
-    assert main(["train-dvae", *arguments(tmp_path, "dvae_train.updates=2")]) == 0
+    assert main(["train-dvae", *arguments(tmp_path, "dvae_train.steps=2")]) == 0
     assert main(["encode", *arguments(tmp_path, f"paths.tokens={trained}/tokens2")]) == 0
     other = arguments(trained, f"paths.tokens={trained}/tokens2")
     assert main(["encode", *other]) == 2
     assert "holds tokens of other dVAE" in capsys.readouterr().err
-    assert main(["encode", *arguments(trained, "dvae.codebook_size=32")]) == 2
+    assert (
+        main(
+            ["encode", *arguments(trained, "dvae.codebook_size=32", "transformer.codebook_size=32")]
+        )
+        == 2
+    )
     assert "is not the shape of" in capsys.readouterr().err
 
 
 def test_all_corrupt_is_fatal(tmp_path, capsys):
     write_images(tmp_path / "images", corrupt=set(range(32)))
     with pytest.warns(UserWarning):
-        assert main(["train-dvae", *arguments(tmp_path, "dvae_train.updates=2")]) == 2
+        assert main(["train-dvae", *arguments(tmp_path, "dvae_train.steps=2")]) == 2
     assert "can be decoded" in capsys.readouterr().err

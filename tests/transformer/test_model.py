@@ -14,7 +14,7 @@ TINY = [
     "transformer.layers=4", "transformer.width=64", "transformer.heads=1",
     "transformer.text_tokens=6", "transformer.image_grid=4", "transformer.conv_kernel=3",
     "tokenizer.vocab_size=300", "dvae.image_size=32", "dvae.downsamplings=3",
-    "dvae.codebook_size=20", "train.checkpoint_activations=false",
+    "dvae.codebook_size=20", "transformer.codebook_size=20", "train.checkpoint_activations=false",
 ]  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def test_changing_a_token_leaves_all_states_before_it_bit_for_bit(
 ):
     if (kind, backend) == ("causal", "cpu"):
         backend = "reference"
-    model = tiny(f"transformer.mask_dialect={dialect}")
+    model = tiny(f"transformer.mask_variant={dialect}")
     for layer in model.blocks:
         layer.attention.mask = AttentionMask(kind, 6, 4, dialect, kernel=3)
     from dalle_dist.transformer import blocks
