@@ -6,8 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 INIT = Path(__file__).parent / "dalle_dist" / "__init__.py"
-# They lie beside the package in the repository, and inside it in a wheel.
-DATA = {"dalle_dist.ds_configs": "ds_configs", "dalle_dist.slurm": "slurm"}
+# It lies beside the package in the repository, and inside it in a wheel.
+DATA = {"dalle_dist.slurm": "slurm"}
 
 setup(
     name="dalle-dist",
@@ -19,7 +19,6 @@ setup(
     package_dir=DATA,
     package_data={
         "dalle_dist.presets": ["*.yaml"],
-        "dalle_dist.ds_configs": ["*.json"],
         "dalle_dist.slurm": ["*.sbatch", "*.sh"],
     },
     install_requires=[

@@ -77,7 +77,14 @@ def run(options: argparse.Namespace) -> None:
 
 def gpu_config(smoke: bool) -> Config:
     """The paper's width, heads and vocabularies with few layers."""
-    tiny = {"width": 128, "heads": 2, "text_tokens": 16, "image_grid": 12, "conv_kernel": 3}
+    tiny = {
+        "width": 128,
+        "heads": 2,
+        "text_tokens": 16,
+        "image_grid": 12,
+        "codebook_size": 32,
+        "conv_kernel": 3,
+    }
     return from_dict(
         {
             "name": "smoke-gpu" if smoke else "b8-h62-d64",

@@ -60,7 +60,14 @@ def arguments(text: str | None, rounds: int) -> argparse.Namespace:
 def benchmark_config(smoke: bool) -> Config:
     """d=256, 4 layers, 4 heads of 64, 256 + 1024 tokens, vocabularies 16,384 and 8,192, fp32."""
     wide = {"width": 256, "heads": 4, "layers": 4, "text_tokens": 256, "image_grid": 32}
-    tiny = {"width": 64, "heads": 1, "layers": 2, "text_tokens": 16, "image_grid": 12}
+    tiny = {
+        "width": 64,
+        "heads": 1,
+        "layers": 2,
+        "text_tokens": 16,
+        "image_grid": 12,
+        "codebook_size": 32,
+    }
     return from_dict(
         {
             "name": "smoke" if smoke else "d256-l4",

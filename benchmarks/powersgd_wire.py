@@ -93,7 +93,9 @@ def wire_config(smoke: bool, folder: Path) -> Config:
             "paths": {"tokens": str(folder / "tokens"), "tokenizer": str(folder / "tokenizer")},
             "tokenizer": {"vocab_size": 300},
             "dvae": {"image_size": 32, "codebook_size": 16},
-            "transformer": {**shape, "text_tokens": 8, "image_grid": 4, "conv_kernel": 3},
+            "transformer": {
+                **shape, "text_tokens": 8, "image_grid": 4, "conv_kernel": 3, "codebook_size": 16,
+            },
             "train": {
                 "precision": "fp32", "checkpoint_activations": False, "batch_size": 8,
                 "micro_batch": 4, "lr": 7e-4, "warmup": 10,

@@ -112,7 +112,12 @@ def make_config(name: str, layers: int, grid: int) -> Config:
             "name": name,
             "tokenizer": {"vocab_size": 300},
             "dvae": {"image_size": 8 * grid, "codebook_size": 2 * KINDS},
-            "transformer": {**shape, "layers": layers, "image_grid": grid},
+            "transformer": {
+                **shape,
+                "layers": layers,
+                "image_grid": grid,
+                "codebook_size": 2 * KINDS,
+            },
             "train": {"batch_size": 8, "lr": 3e-3, "warmup": 50, "checkpoint_activations": False},
         }
     )

@@ -47,7 +47,14 @@ def main() -> None:
 def cost_config(smoke: bool, precision: str) -> Config:
     """d=1024, 16 heads of 64, 12 layers, 256 + 1024 tokens, batch 8: 151 M values in matrices."""
     wide = {"width": 1024, "heads": 16, "layers": 12, "text_tokens": 256, "image_grid": 32}
-    tiny = {"width": 64, "heads": 1, "layers": 2, "text_tokens": 16, "image_grid": 4}
+    tiny = {
+        "width": 64,
+        "heads": 1,
+        "layers": 2,
+        "text_tokens": 16,
+        "image_grid": 4,
+        "codebook_size": 32,
+    }
     return from_dict(
         {
             "name": "smoke" if smoke else "d1024-l12",

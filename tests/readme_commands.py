@@ -65,7 +65,7 @@ TRIES = [
     (r"mpirun .* train emoji", r"\g<0> $SMALL paths.run=runs/mpirun"),
     (r"sbatch .* (slurm/\S+) (\S+)", r"dalle-dist slurm && bash -n \1 && dalle-dist config \2"),
     (r"train\.steps=1000 train\.warmup=50", r"dalle-dist config cc3m \g<0>"),
-    (r"train\.deepspeed=\S+", r"dalle-dist train emoji $SMALL paths.run=runs/stage \g<0>"),
+    (r"train\.zero_stage=\d", r"dalle-dist train emoji $SMALL paths.run=runs/stage \g<0>"),
     (r"dalle-dist convert RUN OUT", r"dalle-dist convert runs/demo converted"),
     (r"train\.precision=fp16", r"dalle-dist train emoji $SMALL paths.run=runs/fp16 \g<0>"),
     (r"(dalle-dist plot scales) RUN", r"\1 runs/fp16"),
@@ -84,6 +84,7 @@ COMMAND = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:\S*/bin/)?(?:{PROGRAMS}) \S|[a-z_]+\
 LANGUAGES = ("", "bash", "console", "python", "sh", "shell")  # of the fenced blocks that are tried
 SMALL = """
     data.workers=0 dvae.image_size=16 dvae.width=8 dvae.decoder_stem=8 dvae.codebook_size=16
+    transformer.codebook_size=16
     dvae.downsamplings=2 dvae.blocks_per_group=1 dvae_train.batch_size=8 dvae_train.steps=4
     dvae_train.warmup=2 train.warmup=2
     dvae_train.eval_every=4 dvae_train.save_every=4 dvae_train.precision=fp32

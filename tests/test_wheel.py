@@ -19,7 +19,6 @@ PIP = ["-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
 # Folders of the repository, and where their files lie beside the installed package.
 SHIPPED = {
     "dalle_dist": "dalle_dist",
-    "ds_configs": "dalle_dist/ds_configs",
     "slurm": "dalle_dist/slurm",
     "kernels/dalle_kernels": "dalle_kernels",
 }

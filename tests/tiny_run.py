@@ -14,7 +14,7 @@ from dalle_dist.checkpoint.release import save_dvae_release
 from dalle_dist.config import Config, from_dict, to_yaml
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.dvae.model import DVAE
-from dalle_dist.text_tokenizer.bpe import train_tokenizer
+from dalle_dist.tokenizer import train_tokenizer
 
 COLOURS = ("red", "green", "blue", "black", "white", "pink", "brown", "grey")
 THINGS = ("heart", "car", "house", "tree", "flag", "cat", "boat", "star")
@@ -26,7 +26,8 @@ data: {workers: 0}
 tokenizer: {vocab_size: 300}
 dvae: {image_size: 8, codebook_size: 16, width: 8, decoder_stem: 8, downsamplings: 1,
        blocks_per_group: 1}
-transformer: {layers: 2, width: 64, heads: 1, text_tokens: 8, image_grid: 4, conv_kernel: 3}
+transformer: {layers: 2, width: 64, heads: 1, text_tokens: 8, image_grid: 4, conv_kernel: 3,
+              codebook_size: 16}
 train: {batch_size: 8, micro_batch: 2, steps: 6, lr: 5e-3, warmup: 2, ema_every: 2, log_every: 1,
         eval_every: 6, sample_every: 6, save_every: 3, precision: fp32, plateau_window: 2,
         plateau_gain: 0.5, checkpoint_activations: false, prompts: [red heart],

@@ -1,4 +1,4 @@
-"""What comes with the package besides Python: DeepSpeed's JSONs and the Slurm scripts."""
+"""What comes with the package besides Python and presets: the Slurm scripts."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ from dalle_dist.errors import ConfigError
 
 
 def root() -> Path:
-    """Where ds_configs/ and slurm/ lie: in an installed package, or beside it in the repository."""
+    """The folder of slurm/: in an installed package, or beside it in the repository."""
     package = Path(__file__).resolve().parents[1]
-    return package if (package / "ds_configs").is_dir() else package.parent
+    return package if (package / "slurm").is_dir() else package.parent
 
 
 def names(folder: str) -> list[str]:
     """The files of a shipped folder."""
     return sorted(file.name for file in (root() / folder).iterdir() if file.is_file())
-
-
-def find(path: str) -> Path | None:
-    """A file by its path from the working folder, or else among the shipped ones."""
-    return next((file for file in (Path(path), root() / path) if file.is_file()), None)
 
 
 def write_slurm(folder: str) -> list[str]:

@@ -51,7 +51,9 @@ def test_machines_of_unequal_size_are_refused_with_their_sizes():
 
 @pytest.mark.parametrize("local_world_size", [3, 0, -1, 8])
 def test_a_local_world_size_that_does_not_divide_is_refused(local_world_size):
-    with pytest.raises(ConfigError, match=f"local_world_size: {local_world_size} does not divide 4 ranks"):
+    with pytest.raises(
+        ConfigError, match=f"local_world_size: {local_world_size} does not divide 4 ranks"
+    ):
         groups.members(["a"] * 4, local_world_size)
 
 

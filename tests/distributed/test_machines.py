@@ -297,7 +297,11 @@ def refused(ranks, overrides, stage):
 @pytest.mark.parametrize(
     ("overrides", "stage", "said"),
     [
-        (["parallel.local_world_size=3"], 2, "parallel.local_world_size: 3 does not divide 2 ranks"),
+        (
+            ["parallel.local_world_size=3"],
+            2,
+            "parallel.local_world_size: 3 does not divide 2 ranks",
+        ),
         ([], 0, "parallel.between_nodes: powersgd needs ZeRO 1, 2 or 3"),
         (["parallel.rank=64"], 2, "attention.qkv.weight of shape 64x64; the largest allowed is 63"),
         (["parallel.rank=32"], 3, "attention.qkv.weight of shape 32x64; the largest allowed is 31"),

@@ -69,7 +69,9 @@ def test_full_rank_is_the_dense_mean(world, local_world_size):
     for rank, (outputs, state, _) in enumerate(found):
         for step, output in enumerate(outputs):
             for name in COMPRESSED | DENSE:
-                wanted = mean_gradient(name, step, world // local_world_size, rank % local_world_size)
+                wanted = mean_gradient(
+                    name, step, world // local_world_size, rank % local_world_size
+                )
                 check_close(output[name], wanted, 3e-6)
         for name, error in state["errors"].items():
             assert error.norm() < 2e-5, name

@@ -51,7 +51,9 @@ def _directly(ranks, local_world_size):
         rows = []
         for gradient in gradients:
             dist.all_reduce(gradient, group=groups.shard)
-            rows.append(gradient.div_(local_world_size).chunk(local_world_size)[groups.local].clone())
+            rows.append(
+                gradient.div_(local_world_size).chunk(local_world_size)[groups.local].clone()
+            )
         names = [name for name, _ in model.named_parameters()]
         reduce(sgd, list(zip(names, rows, strict=True)), groups.local)
         for parameter, mine in zip(model.parameters(), rows, strict=True):

@@ -95,7 +95,9 @@ def test_a_finished_run_says_so_and_a_used_folder_is_refused(trained, capsys):
 
 
 def test_resuming_with_another_shape_shows_the_difference(trained, capsys):
-    changed = arguments(trained, "dvae_train.steps=90", "dvae.codebook_size=32", "transformer.codebook_size=32")
+    changed = arguments(
+        trained, "dvae_train.steps=90", "dvae.codebook_size=32", "transformer.codebook_size=32"
+    )
     assert main(["train-dvae", *changed, "--resume", "auto"]) == 2
     error = capsys.readouterr().err
     assert "cannot resume with another shape: dvae.codebook_size: 16 -> 32" in error
@@ -218,7 +220,12 @@ def test_encode_refuses_what_does_not_belong_together(trained, tmp_path, capsys)
     other = arguments(trained, f"paths.tokens={trained}/tokens2")
     assert main(["encode", *other]) == 2
     assert "holds tokens of other dVAE" in capsys.readouterr().err
-    assert main(["encode", *arguments(trained, "dvae.codebook_size=32", "transformer.codebook_size=32")]) == 2
+    assert (
+        main(
+            ["encode", *arguments(trained, "dvae.codebook_size=32", "transformer.codebook_size=32")]
+        )
+        == 2
+    )
     assert "is not the shape of" in capsys.readouterr().err
 
 

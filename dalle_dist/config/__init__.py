@@ -1,0 +1,44 @@
+"""The one source of truth of a run: typed, documented, checked settings <-> YAML.
+
+`options.py` has what a key means and may be, `sections.py` and `stages.py` the keys, `root.py` the
+whole `Config`, `together.py` what keys ask of one another, `presets.py` and `loading.py` the way
+from YAML and overrides to a `Config`, `docs.py` its documentation.
+"""
+
+from dalle_dist.config.loading import difference, from_dict, load, to_dict, to_yaml
+from dalle_dist.config.presets import preset_names
+from dalle_dist.config.root import Config, validate
+from dalle_dist.config.sections import (
+    HEAD_DIM,
+    DataConfig,
+    DVAEConfig,
+    ImageTokenizerConfig,
+    ParallelConfig,
+    PathsConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
+from dalle_dist.config.stage import StageConfig
+from dalle_dist.config.stages import DVAETrainConfig, TrainConfig
+
+__all__ = [
+    "HEAD_DIM",
+    "Config",
+    "DVAEConfig",
+    "DVAETrainConfig",
+    "DataConfig",
+    "ImageTokenizerConfig",
+    "ParallelConfig",
+    "PathsConfig",
+    "StageConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "TransformerConfig",
+    "difference",
+    "from_dict",
+    "load",
+    "preset_names",
+    "to_dict",
+    "to_yaml",
+    "validate",
+]

@@ -1,0 +1,238 @@
+"""The sections of the config but those of the two training stages (`stages.py`).
+
+Sources are sections of the paper (arXiv 2102.12092); "ours" is a choice of this package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dalle_dist.config.options import option
+
+HEAD_DIM = 64  # width of an attention head (paper B.1)
+MAX_CODES = 2**16  # token shards hold image tokens as uint16
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathsConfig:
+    """Where inputs and results lie; each a local path or `s3://bucket/prefix`."""
+
+    images: str = option("data/images", "folder with train/ and held-out/ image shards")
+    tokens: str = option("data/tokens", "folder with train/ and held-out/ token shards")
+    tokenizer: str = option("data/tokenizer.json", "file of the text tokenizer")
+    dvae_run: str = option("runs/dvae", "run folder of stage 1")
+    run: str = option("runs/transformer", "run folder of stage 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How samples are read."""
+
+    workers: int = option(
+        2,
+        "loader processes of each rank, 0 = the rank's own process; the sample order does not "
+        "depend on it",
+        unit="processes",
+        at_least=0,
+    )
+    shuffle_shards: int = option(
+        16, "shards whose samples are mixed with one another", unit="shards", at_least=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The text tokenizer."""
+
+    kind: str = option("bpe", "which text tokenizer; bpe = byte-level BPE, trained here")
+    vocab_size: int = option(
+        16_384,
+        "classes of text tokens, the special ones included",
+        unit="classes",
+        source="paper 2.2",
+        at_least=258,
+    )
+    dropout: float = option(
+        0.1,
+        "BPE dropout: probability of leaving out a merge, in training only",
+        source="paper 2.2",
+        at_least=0,
+        below=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTokenizerConfig:
+    """What turns images into image tokens for stage 2, and image tokens back into images."""
+
+    kind: str = option("dvae", "which image tokenizer; dvae = the one that stage 1 trains")
+    path: str = option(
+        "",
+        "release folder of the image tokenizer; empty = paths.dvae_run/release",
+        may_be_empty=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAEConfig:
+    """Network of stage 1, the discrete VAE."""
+
+    image_size: int = option(
+        256, "side of the images", unit="pixels", source="paper 2.1", at_least=1
+    )
+    codebook_size: int = option(
+        8_192,
+        "classes of image tokens",
+        unit="classes",
+        source="paper 2.1",
+        at_least=2,
+        at_most=MAX_CODES,
+    )
+    width: int = option(
+        256,
+        "channels of the first group of resblocks, a multiple of 4; each further group doubles "
+        "them",
+        unit="channels",
+        source="OpenAI's released dVAE",
+        at_least=4,
+    )
+    decoder_stem: int = option(
+        128,
+        "channels after the decoder's first 1x1 convolution",
+        unit="channels",
+        source="OpenAI's released dVAE",
+        at_least=1,
+    )
+    downsamplings: int = option(
+        3,
+        "times that the encoder halves the side of the image; there is one group of resblocks "
+        "more than that",
+        source="paper A.1",
+        at_least=0,
+        at_most=16,
+    )
+    blocks_per_group: int = option(
+        2, "resblocks of a group", unit="resblocks", source="OpenAI's released dVAE", at_least=1
+    )
+
+    @property
+    def grid(self) -> int:
+        """Image tokens per side of the image."""
+        return self.image_size >> self.downsamplings
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Network of stage 2, the sparse transformer."""
+
+    layers: int = option(64, "resblocks", unit="layers", source="paper 2.3", at_least=1)
+    width: int = option(
+        3_968,
+        f"size of the residual stream; must be heads x {HEAD_DIM}",
+        unit="channels",
+        source="paper Table 1",
+        at_least=HEAD_DIM,
+    )
+    heads: int = option(
+        62, f"attention heads of size {HEAD_DIM}", unit="heads", source="paper 2.3", at_least=1
+    )
+    text_tokens: int = option(
+        256, "positions of the text", unit="tokens", source="paper 2.2", at_least=1
+    )
+    image_grid: int = option(
+        32, "image tokens per side of the image", unit="tokens", source="paper 2.1", at_least=1
+    )
+    codebook_size: int = option(
+        8_192,
+        "classes of image tokens; must be dvae.codebook_size when image_tokenizer.kind is dvae",
+        unit="classes",
+        source="paper 2.1",
+        at_least=2,
+        at_most=MAX_CODES,
+    )
+    conv_kernel: int = option(
+        11,
+        "side of the window of convolutional attention, odd",
+        unit="tokens",
+        source="paper B.1",
+        at_least=1,
+    )
+    mask_variant: Literal["paper", "clamp", "torus", "dalle-pytorch"] = option(
+        "paper",
+        "variant of the attention masks where the paper's text and other programs differ: what "
+        "column and convolutional attention see at the edges of the image",
+    )
+    masks: Literal["paper", "causal"] = option(
+        "paper",
+        "paper = row, column, row, row, ... attention and convolutional in the last layer; "
+        "causal = dense causal attention in all layers",
+        source="paper 2.3, B.1",
+    )
+
+    @property
+    def image_tokens(self) -> int:
+        """Positions of the image."""
+        return self.image_grid**2
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the sequence: text then image."""
+        return self.text_tokens + self.image_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How nodes work together in stage 2. Inside a node, ZeRO shards by train.zero_stage."""
+
+    between_nodes: Literal["zero", "dense", "powersgd"] = option(
+        "zero",
+        "zero = ZeRO over all ranks; dense and powersgd = ZeRO inside each node, and between nodes "
+        "the mean of the gradients, whole or compressed by PowerSGD",
+        source="ours; powersgd: paper 2.5, E",
+    )
+    local_world_size: int = option(
+        0, "ranks that count as a node; 0 = those of one host name", unit="ranks", at_least=0
+    )
+    rank: int = option(
+        896,
+        "rank of PowerSGD's factors; the paper has 512, 640 and 896 for 2.8, 5.6 and 12 billion "
+        "parameters",
+        source="paper Table 1",
+        at_least=1,
+    )
+    rank_of: Literal["node", "shard"] = option(
+        "node",
+        "what parallel.rank counts: node = the sum over the shards of a matrix, which is cut by "
+        "rows into one for each rank of a node; shard = each shard, which is a matrix under ZeRO 1 "
+        "and 2 and a rank's part of it under ZeRO 3",
+    )
+    comm_dtype: Literal["fp32", "bf16", "fp16", "1-6-9"] = option(
+        "bf16",
+        "communication dtype: number format in which PowerSGD's factors P and Q go between nodes; "
+        "1-6-9 = sign, exponent and mantissa bits of the paper's 16-bit format",
+        source="ours; 1-6-9: paper E",
+    )
+    p_scale: float = option(
+        1.0, "factor on P before it is cast to parallel.comm_dtype", above=0, source="ours"
+    )
+    q_scale: float = option(
+        1.0, "factor on Q before it is cast to parallel.comm_dtype", above=0, source="ours"
+    )
+    error_dtype: Literal["fp32", "1-6-9"] = option(
+        "fp32",
+        "number format of PowerSGD's error buffers",
+        source="ours; 1-6-9: paper E",
+    )
+    warm_start: bool = option(
+        False, "begin each step with the Q of the last one instead of a fixed random one"
+    )
+    start_step: int = option(
+        0, "PowerSGD averages whole gradients before this step", unit="steps", at_least=0
+    )
+    dense_every: int = option(
+        0,
+        "PowerSGD averages whole gradients at every step that this divides; 0 = never",
+        unit="steps",
+        at_least=0,
+    )

@@ -1,0 +1,62 @@
+"""What the sections of both training stages have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from dalle_dist.config.options import inherited, required
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What both training stages have; each gives its own defaults."""
+
+    section: ClassVar[str]  # name of the section, for errors
+
+    steps: int = required("optimizer steps of the run", unit="steps", at_least=1)
+    batch_size: int = required(
+        "samples of an optimizer step, over all ranks and micro-batches", unit="samples", at_least=1
+    )
+    micro_batch: int = required(
+        "samples of a rank's backward pass; 0 = batch_size / ranks", unit="samples", at_least=0
+    )
+    lr: float = required("highest learning rate", above=0)
+    warmup: int = required(
+        "steps over which the learning rate rises from 0", unit="steps", at_least=0
+    )
+    beta1: float = required("AdamW: decay of the first moment", at_least=0, below=1)
+    beta2: float = required("AdamW: decay of the second moment", at_least=0, below=1)
+    eps: float = required("AdamW: added to the root of the second moment", above=0)
+    weight_decay: float = required("AdamW: decoupled weight decay", at_least=0)
+    clip: float = required("largest norm of the gradient; 0 = not clipped", at_least=0)
+    ema: float = required(
+        "decay of the moving average of the weights, at each fold", at_least=0, below=1
+    )
+    ema_every: int = required(
+        "steps between two folds into the moving average", unit="steps", at_least=1
+    )
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = required("number format of training")
+    zero_stage: Literal[0, 1, 2, 3] = required(
+        "ZeRO stage: what DeepSpeed shards over ranks; 0 = nothing, 1 = optimizer state, "
+        "2 = gradients too, 3 = parameters too"
+    )
+    deepspeed: dict[str, Any] = required(
+        "further settings of DeepSpeed, as keys or as the path of a JSON file with them, which is "
+        "read when the config is loaded; what contradicts this config is refused",
+    )
+    log_every: int = required("steps between two lines of the log", unit="steps", at_least=1)
+    eval_every: int = required(
+        "steps between two evaluations on held-out samples", unit="steps", at_least=1
+    )
+    sample_every: int = required(
+        "steps between two sheets of sample images", unit="steps", at_least=1
+    )
+    save_every: int = required("steps between two checkpoints", unit="steps", at_least=1)
+    keep: int = required("newest checkpoints that are kept", unit="checkpoints", at_least=1)
+    wandb: bool = required("log to Weights & Biases too")
+
+
+def shared(name: str, default: Any, source: str = "ours") -> Any:
+    """A field of StageConfig with a stage's own default, and where that is from."""
+    return inherited(StageConfig, name, default, source)
