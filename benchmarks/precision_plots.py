@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.precision_curves import Curve, means
-from dalle_dist.evaluate.plots import draw_scales
+from dalle_dist.report.plots import draw_scales
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,8 +2,8 @@
 
 Generator.load(folder)   draws pictures for prompts from a release folder
 load(folder)             everything of a release folder: config, tokenizer, dVAE, transformer
-load_dvae(folder)        the dVAE of a release folder alone
 load_config(preset)      a checked Config from a preset or a YAML file
+load_image_tokenizer("dvae", folder)   the image tokenizer of a release folder alone
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dalle_dist.checkpoint.release import load_dvae
     from dalle_dist.checkpoint.release import load_release as load
     from dalle_dist.config import Config
     from dalle_dist.config import load as load_config
     from dalle_dist.dvae.model import DVAE
     from dalle_dist.generate.generator import GeneratedImage, Generator
+    from dalle_dist.image_tokenizer.registry import load_image_tokenizer
     from dalle_dist.text_tokenizer.bpe import Tokenizer
     from dalle_dist.transformer.model import Transformer
 
@@ -33,7 +33,7 @@ __all__ = [
     "__version__",
     "load",
     "load_config",
-    "load_dvae",
+    "load_image_tokenizer",
 ]
 
 # Where each name lives. They are fetched when first asked for: the command line imports this
@@ -47,7 +47,7 @@ _HOMES = {
     "Transformer": "transformer.model.Transformer",
     "load": "checkpoint.release.load_release",
     "load_config": "config.load",
-    "load_dvae": "checkpoint.release.load_dvae",
+    "load_image_tokenizer": "image_tokenizer.registry.load_image_tokenizer",
 }
 
 

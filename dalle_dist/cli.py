@@ -257,7 +257,7 @@ def _captions(config: Config) -> Iterator[str]:
 
 def _train_dvae(options: argparse.Namespace) -> None:
     config = _shared_config_of(options)
-    from dalle_dist.train.train_dvae import train_dvae
+    from dalle_dist.train.dvae import train_dvae
 
     train_dvae(config, options.resume)
 
@@ -271,14 +271,14 @@ def _encode(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     config = _shared_config_of(options)
-    from dalle_dist.train.train import train
+    from dalle_dist.train.transformer import train
 
     train(config, options.resume)
 
 
 def _report(options: argparse.Namespace) -> None:
     config = _config_of(options)
-    from dalle_dist.evaluate.report import write_report
+    from dalle_dist.report.report import write_report
 
     write_report(config)
 
@@ -313,7 +313,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    from dalle_dist.evaluate.plots import plot
+    from dalle_dist.report.plots import plot
 
     print(plot(options.what, options.run))
 

@@ -156,7 +156,7 @@ def test_a_lossy_powersgd_is_not_timed(monkeypatch):
     import torch
 
     from benchmarks import powersgd_math
-    from dalle_dist.distributed import factors, launch
+    from dalle_dist.gradients.powersgd import factors, launch
 
     device = launch.init().device
     powersgd_math.check_ours([(32, 256)] * 2, 8, device)

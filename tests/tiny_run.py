@@ -14,7 +14,7 @@ from dalle_dist.checkpoint.release import save_dvae_release
 from dalle_dist.config import Config, from_dict, to_yaml
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.dvae.model import DVAE
-from dalle_dist.tokenizer import train_tokenizer
+from dalle_dist.text_tokenizer.bpe import train_tokenizer
 
 COLOURS = ("red", "green", "blue", "black", "white", "pink", "brown", "grey")
 THINGS = ("heart", "car", "house", "tree", "flag", "cat", "boat", "star")
@@ -66,7 +66,7 @@ def write_config(config: Config, path: Path) -> str:
 def _write_tokens(config: Config, folder: str, captions: list[str], dvae: str) -> None:
     """Codes that the caption decides: colour the upper half, thing the lower one."""
     meta = {
-        "dvae": dvae,
+        "image_tokenizer": dvae,
         "grid": config.dvae.grid,
         "codebook_size": config.dvae.codebook_size,
     }

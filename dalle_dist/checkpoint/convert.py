@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -74,19 +75,17 @@ def read_config(step: Path) -> Config:
     return from_dict(yaml.safe_load(path.read_text()))
 
 
-def read_training(step: Path) -> dict[str, object]:
+def read_training(step: Path) -> dict[str, Any]:
     """What training goes on from, and `stage`. Raises CheckpointError: none, or of no stage."""
     path = step / TRAINING
-    found: dict[str, object] = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if found.get("stage") not in _STAGES:
         raise CheckpointError(f"{step}: no checkpoint of {' or '.join(_STAGES)} ({TRAINING})")
     return found
 
 
 def _save_transformer(out: str, config: Config, state: State) -> str:
-    return save_release(
-        out, config, state, config.paths.tokenizer, image_tokenizer_folder(config)
-    )
+    return save_release(out, config, state, config.paths.tokenizer, image_tokenizer_folder(config))
 
 
 _STAGES: dict[str, tuple[Callable[[Config], nn.Module], Callable[[str, Config, State], str]]] = {

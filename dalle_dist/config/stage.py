@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from dalle_dist.config.options import inherited, required
+from dalle_dist.config.options import inherited, option, required
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,28 @@ class StageConfig:
     save_every: int = required("steps between two checkpoints", unit="steps", at_least=1)
     keep: int = required("newest checkpoints that are kept", unit="checkpoints", at_least=1)
     wandb: bool = required("log to Weights & Biases too")
+    skip: Literal["step", "block"] = option(
+        "step",
+        "fp16, and means between nodes: what a resblock with gradients that are not finite loses: "
+        "the whole optimizer step, or its own part of it",
+        source="paper 2.4",
+    )
+    moments: Literal["fp32", "16-bit"] = option(
+        "fp32",
+        "number format of AdamW's moments of the parameters with weight decay; all others are fp32",
+        source="ours; 16-bit: paper D",
+    )
+    variance_clip: float = option(
+        0.0,
+        "largest second moment, clipped before AdamW uses it; 0 = not clipped",
+        at_least=0,
+    )
+    optimizer: Literal["auto", "torch", "triton", "apex"] = option(
+        "auto",
+        "AdamW by torch's operations, in one Triton pass, or by NVIDIA's apex, which also brings "
+        "its layer norm; auto = triton on GPUs, torch on CPUs",
+    )
+    compile: bool = option(False, "torch.compile the inside of each resblock of the transformer")
 
 
 def shared(name: str, default: Any, source: str = "ours") -> Any:

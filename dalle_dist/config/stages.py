@@ -147,28 +147,7 @@ class TrainConfig(StageConfig):
         "number format of training; fp16 = with a gradient scale per resblock, on fp32 parameters",
         source="ours; fp16: paper 2.4",
     )
-    skip: Literal["update", "block"] = option(
-        "update",
-        "fp16: what a resblock with gradients that are not finite loses: the whole step, or its "
-        "own part of it",
-    )
-    moments: Literal["fp32", "16-bit"] = option(
-        "fp32",
-        "number format of AdamW's moments of the resblocks' matrices; all others are fp32",
-        source="ours; 16-bit: paper D",
-    )
-    variance_clip: float = option(
-        5.0,
-        "largest second moment, clipped before AdamW uses it; 0 = not clipped",
-        source="paper B.2",
-        at_least=0,
-    )
-    optimizer: Literal["auto", "torch", "triton", "apex"] = option(
-        "auto",
-        "AdamW by torch's operations, in one Triton pass, or by NVIDIA's apex, which also brings "
-        "its layer norm; auto = triton on GPUs, torch on CPUs",
-    )
-    compile: bool = option(False, "torch.compile the inside of each resblock")
+    variance_clip: float = shared("variance_clip", 5.0, "paper B.2")
     checkpoint_activations: bool = option(
         True,
         "compute the activations of a resblock again in the backward pass, to save memory",
@@ -181,6 +160,11 @@ class TrainConfig(StageConfig):
     sample_every: int = shared("sample_every", 1_000)
     save_every: int = shared("save_every", 1_000)
     keep: int = shared("keep", 2)
+    metrics: list[str] = option(
+        ["losses"],
+        "measures at each evaluation; losses = of text and image tokens, caption_gain = what the "
+        "right captions are worth in image loss",
+    )
     prompts: list[str] = option([], "captions of the sample images")
     samples_per_prompt: int = option(4, "sample images of each prompt", unit="images", at_least=1)
     wandb: bool = shared("wandb", False)

@@ -132,11 +132,10 @@ class ImageDataset(Dataset):
 class TokenDataset(Dataset):
     """(text_T int64, codes_N int64) of a folder of token shards.
 
-    Captions longer than the text block are cut; `captions_cut` and `captions_empty` count the
-    samples met so far, by any of the loader's processes.
+    Captions longer than the text block are cut. `fingerprint` is the image tokenizer's.
 
     Raises:
-        DataError: the shards were made by another dVAE, or have another grid.
+        DataError: the shards were made by another image tokenizer, or have another grid.
     """
 
     def __init__(
@@ -147,14 +146,13 @@ class TokenDataset(Dataset):
         text_tokens: int,
         dropout: float,
         seed: int,
-        dvae_fingerprint: str,
+        fingerprint: str,
         grid: int,
     ) -> None:
         self.shards, self.order, self.tokenizer = ShardSet(folder, "tokens"), order, tokenizer
         self.text_tokens, self.dropout, self.seed = text_tokens, dropout, seed
-        self._cut, self._empty = _Marks(len(self.shards)), _Marks(len(self.shards))
         meta = self.shards.index.meta
-        for name, wanted in (("dvae", dvae_fingerprint), ("grid", grid)):
+        for name, wanted in (("image_tokenizer", fingerprint), ("grid", grid)):
             if meta.get(name) != wanted:
                 raise DataError(
                     f"{folder}: tokens of {name} {meta.get(name)}, but the run's is {wanted}; "
@@ -163,14 +161,6 @@ class TokenDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.shards)
-
-    @property
-    def captions_cut(self) -> int:
-        return len(self._cut)
-
-    @property
-    def captions_empty(self) -> int:
-        return len(self._empty)
 
     def key(self, index: int) -> str:
         """Key of the picture that sample `index` was made from."""
@@ -185,13 +175,9 @@ class TokenDataset(Dataset):
         epoch, index = self.order.at(position) if self.order else (0, position)
         files = self.shards.read(index)
         caption = files.get("txt", b"").decode(errors="replace")
-        ids, cut = self.tokenizer.encode_padded(
+        ids, _ = self.tokenizer.encode_padded(
             caption, self.text_tokens, dropout=self.dropout, seed=f"{self.seed} {epoch} {index}"
         )
-        if cut:
-            self._cut.add(index)
-        if not caption.strip():
-            self._empty.add(index)
         codes_N = np.load(io.BytesIO(files["npy"]), allow_pickle=False).astype(np.int64)
         return torch.tensor(ids), torch.from_numpy(codes_N)
 
@@ -221,9 +207,9 @@ def batches(
     workers: int,
     collate: Callable[[Sequence[Any]], Any],
 ) -> Iterator[Any]:
-    """This rank's micro-batches from update `start` on, without end.
+    """This rank's micro-batches from step `start` (from 0) on, without end.
 
-    Update u takes the positions u * batch_size ... of the stream; its micro-batch a of rank r is
+    Step s takes the positions s * batch_size ... of the stream; its micro-batch a of rank r is
     the r-th run of `micro_batch` positions in the a-th stretch of world * micro_batch. The union
     over ranks is therefore the same for any number of ranks or workers.
 
@@ -252,12 +238,12 @@ class _Positions:
         self, batch_size: int, micro_batch: int, rank: int, world: int, start: int
     ) -> None:
         self.batch_size, self.micro_batch = batch_size, micro_batch
-        self.rank, self.world, self.update = rank, world, start
+        self.rank, self.world, self.start = rank, world, start
 
     def __iter__(self) -> Iterator[list[int]]:
-        update = self.update
+        step = self.start
         while True:
-            first = update * self.batch_size + self.rank * self.micro_batch
+            first = step * self.batch_size + self.rank * self.micro_batch
             for stretch in range(0, self.batch_size, self.world * self.micro_batch):
                 yield [first + stretch + i for i in range(self.micro_batch)]
-            update += 1
+            step += 1

@@ -32,11 +32,11 @@ class Groups:
 def node_groups(ranks: Ranks, local_world_size: int | None = None) -> Groups:
     """Make both kinds of groups; every rank of the world calls this.
 
-    Ranks of one host name form a node, in any order of ranks. `local_world_size` overrides that: each
-    run of `local_world_size` consecutive ranks is then a node.
+    Ranks of one host name form a node, in any order of ranks. `local_world_size` overrides that:
+    each run of as many consecutive ranks is then a node.
 
-    Raises ConfigError on all ranks: nodes of unequal size, or a `local_world_size` that does not divide
-    the world.
+    Raises ConfigError on all ranks: nodes of unequal size, or a `local_world_size` that does not
+    divide the world.
     """
     nodes = members(ranks.gather(socket.gethostname()), local_world_size)
     columns = [list(column) for column in zip(*nodes, strict=True)]
@@ -58,7 +58,9 @@ def members(hosts: Sequence[str], local_world_size: int | None = None) -> list[l
     world = len(hosts)
     if local_world_size is not None:
         if local_world_size < 1 or world % local_world_size:
-            raise ConfigError(f"parallel.local_world_size: {local_world_size} does not divide {world} ranks")
+            raise ConfigError(
+                f"parallel.local_world_size: {local_world_size} does not divide {world} ranks"
+            )
         return [list(range(at, at + local_world_size)) for at in range(0, world, local_world_size)]
     nodes: dict[str, list[int]] = {}
     for rank, host in enumerate(hosts):

@@ -1,4 +1,4 @@
-"""What the training loop and the checkpoints ask of an engine, whatever library shards the model."""
+"""What the training loop and checkpoints ask of an engine, whatever library shards the model."""
 
 from __future__ import annotations
 

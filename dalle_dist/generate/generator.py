@@ -24,9 +24,9 @@ from dalle_dist.checkpoint.release import load_release
 from dalle_dist.config import Config
 from dalle_dist.data.pictures import to_image
 from dalle_dist.distributed.launch import device_of
-from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import UserError
 from dalle_dist.generate.sampler import sample_codes
+from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 from dalle_dist.text_tokenizer.protocol import TextTokenizer
 from dalle_dist.transformer.model import Transformer
 
@@ -56,17 +56,17 @@ class GeneratedImage:
 
 
 class Generator:
-    """A transformer, the tokenizer and the dVAE it was trained with."""
+    """A transformer, and the tokenizers of text and image that it was trained with."""
 
     def __init__(
         self,
         model: Transformer,
         tokenizer: TextTokenizer,
-        dvae: DVAE,
+        image_tokenizer: ImageTokenizer,
         config: Config,
         fingerprint: str = "",
     ) -> None:
-        self.model, self.tokenizer, self.dvae = model, tokenizer, dvae
+        self.model, self.tokenizer, self.image_tokenizer = model, tokenizer, image_tokenizer
         self.config, self.fingerprint = config, fingerprint
 
     @classmethod
@@ -77,7 +77,13 @@ class Generator:
         GPU was granted that torch does not see.
         """
         parts = load_release(release, device_of() if device == "auto" else device)
-        return cls(parts.transformer, parts.tokenizer, parts.dvae, parts.config, parts.fingerprint)
+        return cls(
+            parts.transformer,
+            parts.tokenizer,
+            parts.image_tokenizer,
+            parts.config,
+            parts.fingerprint,
+        )
 
     def generate(
         self,
@@ -131,10 +137,7 @@ class Generator:
         return torch.tensor(ids, device=next(self.model.parameters()).device)
 
     def _decode(self, codes_BN: Tensor) -> Iterator[Image.Image]:
-        side = self.config.dvae.grid
-        with torch.no_grad():
-            pictures_BCHW = self.dvae.decode(codes_BN.unflatten(1, (side, side)))
-        return map(to_image, pictures_BCHW)
+        return map(to_image, self.image_tokenizer.decode(codes_BN))
 
 
 def sample_seed(seed: int, prompt: str, index: int) -> int:

@@ -15,14 +15,11 @@ something was not finite must travel apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from dalle_dist.errors import ConfigError
 
 FORMATS = ("fp32", "bf16", "fp16", "1-6-9")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,7 +17,7 @@ from dalle_dist.gradients.piece import Block, Piece
 from dalle_dist.gradients.resblocks import Resblocks
 from dalle_dist.gradients.scaling import BlockScaling, Telemetry
 
-Skip = Literal["update", "block"]
+Skip = Literal["step", "block"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class GradientTransform:
     """Unscaling and the mean between nodes, where a config asks for them.
 
     Args:
-        skip: "update": a resblock whose gradient is not finite costs the whole optimizer step
+        skip: "step": a resblock whose gradient is not finite costs the whole optimizer step
             (paper 2.4); "block": it costs that resblock's part of it.
     """
 
@@ -44,7 +44,7 @@ class GradientTransform:
         self,
         resblocks: Resblocks,
         ranks: Ranks,
-        skip: Skip = "update",
+        skip: Skip = "step",
         scaling: BlockScaling | None = None,
         node_mean: NodeMean | None = None,
     ) -> None:
@@ -136,4 +136,4 @@ class GradientTransform:
             self.node_mean.load_state_dict(state["powersgd"])
 
     def _skips(self, nonfinite: frozenset[Block]) -> bool:
-        return None in nonfinite or (self._skip == "update" and bool(nonfinite))
+        return None in nonfinite or (self._skip == "step" and bool(nonfinite))

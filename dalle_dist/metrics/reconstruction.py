@@ -1,4 +1,4 @@
-"""How well a dVAE does on pictures, with the hard codes that stage 2 will see."""
+"""How well a dVAE reconstructs images from the hard codes that stage 2 will see."""
 
 from __future__ import annotations
 

@@ -130,8 +130,9 @@ class AdamW(torch.optim.Optimizer):
         if self._apex is not None:
             self._apex.update(param, grad, state, step, group)
         else:
-            moments = (state[name] for name in MOMENT_NAMES)
-            adamw_(param, grad, *moments, _hyperparameters(step, group), self._backend(param.device))
+            backend = self._backend(param.device)
+            mean, variance = state["exp_avg"], state["exp_avg_sq"]
+            adamw_(param, grad, mean, variance, _hyperparameters(step, group), backend)
 
     def _state_of(self, param: Tensor, moments: str) -> dict[str, Tensor]:
         state, dtype = self.state[param], MOMENTS[moments]

@@ -44,7 +44,7 @@ class FusedUpdate:
         step: int,
         group: Mapping[str, Any],
     ) -> None:
-        """Step number `step` (from 1) of `param` and its moments `state`, by the options of `group`.
+        """Step number `step` (from 1) of `param` and its moments `state`, by `group`'s options.
 
         Raises:
             ValueError: the gradient's dtype is not the parameter's; FusedAdam would misread it.

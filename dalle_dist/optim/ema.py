@@ -10,7 +10,6 @@ from torch import Tensor
 from dalle_dist.gradients.piece import Piece
 
 
-
 class EMA:
     """Average of the pieces that one rank owns; `update` folds in the present weights.
 

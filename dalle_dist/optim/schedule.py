@@ -7,10 +7,10 @@ from typing import Any
 from dalle_dist.config import TrainConfig
 
 
-class Schedule:
-    """Rate of each update, from the losses seen before it; updates count from 1.
+class PlateauSchedule:
+    """Rate of each step, from the losses seen before it; steps count from 1.
 
-    Without `halve_at`, the training loss is averaged over windows of `plateau_window` updates
+    Without `halve_at`, the training loss is averaged over windows of `plateau_window` steps
     after the warm-up; a window whose mean is not lower than the one before by the share
     `plateau_gain` halves the rate. The window that follows a halving is only compared with later
     ones: its fall is the halving's doing.
@@ -23,18 +23,18 @@ class Schedule:
         self._sum = 0.0
         self._previous: float | None = None
 
-    def rate(self, update: int) -> float:
-        """Learning rate of `update`."""
+    def rate(self, step: int) -> float:
+        """Learning rate of `step`."""
         config = self._config
-        warm = min(1.0, update / config.warmup) if config.warmup else 1.0
+        warm = min(1.0, step / config.warmup) if config.warmup else 1.0
         halvings = self.halvings
         if config.halve_at:
-            halvings = sum(update > at for at in config.halve_at)
+            halvings = sum(step > at for at in config.halve_at)
         return config.lr * warm * 0.5 ** min(halvings, config.halvings)
 
-    def observe(self, update: int, loss: float) -> None:
-        """Take note of the training loss (nats, the same on all ranks) of a finished update."""
-        if self._config.halve_at or update <= self._config.warmup:
+    def observe(self, step: int, loss: float) -> None:
+        """Take note of the training loss (nats, the same on all ranks) of a finished step."""
+        if self._config.halve_at or step <= self._config.warmup:
             return
         self._seen += 1
         self._sum += loss

@@ -14,11 +14,11 @@ from torch import Tensor
 START, LOW, HIGH = 13.0, 7.0, 24.0  # log2 of the scale for one replica
 GROWTH = 1 / 1000  # log2, after each update in which a block's gradients are finite
 CUT = 0.5  # log2, after one in which they are not
-WINDOW = 125  # updates in which a scale is divided at most once
+WINDOW = 125  # steps in which a scale is divided at most once
 
 
 class BlockScales:
-    """The scales of all resblocks, the same on every rank; they change between updates only.
+    """The scales of all resblocks, the same on every rank; they change between steps only.
 
     Kept as binary logarithms in double precision, so that a million small steps lose nothing and
     a saved run goes on bit for bit; and as those of one replica, so that it may go on with another
@@ -28,7 +28,7 @@ class BlockScales:
     def __init__(self, blocks: int, replicas: int, device: torch.device | str = "cpu") -> None:
         self._replicas = replicas  # the loss is divided by the batch of all of them
         self._logs = [START] * blocks
-        self._since_cut = [WINDOW] * blocks  # updates; a first overflow divides at once
+        self._since_cut = [WINDOW] * blocks  # steps; a first overflow divides at once
         self.overflows = [0] * blocks
         self.scale_K = torch.empty(blocks, device=device)
         self._publish()
@@ -42,10 +42,10 @@ class BlockScales:
         return [float(scale) for scale in self.scale_K.tolist()]
 
     def update(self, bad_K: Sequence[bool]) -> None:
-        """Take note of an update; `bad_K`: whose parameter gradients are not finite on some rank.
+        """Take note of a step; `bad_K`: whose parameter gradients are not finite on some rank.
 
-        A bad block's scale is divided by sqrt(2), unless it was within the last 125 updates; the
-        others grow, also when the update is skipped.
+        A bad block's scale is divided by sqrt(2), unless it was within the last 125 steps; the
+        others grow, also when the step is skipped.
         """
         for block, bad in enumerate(bad_K):
             log, self._since_cut[block] = self._logs[block], self._since_cut[block] + 1

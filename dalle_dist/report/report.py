@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle_dist.checkpoint.release import load_release
+from dalle_dist.checkpoint.release import Release, load_release
 from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.data.loader import ImageDataset, TokenDataset
 from dalle_dist.data.pictures import grid, to_image
-from dalle_dist.dvae.metrics import psnr, share_in_use
-from dalle_dist.evaluate.losses import caption_losses
-from dalle_dist.evaluate.page import page
-from dalle_dist.evaluate.pictures import Row, curves, table
 from dalle_dist.generate.generator import Generator
+from dalle_dist.metrics.captions import caption_losses
+from dalle_dist.metrics.reconstruction import psnr, share_in_use
+from dalle_dist.report.page import page
+from dalle_dist.report.pictures import Row, curves, table
 
 CAPTIONS, SAMPLES, RECONSTRUCTIONS = 24, 4, 24
 DVAE_PANELS = ({"nll": "reconstruction, nats/dim"}, {"kl": "KL, nats/dim"}, {"psnr": "PSNR, dB"})
@@ -42,10 +42,7 @@ class HeldOut:
 
     def reconstructed(self, generator: Generator) -> Tensor:
         """What the dVAE makes of its own codes: pictures_BCHW."""
-        side = generator.config.dvae.grid
-        with torch.no_grad():
-            codes_BGG = self.codes_BN.unflatten(1, (side, side))
-            return torch.cat([generator.dvae.decode(part) for part in codes_BGG.split(64)])
+        return torch.cat([generator.image_tokenizer.decode(p) for p in self.codes_BN.split(64)])
 
 
 def write_report(config: Config) -> None:
@@ -57,10 +54,14 @@ def write_report(config: Config) -> None:
     """
     release = load_release(storage.join(config.paths.run, "release"))
     generator = Generator(
-        release.transformer, release.tokenizer, release.dvae, release.config, release.fingerprint
+        release.transformer,
+        release.tokenizer,
+        release.image_tokenizer,
+        release.config,
+        release.fingerprint,
     )
     tokens = {part: _tokens(config, part, release) for part in ("train", "held-out")}
-    held_out = _held_out(config, tokens["held-out"])
+    held_out = _held_out(config, tokens["held-out"], release.image_tokenizer.image_size)
     figures = measure(config, generator, held_out, tokens["train"])
     rows = draw(generator, held_out, config.seed)
     title = f"{config.name}: {len(rows)} captions the model never saw, {SAMPLES} samples each"
@@ -85,7 +86,7 @@ def measure(
     return {
         "held-out pictures": len(held_out.captions),
         "PSNR of the dVAE, dB (mean over pictures)": round(quality_B.mean().item(), 2),
-        "share of codes in use": round(share_in_use(codes, config.dvae.codebook_size), 3),
+        "share of codes in use": round(share_in_use(codes, config.transformer.codebook_size), 3),
         "image loss, right caption, nats/token": round(losses.right, 3),
         "image loss, captions shuffled, nats/token": round(losses.shuffled, 3),
         "what the caption is worth, nats/token": round(losses.gain, 3),
@@ -106,7 +107,7 @@ def draw(generator: Generator, held_out: HeldOut, seed: int) -> list[Row]:
     ]
 
 
-def _tokens(config: Config, part: str, release: Any) -> TokenDataset:
+def _tokens(config: Config, part: str, release: Release) -> TokenDataset:
     return TokenDataset(
         storage.join(config.paths.tokens, part),
         None,
@@ -114,14 +115,14 @@ def _tokens(config: Config, part: str, release: Any) -> TokenDataset:
         config.transformer.text_tokens,
         0.0,
         config.seed,
-        release.dvae_fingerprint,
+        release.image_tokenizer.fingerprint,
         config.transformer.image_grid,
     )
 
 
-def _held_out(config: Config, tokens: TokenDataset) -> HeldOut:
+def _held_out(config: Config, tokens: TokenDataset, size: int) -> HeldOut:
     folder = storage.join(config.paths.images, "held-out")
-    images = ImageDataset(folder, None, config.dvae.image_size, None, config.seed)
+    images = ImageDataset(folder, None, size, None, config.seed)
     # A corrupt picture has no tokens, so the two are matched by key.
     by_key = {sample.key: sample for sample in map(images.read, range(len(images))) if sample}
     samples = [by_key[tokens.key(i)] for i in range(len(tokens))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from typing import cast
 
 from dalle_dist.errors import ConfigError
 from dalle_dist.text_tokenizer.protocol import TextTokenizer
@@ -23,4 +22,4 @@ def load_text_tokenizer(kind: str, path: str) -> TextTokenizer:
         raise ConfigError(f"tokenizer.kind: '{kind}' is not one of {', '.join(KINDS)}")
     module, _, name = KINDS[kind].rpartition(".")
     found: type[TextTokenizer] = getattr(importlib.import_module(module), name)
-    return cast(TextTokenizer, found.load(path))
+    return found.load(path)

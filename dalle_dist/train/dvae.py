@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from PIL import Image
@@ -26,7 +25,7 @@ from dalle_dist.dvae.model import DVAE
 from dalle_dist.dvae.schedules import DVAESchedule
 from dalle_dist.dvae.training import LossDVAE, computes_in_bf16, gumbel_noise, start_at_data
 from dalle_dist.engine.deepspeed.build import build_engine
-from dalle_dist.engine.deepspeed.settings import accumulation
+from dalle_dist.engine.deepspeed.settings import deepspeed_config, micro_batch
 from dalle_dist.engine.interface import Engine
 from dalle_dist.metrics.reconstruction import psnr, reconstruct, share_in_use
 from dalle_dist.optim.ema import EMA
@@ -54,7 +53,7 @@ class DVAEStage(Stage):
         self._bf16 = computes_in_bf16(settings.precision, ranks.device)
         self.settings = dataclasses.replace(settings, precision="fp32")
         self.run_path, self.data_path = config.paths.dvae_run, config.paths.images
-        accumulation(self.settings, ranks.world)
+        deepspeed_config(self.settings, ranks.world)
         augmentation = None
         if settings.augment:
             augmentation = Augmentation(
@@ -66,12 +65,14 @@ class DVAEStage(Stage):
         # Images for the first biases, and the proof that there are some that can be read.
         self._first_BCHW = _stack(self.train_set, 256)
 
+    @property
+    def datasets(self) -> tuple[ImageDataset, ImageDataset]:
+        return self.train_set, self.held_out
+
     def build_engine(self, ranks: Ranks) -> Engine:
         model = LossDVAE(self.config.dvae, self._bf16)
         start_at_data(model, self._first_BCHW)
-        return build_engine(
-            model, self.settings, ranks, seed=self.config.seed, decays=everything
-        )
+        return build_engine(model, self.settings, ranks, seed=self.config.seed, decays=everything)
 
     def schedule(self) -> DVAESchedule:
         return DVAESchedule(self.config.dvae_train)
@@ -81,7 +82,7 @@ class DVAEStage(Stage):
         return batches(
             self.train_set,
             batch_size=settings.batch_size,
-            micro_batch=settings.batch_size // (ranks.world * accumulation(settings, ranks.world)),
+            micro_batch=micro_batch(settings, ranks.world),
             rank=ranks.rank,
             world=ranks.world,
             start=start,
@@ -93,8 +94,7 @@ class DVAEStage(Stage):
         self, engine: Engine, micro_batch: ImageBatch, counts: Sequence[float], step: int
     ) -> tuple[Tensor, Tensor]:
         now, dvae = self.schedule().at(step), self.config.dvae
-        device = micro_batch.image_BCHW.device if not torch.cuda.is_available() else None
-        device = next(engine.module.parameters()).device if device is None else device
+        device = next(engine.module.parameters()).device
         images_BCHW = micro_batch.image_BCHW.to(device).float() / 255
         images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
         shape = (dvae.codebook_size, dvae.grid, dvae.grid)

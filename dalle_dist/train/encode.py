@@ -1,4 +1,4 @@
-"""Between the stages: every picture's codes, computed once; training never runs the dVAE."""
+"""Between the stages: the codes of every image, computed once (paper 2.2)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dalle_dist.checkpoint.release import DVAERelease, load_dvae
 from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.data.loader import ImageDataset
 from dalle_dist.data.shards import ShardIndex, ShardWriter
 from dalle_dist.distributed import launch
-from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import ConfigError, DataError
+from dalle_dist.image_tokenizer.protocol import ImageTokenizer
+from dalle_dist.image_tokenizer.registry import image_tokenizer_folder, load_image_tokenizer
 
 PARTS = ("train", "held-out")
 BATCH = 64
@@ -27,51 +27,55 @@ def encode(config: Config) -> None:
     """Image shards to token shards, for the training and the held-out part.
 
     Raises:
-        ConfigError: the dVAE's shape is not the config's, or a GPU was granted that torch does not
-            see.
-        DataError: no shards, nothing readable, or the output holds another dVAE's tokens.
+        ConfigError: the image tokenizer's shape is not the config's, or a GPU was granted that
+            torch does not see.
+        DataError: no shards, nothing readable, or the output holds another tokenizer's tokens.
     """
     device = launch.device_of()
-    release = load_dvae(storage.join(config.paths.dvae_run, "release"), device)
-    if release.config.dvae != config.dvae:
-        raise ConfigError(
-            f"dvae: {config.dvae} is not the shape of {config.paths.dvae_run}: "
-            f"{release.config.dvae}"
-        )
+    folder = image_tokenizer_folder(config)
+    tokenizer = load_image_tokenizer(config.image_tokenizer.kind, folder, device)
+    shape = config.transformer
+    for key, wanted, found in (
+        ("image_grid", shape.image_grid, tokenizer.grid),
+        ("codebook_size", shape.codebook_size, tokenizer.codebook_size),
+    ):
+        if wanted != found:
+            raise ConfigError(
+                f"transformer.{key}: {wanted}, but the image tokenizer in {folder} has {found}"
+            )
     for part in PARTS:
-        _encode_part(config, release, part, device)
+        _encode_part(config, tokenizer, part)
 
 
-def _encode_part(config: Config, release: DVAERelease, part: str, device: torch.device) -> None:
+def _encode_part(config: Config, tokenizer: ImageTokenizer, part: str) -> None:
     source, out = (storage.join(p, part) for p in (config.paths.images, config.paths.tokens))
     meta = {
-        "dvae": release.fingerprint,
-        "grid": config.dvae.grid,
-        "codebook_size": config.dvae.codebook_size,
+        "image_tokenizer": tokenizer.fingerprint,
+        "grid": tokenizer.grid,
+        "codebook_size": tokenizer.codebook_size,
         "source": [shard.sha256 for shard in ShardIndex.load(source).shards],
     }
     if storage.exists(storage.join(out, "index.json")):
         _refuse_other(out, meta)
-        print(f"{out}: already encoded by dVAE {release.fingerprint}; nothing to do")
+        print(f"{out}: already encoded by {tokenizer.fingerprint}; nothing to do")
         return
-    dataset = ImageDataset(source, None, config.dvae.image_size, None, config.seed)
+    dataset = ImageDataset(source, None, tokenizer.image_size, None, config.seed)
     with ShardWriter(out, "tokens", meta) as writer:
         for start in tqdm(range(0, len(dataset), BATCH), desc=f"encode {part}", unit="batch"):
-            _write_batch(dataset, range(start, min(start + BATCH, len(dataset))), release, writer)
+            _write_batch(dataset, range(start, min(start + BATCH, len(dataset))), tokenizer, writer)
     skipped = f", {dataset.corrupt} corrupt pictures skipped" if dataset.corrupt else ""
     print(f"{out}: {ShardIndex.load(out).samples} pictures{skipped}")
 
 
 def _write_batch(
-    dataset: ImageDataset, indices: range, release: DVAERelease, writer: ShardWriter
+    dataset: ImageDataset, indices: range, tokenizer: ImageTokenizer, writer: ShardWriter
 ) -> None:
     # A corrupt picture's substitute is encoded in its own turn, under its own key.
     samples = [s for s in (dataset.read(i) for i in indices) if s is not None]
     if not samples:
         return
-    device = next(release.dvae.parameters()).device
-    images_BCHW = torch.stack([sample.image_CHW for sample in samples]).to(device).float() / 255
-    codes_BN = _codes(release.dvae, images_BCHW)
+    images_BCHW = torch.stack([sample.image_CHW for sample in samples]).float() / 255
+    codes_BN = tokenizer.encode(images_BCHW).cpu().numpy().astype(np.uint16)
     for sample, codes_N in zip(samples, codes_BN, strict=True):
         buffer = io.BytesIO()
         np.save(buffer, codes_N, allow_pickle=False)
@@ -83,16 +87,12 @@ def _write_batch(
         writer.write(sample.key, files)
 
 
-@torch.no_grad()
-def _codes(dvae: DVAE, images_BCHW: torch.Tensor) -> np.ndarray[Any, Any]:
-    return dvae.codes(images_BCHW).flatten(1).cpu().numpy().astype(np.uint16)
-
-
 def _refuse_other(out: str, meta: dict[str, Any]) -> None:
     found = ShardIndex.load(out).meta
     if found != meta:
-        what = "dVAE" if found.get("dvae") != meta["dvae"] else "pictures"
+        same = found.get("image_tokenizer") == meta["image_tokenizer"]
+        what = "images" if same else "image tokenizer"
         raise DataError(
-            f"{out}: holds tokens of other {what} (dVAE {found.get('dvae')}, wanted "
-            f"{meta['dvae']}); delete the folder or choose another paths.tokens"
+            f"{out}: holds tokens of another {what} ({found.get('image_tokenizer')}, wanted "
+            f"{meta['image_tokenizer']}); delete the folder or choose another paths.tokens"
         )

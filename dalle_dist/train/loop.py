@@ -65,7 +65,7 @@ def _prepared(
     stage = make(config, ranks)
     opening.refuse_endless_warmup(stage.settings)
     if ranks.local_rank == 0:
-        for dataset in (stage.train_set, stage.held_out):
+        for dataset in stage.datasets:
             dataset.shards.require_files()
     return stage
 
@@ -115,7 +115,7 @@ class _Loop:
             self._finish()
 
     def _step(self, batches: Iterator[Any]) -> dict[str, float]:
-        """One optimizer step. The loss is exact: that of the global batch on any number of ranks."""
+        """One optimizer step; the loss is that of the global batch, on any number of ranks."""
         began, step = time.perf_counter(), self.state.step + 1
         micro_batches = [next(batches) for _ in range(self.engine.accumulation)]
         counts = self.stage.counts(micro_batches)
@@ -201,11 +201,11 @@ class _Loop:
         settings, stage = self.settings, self.stage
         micro_batch = settings.batch_size // (self.ranks.world * self.engine.accumulation)
         parameters = sum(math.prod(shape) for shape in self.engine.shapes.values())
-        samples = len(stage.train_set)
+        samples, held_out = map(len, stage.datasets)
         rows = {
             "device": opening.devices(self.ranks),
             **stage.opening(self.ranks, parameters),
-            "data": opening.pictures(stage.data_path, samples, len(stage.held_out)),
+            "data": opening.images(stage.data_path, samples, held_out),
             "batch": f"{settings.batch_size:,} = {micro_batch} x {self.ranks.world:,} ranks x "
             f"{self.engine.accumulation} accumulated",
             "length": opening.length(settings.steps, settings.batch_size, samples),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from dalle_dist.config import DVAETrainConfig, TrainConfig
+from dalle_dist.config import DVAETrainConfig, StageConfig, TrainConfig
 from dalle_dist.data import storage
 from dalle_dist.data.loader import TokenDataset
 from dalle_dist.distributed.launch import Ranks
@@ -16,15 +16,16 @@ from dalle_dist.errors import ConfigError
 CAPTIONS = 2_000  # looked at, at most
 
 
-def refuse_endless_warmup(name: str, warmup: int, updates: int) -> None:
+def refuse_endless_warmup(settings: StageConfig) -> None:
     """Raise ConfigError for a run that would end before its learning rate has risen.
 
     Asked of a run that starts, not of every config: releases of older runs stay readable.
     """
-    if warmup > updates:
+    if settings.warmup > settings.steps:
+        key = f"{settings.section}.warmup"
         raise ConfigError(
-            f"{name}: {warmup} updates of warm-up in a run of {updates}; set it too, e.g. "
-            f"{name}={updates // 20}"
+            f"{key}: {settings.warmup} steps of warm-up in a run of {settings.steps}; set it too, "
+            f"e.g. {key}={settings.steps // 20}"
         )
 
 
@@ -35,25 +36,22 @@ def table(block: Mapping[str, str]) -> str:
 
 def devices(ranks: Ranks) -> str:
     """Kind and number of the devices of all ranks; a collective call."""
-    machines = _counted(len(set(ranks.gather(socket.gethostname()))), "machine")
+    nodes = _counted(len(set(ranks.gather(socket.gethostname()))), "node")
     launcher = "one process" if ranks.launcher == "single" else ranks.launcher
     if ranks.device.type == "cuda":
         name = f"{ranks.world:,} x {torch.cuda.get_device_name(ranks.device)}"
     else:
         threads = _counted(torch.get_num_threads(), "thread")
         name = f"CPU, {_counted(ranks.world, 'rank')} x {threads}"
-    return f"{name}, {machines} ({launcher})"
+    return f"{name}, {nodes} ({launcher})"
 
 
-def pictures(folder: str, train: int, held_out: int) -> str:
-    return f"{folder}: {train:,} pictures to train on, {held_out:,} held out"
+def images(folder: str, train: int, held_out: int) -> str:
+    return f"{folder}: {train:,} images to train on, {held_out:,} held out"
 
 
-def length(updates: int, batch_size: int, samples: int) -> str:
-    return (
-        f"{updates:,} updates of {batch_size:,} pictures = {updates * batch_size / samples:.2f} "
-        "epochs"
-    )
+def length(steps: int, batch_size: int, samples: int) -> str:
+    return f"{steps:,} steps of {batch_size:,} images = {steps * batch_size / samples:.2f} epochs"
 
 
 def schedule(settings: TrainConfig) -> str:
@@ -63,14 +61,14 @@ def schedule(settings: TrainConfig) -> str:
         if settings.halve_at
         else f"halved up to {_counted(settings.halvings, 'time')}, when the loss no longer falls"
     )
-    return f"rate {settings.lr:g} after {settings.warmup:,} updates of warm-up, {falls}"
+    return f"rate {settings.lr:g} after {settings.warmup:,} steps of warm-up, {falls}"
 
 
 def dvae_schedule(settings: DVAETrainConfig) -> str:
     """Learning rate, temperature and KL weight of stage 1 in words."""
     s = settings
     return (
-        f"rate {s.lr:g} after {s.warmup:,} updates of warm-up, {s.lr_final:g} at "
+        f"rate {s.lr:g} after {s.warmup:,} steps of warm-up, {s.lr_final:g} at "
         f"{s.lr_steps:,}; temperature {s.temperature:g}, {s.temperature_final:g} at "
         f"{s.temperature_steps:,}; KL weight 0, {s.kl_weight:g} at {s.kl_steps:,}"
     )

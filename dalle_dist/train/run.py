@@ -40,10 +40,17 @@ class Run:
     """
 
     def __init__(
-        self, path: str, config: Config, ranks: Ranks, *, resume: bool, shape: tuple[str, ...]
+        self,
+        path: str,
+        config: Config,
+        ranks: Ranks,
+        *,
+        resume: bool,
+        shape: tuple[str, ...],
+        wandb: bool = False,
     ) -> None:
         self.path, self.main, self._config = path, ranks.rank == 0, config
-        self._resume, self._shape = resume, shape
+        self._resume, self._shape, self._use_wandb = resume, shape, wandb
         self.folder = working_copy(path, ranks)
         self._lock: Lock | None = None
         self._log: IO[str] | None = None
@@ -78,7 +85,7 @@ class Run:
             self._write_config()
         self._log = (self.folder / "log.jsonl").open("a", buffering=1)
         self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
-        if self._config.train.wandb:
+        if self._use_wandb:
             import wandb
 
             tree = to_dict(self._config)
@@ -89,18 +96,18 @@ class Run:
     def _write_config(self) -> None:
         storage.write_bytes(str(self.folder / "config.yaml"), to_yaml(self._config).encode())
 
-    def rewind(self, update: int) -> None:
-        """Accept a resumed run at `update`: later log lines go, the config in force is saved."""
+    def rewind(self, step: int) -> None:
+        """Accept a resumed run at `step`: later log lines go, the config in force is saved."""
         if not self.main or self._log is None:
             return
         self._write_config()
         self._log.close()
         path = self.folder / "log.jsonl"
-        lines = [line for line in path.read_text().splitlines(True) if _update_of(line) <= update]
+        lines = [line for line in path.read_text().splitlines(True) if _step_of(line) <= step]
         storage.write_bytes(str(path), "".join(lines).encode())
         self._log = path.open("a", buffering=1)
 
-    def log(self, update: int, **numbers: float | list[float]) -> None:
+    def log(self, step: int, **numbers: float | list[float]) -> None:
         """One line of log.jsonl, and the same numbers to TensorBoard (and W&B if asked for).
 
         Of a list there is one number per resblock; TensorBoard has them as NAME/000 and so on.
@@ -109,27 +116,27 @@ class Run:
         if not self.main or self._log is None:
             return
         finite = {name: _without_nan(number) for name, number in numbers.items()}
-        line = {"update": update, "time": round(time.time(), 3), **finite}
+        line = {"step": step, "time": round(time.time(), 3), **finite}
         self._log.write(json.dumps(line) + "\n")
         numbers = dict(_single(numbers))
         for name, number in numbers.items():
-            self._tensorboard.add_scalar(name, number, update)
+            self._tensorboard.add_scalar(name, number, step)
         if self._wandb is not None:
-            self._wandb.log(numbers, step=update)
+            self._wandb.log(numbers, step=step)
 
-    def image(self, update: int, name: str, picture: Image.Image) -> None:
+    def image(self, step: int, name: str, picture: Image.Image) -> None:
         """samples/step-00001000-NAME.png, and the same picture to TensorBoard."""
         if not self.main:
             return
         import numpy as np
 
-        path = self.folder / "samples" / f"step-{update:08d}-{name}.png"
+        path = self.folder / "samples" / f"step-{step:08d}-{name}.png"
         path.parent.mkdir(exist_ok=True)
         picture.save(path)
         pixels_HWC = np.asarray(picture.convert("RGB"))
-        self._tensorboard.add_image(name, pixels_HWC, update, dataformats="HWC")
+        self._tensorboard.add_image(name, pixels_HWC, step, dataformats="HWC")
 
-    def progress(self, total: int, start: int, unit: str = "update") -> tqdm:
+    def progress(self, total: int, start: int, unit: str = "step") -> tqdm:
         """A bar with rate and ETA on rank 0; on no terminal, a line now and then."""
         self._bar = tqdm(
             total=total,
@@ -232,8 +239,8 @@ def _refuse_other_shape(
         raise ConfigError(f"{path}: cannot resume with another shape: {'; '.join(lines)}")
 
 
-def _update_of(line: str) -> int:
+def _step_of(line: str) -> int:
     try:
-        return int(json.loads(line)["update"])
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError):
         return sys.maxsize  # a line cut short by a crash goes too

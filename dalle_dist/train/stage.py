@@ -42,7 +42,6 @@ class Stage(ABC):
     settings      this stage's section of it
     run_path      the run's folder
     data_path     folder of the shards
-    train_set, held_out   the two data sets
     fingerprints  of what the model was trained with, by name: must be the same in a resumed run
     """
 
@@ -53,9 +52,12 @@ class Stage(ABC):
     settings: StageConfig
     run_path: str
     data_path: str
-    train_set: ImageDataset | TokenDataset
-    held_out: ImageDataset | TokenDataset
     fingerprints: Mapping[str, str]
+
+    @property
+    @abstractmethod
+    def datasets(self) -> tuple[ImageDataset | TokenDataset, ImageDataset | TokenDataset]:
+        """Training set and held-out set."""
 
     @abstractmethod
     def build_engine(self, ranks: Ranks) -> Engine:

@@ -2,7 +2,7 @@
 
 step-00001000/deepspeed/       weights, moments and master weights as DeepSpeed keeps them
              /weights/         fp32 pieces, raw and averaged (see checkpoint/weights.py)
-             /gradients/       gradient scales, and what PowerSGD goes on from: the nodes' mean error
+             /gradients/       gradient scales, and the nodes' mean error of PowerSGD
              /training.json    step, schedule, how it was made
              /config.yaml      the config in force
 """
@@ -158,9 +158,7 @@ class TrainingState:
 def _read(checkpoint: Path, kind: str) -> dict[str, Any]:
     saved: dict[str, Any] = read_training(checkpoint)
     if saved["stage"] != kind:
-        raise CheckpointError(
-            f"{checkpoint}: is of stage '{saved['stage']}', and this is '{kind}'"
-        )
+        raise CheckpointError(f"{checkpoint}: is of stage '{saved['stage']}', and this is '{kind}'")
     return saved
 
 

@@ -19,12 +19,12 @@ from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
-from dalle_dist.engine.deepspeed.settings import accumulation, deepspeed_config
+from dalle_dist.engine.deepspeed.settings import deepspeed_config, micro_batch
 from dalle_dist.engine.interface import Engine
 from dalle_dist.errors import ConfigError
 from dalle_dist.generate.grid import sample_grid
 from dalle_dist.image_tokenizer.registry import image_tokenizer_folder, load_image_tokenizer
-from dalle_dist.metrics.registry import measure
+from dalle_dist.metrics.registry import check, measure
 from dalle_dist.optim.schedule import PlateauSchedule
 from dalle_dist.text_tokenizer.registry import load_text_tokenizer
 from dalle_dist.train import opening
@@ -52,6 +52,7 @@ class TransformerStage(Stage):
         self.config, self.settings = config, config.train
         self.run_path, self.data_path = config.paths.run, config.paths.tokens
         deepspeed_config(config.train, ranks.world)
+        check(config.train.metrics)
         self.tokenizer = load_text_tokenizer(config.tokenizer.kind, config.paths.tokenizer)
         # Fewer is fine: a small corpus may have fewer pairs to merge than the model has classes.
         if self.tokenizer.vocab_size > config.tokenizer.vocab_size:
@@ -101,6 +102,10 @@ class TransformerStage(Stage):
             config.transformer.image_grid,
         )
 
+    @property
+    def datasets(self) -> tuple[TokenDataset, TokenDataset]:
+        return self.train_set, self.held_out
+
     def build_engine(self, ranks: Ranks) -> Engine:
         config = self.config
         return build_engine(
@@ -119,7 +124,7 @@ class TransformerStage(Stage):
         return batches(
             self.train_set,
             batch_size=settings.batch_size,
-            micro_batch=settings.batch_size // (ranks.world * accumulation(settings, ranks.world)),
+            micro_batch=micro_batch(settings, ranks.world),
             rank=ranks.rank,
             world=ranks.world,
             start=start,
@@ -147,14 +152,12 @@ class TransformerStage(Stage):
         return {"loss": total, "loss_text": text, "loss_image": image}
 
     def speed(self, seconds: float) -> dict[str, float]:
-        return {
-            "tokens_per_s": self.settings.batch_size * self.config.transformer.tokens / seconds
-        }
+        return {"tokens_per_s": self.settings.batch_size * self.config.transformer.tokens / seconds}
 
     def validate(self, state: TrainingState) -> dict[str, float]:
-        micro_batch = self.settings.batch_size // (state.ranks.world * state.engine.accumulation)
+        size = micro_batch(self.settings, state.ranks.world)
         names = self.config.train.metrics
-        return measure(names, state.engine, self.held_out, micro_batch, state.ranks)
+        return measure(names, state.engine, self.held_out, size, state.ranks)
 
     def sample(self, state: TrainingState) -> dict[str, Image.Image]:
         if not self.config.train.prompts:

@@ -7,6 +7,7 @@ text tokens count differs from one part of a batch to another.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,13 @@ class Loss:
     image_sum: Tensor
     image_count: Tensor
 
-    def total(self, text_weight: float) -> Tensor:
-        """text_weight x mean over text targets + the rest x mean over image targets."""
-        text, image = self.text_sum / self.text_count, self.image_sum / self.image_count
-        return text_weight * text + (1 - text_weight) * image
+
+Number = TypeVar("Number", float, Tensor)
+
+
+def weighted(text: Number, image: Number, text_weight: float) -> Number:
+    """The loss of stage 2, of the means over text and over image targets (paper 2.2)."""
+    return text_weight * text + (1 - text_weight) * image
 
 
 def cross_entropy_sum(logits_MV: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from dalle_dist.checkpoint.convert import convert, find_checkpoint
 from dalle_dist.checkpoint.formats import load_tensors, read_notes
 from dalle_dist.checkpoint.release import load_release
-from dalle_dist.distributed.build import build_engine
+from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.testing import run_distributed
 from dalle_dist.text_tokenizer.bpe import Tokenizer
@@ -40,7 +40,7 @@ def _checkpoint(ranks, folder, stage):
             engine.backward(engine(text_BT, codes_BN).total(0.5))
         engine.step(1e-2)
         state.update += 1
-        state.ema.update(engine.fragments())
+        state.ema.update(engine.weights())
         gathered.append(_present(engine, config))
     return state.save(folder / f"zero{stage}" / "checkpoints"), gathered
 

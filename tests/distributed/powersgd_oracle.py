@@ -4,8 +4,8 @@ import pickle
 
 import torch
 
-from dalle_dist.distributed.orthogonal import gaussian_RN
-from dalle_dist.distributed.powersgd import Shard
+from dalle_dist.gradients.powersgd.orthogonal import gaussian_RN
+from dalle_dist.gradients.powersgd.algorithm import Shard
 from dalle_dist.testing import run_distributed
 
 RANK = 4

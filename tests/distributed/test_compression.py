@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dalle_dist.config import load
-from dalle_dist.distributed.compression import (
+from dalle_dist.gradients.powersgd.rank import (
     check_rank,
     check_ranks,
     pays,
@@ -11,9 +11,9 @@ from dalle_dist.distributed.compression import (
     shard_rank,
     table,
 )
-from dalle_dist.distributed.matrix_shards import MatrixShards
+from dalle_dist.gradients.powersgd.matrices import MatrixShards
 from dalle_dist.errors import ConfigError
-from dalle_dist.optim.ema import Fragment
+from dalle_dist.gradients.piece import Piece
 from dalle_dist.transformer.blocks import Attention
 from dalle_dist.transformer.model import Transformer
 
@@ -28,7 +28,7 @@ def shards_of(preset, pieces, owned):
     for name, parameter in model.named_parameters():
         size = parameter.numel() // owned
         for start in range(0, size * owned, size):
-            fragment = Fragment(name, start, torch.empty(size, device="meta"))
+            fragment = Piece(name, start, torch.empty(size, device="meta"))
             found = {s.key: tuple(s.values.shape) for s in cuts.cut(fragment)}
             shapes |= {key: shape for key, shape in found.items() if len(shape) == 2}
     return shapes
@@ -62,13 +62,13 @@ def test_a_gradient_is_cut_at_multiples_of_a_shards_rows_and_nothing_is_lost():
     cuts = MatrixShards(model, 2)
     assert cuts.shapes == {"a.qkv.weight": (32, 64), "a.out.weight": (32, 64)}
     values = torch.arange(60 * 64.0)
-    shards = list(cuts.cut(Fragment("a.qkv.weight", 70, values)))
+    shards = list(cuts.cut(Piece("a.qkv.weight", 70, values)))
     rows = [tuple(shard.values.shape) for shard in shards]
     assert rows == [(58,), (30, 64), (29, 64), (6,)]
     assert torch.cat([shard.values.reshape(-1) for shard in shards]).equal(values)
     starts = [shard.start for shard in shards]
     assert starts == [70, 2 * 64, 32 * 64, 61 * 64]
-    assert [s.values.shape for s in cuts.cut(Fragment("a.qkv.weight", 70, values[:50]))] == [(50,)]
+    assert [s.values.shape for s in cuts.cut(Piece("a.qkv.weight", 70, values[:50]))] == [(50,)]
 
 
 def test_rank_of_a_shard_is_its_part_of_the_machines():

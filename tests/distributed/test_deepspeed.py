@@ -6,9 +6,9 @@ import deepspeed
 import numpy as np
 import pytest
 
-from dalle_dist.distributed import build as build_module
-from dalle_dist.distributed import versions
-from dalle_dist.distributed.versions import TESTED, check_version
+from dalle_dist.engine.deepspeed import build as build_module
+from dalle_dist.engine.deepspeed import versions
+from dalle_dist.engine.deepspeed.versions import TESTED, check_version
 from dalle_dist.errors import ConfigError
 from dalle_dist.testing import run_distributed
 from tests.distributed import test_fp16 as fp16
@@ -131,12 +131,12 @@ def resumed(ranks, folder, stage, precision):
     fp16.backward(engine, ranks, 0)
     engine.step(1e-3)
     engine.save(place)
-    scales = engine.path.scaling and engine.path.scaling.state_dict()
+    scales = engine.transform.scaling and engine.transform.scaling.state_dict()
     ahead = [(fp16.backward(engine, ranks, n), engine.step(1e-3)) for n in (1, 2)]
     again = build(ranks, stage, precision)
     again.load(place)
     if scales:
-        again.path.scaling.load_state_dict(scales)
+        again.transform.scaling.load_state_dict(scales)
     same = ahead == [(fp16.backward(again, ranks, n), again.step(1e-3)) for n in (1, 2)]
     return same and fp16.changed(state_of(engine), state_of(again)) == set()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dalle_dist.config import Config, ParallelConfig, TrainConfig
-from dalle_dist.distributed.ds_config import accumulation, check_together, deepspeed_config
+from dalle_dist.engine.deepspeed.settings import accumulation, check_together, deepspeed_config
 from dalle_dist.errors import ConfigError
 
 FP32 = TrainConfig(batch_size=16, micro_batch=2, precision="fp32")

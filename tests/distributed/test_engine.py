@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from dalle_dist.config import Config, TrainConfig
-from dalle_dist.distributed.build import build_engine
+from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.errors import CheckpointError, ConfigError
-from dalle_dist.optim.ema import EMA, assemble
+from dalle_dist.gradients.piece import assemble
+from dalle_dist.optim.ema import EMA
 from dalle_dist.testing import run_distributed
 
 BATCH, CLASSES, STAGES = 8, 11, (0, 1, 2, 3)
@@ -65,16 +66,16 @@ def _course(ranks, stage, precision, folder):
     engine, ema, curve = _engine(ranks, stage, precision), EMA(0.9), []
     for number in range(5):
         curve.append(_update(engine, ranks, number))
-        ema.update(engine.fragments())
+        ema.update(engine.weights())
     engine.save(folder)
     ahead = [_update(engine, ranks, number) for number in range(5, 8)]
     again = _engine(ranks, stage, precision, seed=99)
     again.load(folder)
     resumed = [_update(again, ranks, number) for number in range(5, 8)]
-    raw = _whole(engine, ranks, {f.key: f.values.detach().clone() for f in engine.fragments()})
+    raw = _whole(engine, ranks, {f.key: f.values.detach().clone() for f in engine.weights()})
     with engine.sampling_model(_Toy) as model:
         live = {} if model is None else {k: v.clone() for k, v in model.state_dict().items()}
-    owned = sum(f.values.numel() for f in engine.fragments())
+    owned = sum(f.values.numel() for f in engine.weights())
     moments = engine._engine.basic_optimizer.state.values()
     # Tensors in a result would be shared with a process that is about to end: arrays travel.
     return {

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from dalle_dist.config import load
-from dalle_dist.distributed.build import build_engine
+from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.testing import run_distributed
 from dalle_dist.text_tokenizer.protocol import PAD
-from dalle_dist.train.held_out import LossTransformer
+from dalle_dist.transformer.training import LossTransformer
 from dalle_dist.transformer.blocks import block_of
 
 BATCH, STAGES = 8, (0, 1, 2, 3)
@@ -61,7 +61,7 @@ def course(ranks, stage, micro):
     In the third update the second block's scale is so large that all of its gradient overflows.
     """
     engine = build(ranks, stage, f"train.micro_batch={micro}", "train.skip=block")
-    scales, curve = engine.path.scaling.scales, []
+    scales, curve = engine.transform.scaling.scales, []
     for number in range(5):
         if number == 2:
             scales.scale_K[1] = 2.0**60
@@ -104,7 +104,7 @@ def kinds(ranks, stage):
     engine = build(ranks, stage, f"train.micro_batch={8 // ranks.world}")
     backward(engine, ranks, 0)
     return [
-        (f.name in engine.path.scaling.matrices, f.values.half().float().equal(f.values))
+        (f.name in engine.transform.scaling.matrices, f.values.half().float().equal(f.values))
         for f in engine.gradients()
     ]
 
@@ -130,7 +130,7 @@ def test_each_kind_of_parameter_is_reduced_in_its_own_dtype(reduced, stage):
 
 def state_of(engine):
     """This rank's pieces of weights and both moments, by parameter."""
-    owned = engine._whole() if engine.stage == 0 else engine.fragments()
+    owned = engine._whole() if engine.stage == 0 else engine.weights()
     return {f.name: [v.clone() for v in (f.values, *engine._moments(f.values))] for f in owned}
 
 
@@ -156,7 +156,7 @@ def overflow(ranks, stage, skip, name):
                    "train.clip=0", "train.moments=16-bit")  # fmt: skip
     backward(engine, ranks, 0)
     engine.step(1e-3)
-    before, scales = state_of(engine), engine.path.scaling.scales.values
+    before, scales = state_of(engine), engine.transform.scaling.scales.values
     if ranks.rank == ranks.world - 1:
         handle = spoil(engine, name)
     backward(engine, ranks, 1)
@@ -169,12 +169,12 @@ def overflow(ranks, stage, skip, name):
     for number in range(2):
         backward(clean, ranks, number)
         clean.step(1e-3)
-    factors = np.array(engine.path.scaling.scales.values) / np.array(scales)
+    factors = np.array(engine.transform.scaling.scales.values) / np.array(scales)
     steps = {int(s["step"]) for s in engine._engine.basic_optimizer.state.values()}
     return {
         "changed": changed(before, after), "all": set(before), "skipped": engine.skipped,
         "unlike_clean": changed(after, state_of(clean)), "factors": factors,
-        "overflows": engine.path.scaling.scales.overflows, "steps": steps,
+        "overflows": engine.transform.scaling.scales.overflows, "steps": steps,
         "finite": all(v.isfinite().all() for vs in after.values() for v in vs[:1]),
     }  # fmt: skip
 
@@ -244,11 +244,11 @@ def resumed(ranks, stage, folder, moments):
         place.mkdir()
     ranks.barrier()
     engine.save(place)
-    saved = engine.path.scaling.state_dict()
+    saved = engine.transform.scaling.state_dict()
     ahead = [(backward(engine, ranks, n), engine.step(1e-3)) for n in range(3, 6)]
     again = build(ranks, stage, *overrides)
     again.load(place)
-    again.path.scaling.load_state_dict(saved)
+    again.transform.scaling.load_state_dict(saved)
     return ahead == [(backward(again, ranks, n), again.step(1e-3)) for n in range(3, 6)] and (
         changed(state_of(engine), state_of(again)) == set()
     )
@@ -267,7 +267,7 @@ def test_a_loaded_engine_goes_on_bit_for_bit(tmp_path):
 def telemetry(ranks, stage):
     """What is logged at scales so small that a good part of the gradients is lost."""
     engine = build(ranks, stage, f"train.micro_batch={8 // ranks.world}")
-    engine.path.scaling.scales.scale_K.fill_(ranks.world * 2.0**-8)
+    engine.transform.scaling.scales.scale_K.fill_(ranks.world * 2.0**-8)
     backward(engine, ranks, 0)
     up = [f.values for f in engine.gradients() if f.name == "blocks.1.mlp.up.weight"]
     down = [f.values for f in engine.gradients() if f.name == "blocks.1.mlp.down.weight"]
@@ -275,7 +275,7 @@ def telemetry(ranks, stage):
     if stage == 0:
         zeros /= ranks.world
     engine.step(1e-3, measure=True)
-    return engine.path.scaling.numbers() | {"counted": zeros / (2 * 64 * 256)}
+    return engine.transform.scaling.numbers() | {"counted": zeros / (2 * 64 * 256)}
 
 
 def telemetries(ranks):
@@ -300,7 +300,7 @@ def block_norms(ranks, *overrides):
     engine = build(ranks, 2, f"train.micro_batch={8 // ranks.world}", *overrides)
     backward(engine, ranks, 0)
     engine.step(1e-3, measure=True)
-    return engine.path.numbers()["block_norm"]
+    return engine.telemetry()["block_norm"]
 
 
 def plain_norms(ranks):
@@ -331,7 +331,7 @@ def unsent(ranks):
     for number in range(2):
         backward(engine, ranks, number)
         engine.step(1e-3, measure=True)
-        names.append(set(engine.path.numbers()))
+        names.append(set(engine.telemetry()))
         if ranks.rank == 1:
             spoil(engine, "blocks.1.mlp.up")
     return names
@@ -353,9 +353,9 @@ def outside(ranks):
         handle.remove()
     backward(engine, ranks, 1)
     engine.step(1e-3, measure=True)
-    again = build(ranks, 2, "train.micro_batch=4").path.scaling
-    again.load_state_dict(engine.path.scaling.state_dict())
-    return engine.path.numbers(), again.numbers()
+    again = build(ranks, 2, "train.micro_batch=4").transform.scaling
+    again.load_state_dict(engine.transform.scaling.state_dict())
+    return engine.telemetry(), again.numbers()
 
 
 def sums_in_fp16(ranks):

@@ -8,7 +8,7 @@ from dalle_dist.testing import run_distributed
 
 
 def _describe(ranks, local_world_size):
-    found = groups.machine_groups(ranks, local_world_size)
+    found = groups.node_groups(ranks, local_world_size)
     members = [dist.get_process_group_ranks(g) for g in (found.shard, found.replica)]
     total = torch.tensor([1 << ranks.rank])
     dist.all_reduce(total, group=found.replica)
@@ -59,7 +59,7 @@ def test_a_local_world_size_that_does_not_divide_is_refused(local_world_size):
 
 def _fails_everywhere(ranks):
     with pytest.raises(ConfigError, match="does not divide 3"):
-        groups.machine_groups(ranks, 2)
+        groups.node_groups(ranks, 2)
     return True
 
 

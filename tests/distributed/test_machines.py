@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_dist.distributed.build import build_engine
+from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.testing import run_distributed
 from dalle_dist.train.state import State
@@ -52,7 +52,7 @@ def update(engine, ranks, number):
 def digest(engine):
     """Of this rank's live weights."""
     sha = hashlib.sha256()
-    for fragment in engine.fragments():
+    for fragment in engine.weights():
         sha.update(fragment.values.detach().numpy().tobytes())
     return sha.hexdigest()
 
@@ -63,7 +63,7 @@ def course(ranks, stage, between, *overrides, updates=6, **layout):
         curve = [update(engine, ranks, number) for number in range(updates)]
     return {
         "curve": np.array(curve), "digest": digest(engine), "said": said.getvalue(),
-        "numbers": engine.path.numbers(), "skipped": engine.skipped,
+        "numbers": engine.telemetry(), "skipped": engine.skipped,
     }  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def test_clipping_takes_the_norm_of_what_came_out_of_the_compression():
 
 def errors_of(engine):
     """PowerSGD's error buffers of this rank, by shard."""
-    held = engine.path.replicas._powersgd._held.errors
+    held = engine.transform.replicas._powersgd._held.errors
     return {key: [buffer.read().clone()] for key, buffer in held.items()}
 
 
@@ -229,7 +229,7 @@ def save_midway(ranks, folder, stage, *overrides):
     engine, state = state_on(ranks, stage, *overrides)
     for number in range(4):
         update(engine, ranks, number)
-        state.ema.update(engine.fragments())
+        state.ema.update(engine.weights())
     state.update = 4
     place = state.save(folder)
     return place, np.array([update(engine, ranks, number) for number in range(4, 9)])
@@ -240,7 +240,7 @@ def go_on(ranks, place, stage, forget, *overrides):
     state.load(place)
     assert state.update == 4 and state.ema.folds == 4
     if forget:
-        for error in engine.path.replicas._powersgd._held._loaded["errors"].values():
+        for error in engine.transform.replicas._powersgd._held._loaded["errors"].values():
             error.zero_()
     return np.array([update(engine, ranks, number) for number in range(4, 9)])
 
@@ -319,7 +319,7 @@ def diverged(ranks, folder):
     engine.save(folder)
     if ranks.rank == 2:
         with torch.no_grad():
-            engine.fragments()[3].values[:1].mul_(1 + 2**-22)
+            engine.weights()[3].values[:1].mul_(1 + 2**-22)
     with pytest.raises(CheckpointError) as caught:
         engine.save(folder)
     return str(caught.value)

@@ -9,10 +9,10 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from dalle_dist.distributed.groups import machine_groups
-from dalle_dist.distributed.replicas import Replicas
+from dalle_dist.distributed.groups import node_groups
+from dalle_dist.gradients.node_mean import Replicas
 from dalle_dist.optim.adamw import AdamW
-from dalle_dist.optim.ema import Fragment, assemble
+from dalle_dist.gradients.piece import Piece, assemble
 from dalle_dist.optim.groups import param_groups
 from dalle_dist.testing import run_distributed
 from tests.distributed.test_fp16 import backward, config_of, model_of
@@ -31,7 +31,7 @@ def by_deepspeed(ranks, stage):
         for number in range(UPDATES):
             backward(engine, ranks, number, 24)
             engine.step(LR)
-    mine = {f.key: f.values.detach().clone() for f in engine.fragments()}
+    mine = {f.key: f.values.detach().clone() for f in engine.weights()}
     every = {key: values for part in ranks.gather(mine) for key, values in part.items()}
     return {name: whole.numpy() for name, whole in assemble(every, engine.shapes).items()}
 
@@ -48,7 +48,7 @@ class ByFSDP2:
 
     def __init__(self, ranks):
         self.config, self.accumulation = config_on(ranks, 3, "powersgd", *PLAIN, *OF_MACHINE), 1
-        self.groups, self.module = machine_groups(ranks, 2), model_of(self.config)
+        self.groups, self.module = node_groups(ranks, 2), model_of(self.config)
         self.replicas = Replicas(
             self.module, self.config.parallel, self.groups, ranks, self.config.seed, True
         )
@@ -72,7 +72,7 @@ class ByFSDP2:
         return self.module(*batch)
 
     def backward(self, loss):
-        (loss * self.groups.machines).backward()
+        (loss * self.groups.nodes).backward()
 
     def hook(self, flat):
         """The machine's sums of all parameters' rows, one after the other and filled up."""
@@ -82,7 +82,7 @@ class ByFSDP2:
             width = flat.numel() and int(torch.Size(shape[1:]).numel())
             mine = min(rows, shape[0] - self.groups.local * rows) * width
             start = self.groups.local * rows * width
-            fragments.append(Fragment(name, start, flat[at : at + mine]))
+            fragments.append(Piece(name, start, flat[at : at + mine]))
             at += rows * width
         assert at == flat.numel()
         assert not self.replicas.reduce(fragments)

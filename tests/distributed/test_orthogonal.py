@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dalle_dist.distributed.orthogonal import gaussian_RN, orthonormal_BMR
+from dalle_dist.gradients.powersgd.orthogonal import gaussian_RN, orthonormal_BMR
 
 
 @pytest.mark.parametrize("panel_rows", [16, 24, 40, 1000])

@@ -19,9 +19,9 @@ from powersgd_oracle import (
     shards,
 )
 
-from dalle_dist.distributed import factors
-from dalle_dist.distributed.groups import machine_groups
-from dalle_dist.distributed.powersgd import Outcome, PowerSGD, Shard
+from dalle_dist.gradients.powersgd import factors
+from dalle_dist.distributed.groups import node_groups
+from dalle_dist.gradients.powersgd.algorithm import Outcome, PowerSGD
 from dalle_dist.errors import CheckpointError, ConfigError
 
 CLUSTERS = [(4, 2), (3, 1), (4, 1)]
@@ -34,7 +34,7 @@ STORED = ["fp32", pytest.param("1-6-9", marks=needs_minifloat)]
 
 
 def build(ranks, local_world_size, **options):
-    groups = machine_groups(ranks, local_world_size)
+    groups = node_groups(ranks, local_world_size)
     options = {"rank": RANK, "blocks": BLOCKS} | options
     return PowerSGD(groups.replica, flag_group=dist.group.WORLD, **options), groups
 
@@ -43,11 +43,11 @@ def run(ranks, local_world_size, options, steps, state=None, first=0):
     """Outputs of each step by name, the state, and what the last step said."""
     sgd, groups = build(ranks, local_world_size, **options)
     if state is not None:
-        sgd.load(state[groups.local])
+        sgd.load(state[groups.shard_rank])
     outputs = []
     for step in range(first, first + steps):
-        compressed = shards(COMPRESSED, step, groups.machine, groups.local)
-        dense = shards(DENSE, step, groups.machine, groups.local)
+        compressed = shards(COMPRESSED, step, groups.node, groups.shard_rank)
+        dense = shards(DENSE, step, groups.node, groups.shard_rank)
         outcome = sgd.reduce(compressed, dense, measure=step == first + steps - 1)
         outputs.append({s.name: s.values for s in compressed + dense})
     return outputs, sgd.state(), outcome
@@ -148,7 +148,7 @@ def test_bytes_are_those_of_p_and_q():
 
 def _low_rank(ranks):
     sgd, groups = build(ranks, 1, rank=8)
-    generator = torch.Generator().manual_seed(groups.machine)
+    generator = torch.Generator().manual_seed(groups.node)
     thin = torch.randn(24, 2, generator=generator), torch.randn(2, 40, generator=generator)
     given = thin[0] @ thin[1]
     mean = given.clone()
@@ -199,7 +199,7 @@ def test_steps_before_the_start_and_dense_steps_are_the_mean_and_leave_no_error(
 def _measured(ranks):
     sgd, groups = build(ranks, 1)
     for step in range(3):
-        given = shards(COMPRESSED, step, groups.machine)
+        given = shards(COMPRESSED, step, groups.node)
         outcome = sgd.reduce(given, measure=True)
     left = sgd.state()["errors"]
     return {
@@ -222,10 +222,10 @@ def _different_q(ranks, what):
     seed = ranks.rank // 2 if what == "seed" else 0
     sgd, groups = build(ranks, 2, seed=seed)
     names = list(COMPRESSED)
-    if what == "order" and groups.machine == 1:
+    if what == "order" and groups.node == 1:
         names.reverse()
     with pytest.raises(ConfigError) as caught:
-        sgd.reduce(shards(names, 0, groups.machine, groups.local))
+        sgd.reduce(shards(names, 0, groups.node, groups.shard_rank))
     return str(caught.value)
 
 
@@ -253,8 +253,8 @@ def _poisoned(ranks, options, poison):
     sgd, groups = build(ranks, 2, **options)
     log = []
     for step in range(4):
-        compressed = shards(COMPRESSED, step, groups.machine, groups.local)
-        dense = shards(DENSE, step, groups.machine, groups.local)
+        compressed = shards(COMPRESSED, step, groups.node, groups.shard_rank)
+        dense = shards(DENSE, step, groups.node, groups.shard_rank)
         before = {k: e.read().clone() for k, e in sgd._held.errors.items()}
         bad = []
         if poison is not None and step == 2 and ranks.rank == 2:
@@ -315,7 +315,7 @@ def _late_failure(ranks, poison, options):
     sgd, groups = build(ranks, 1, **options)
     right, whole = factors.orthonormal_BMR, sgd._launch_whole
     for step in range(3):
-        given = shards(COMPRESSED, step, groups.machine)
+        given = shards(COMPRESSED, step, groups.node)
         sums = {s.key: s.values.clone() for s in given}
         if step == 2:
             for key, total in sums.items():
@@ -328,7 +328,7 @@ def _late_failure(ranks, poison, options):
         outcome = sgd.reduce(given)
     factors.orthonormal_BMR, sgd._launch_whole = right, whole
     errors = {key: buffer.read().clone() for key, buffer in sgd._held.errors.items()}
-    again = sgd.reduce(shards(COMPRESSED, 3, groups.machine))
+    again = sgd.reduce(shards(COMPRESSED, 3, groups.node))
     return outcome.bad, sums, errors, {s.name: s.values for s in given}, again.bad
 
 
@@ -413,7 +413,7 @@ def _load_misfit(ranks, state):
     sgd, groups = build(ranks, 1)
     sgd.load(state)
     with pytest.raises(CheckpointError) as caught:
-        sgd.reduce(shards(COMPRESSED, 0, groups.machine))
+        sgd.reduce(shards(COMPRESSED, 0, groups.node))
     return str(caught.value)
 
 
@@ -434,7 +434,7 @@ def _undone(ranks, stored):
     sgd, groups = build(ranks, 1, stored=stored)
     total = {}
     for step in range(3):
-        given = shards(COMPRESSED, step, groups.machine)
+        given = shards(COMPRESSED, step, groups.node)
         sgd.reduce(given)
         if step == 1:
             sgd.undo(given)

@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from dalle_dist.distributed.groups import machine_groups
-from dalle_dist.distributed.powersgd import PowerSGD, Shard
+from dalle_dist.distributed.groups import node_groups
+from dalle_dist.gradients.powersgd.algorithm import PowerSGD
 
 STEPS, LR = 4, 1.0
 OPTIONS = {"blocks": 1, "rank": 4, "seed": 2}
@@ -44,7 +44,7 @@ def reduce(sgd, named, start):
 
 def _directly(ranks, local_world_size):
     """Plain autograd; gradients averaged over the machine; own rows by PowerSGD; rows gathered."""
-    groups = machine_groups(ranks, local_world_size)
+    groups = node_groups(ranks, local_world_size)
     sgd, model = PowerSGD(groups.replica, **OPTIONS), Net()
     for step in range(STEPS):
         gradients = torch.autograd.grad(loss(model, step, ranks.rank), list(model.parameters()))
@@ -52,10 +52,10 @@ def _directly(ranks, local_world_size):
         for gradient in gradients:
             dist.all_reduce(gradient, group=groups.shard)
             rows.append(
-                gradient.div_(local_world_size).chunk(local_world_size)[groups.local].clone()
+                gradient.div_(local_world_size).chunk(local_world_size)[groups.shard_rank].clone()
             )
         names = [name for name, _ in model.named_parameters()]
-        reduce(sgd, list(zip(names, rows, strict=True)), groups.local)
+        reduce(sgd, list(zip(names, rows, strict=True)), groups.shard_rank)
         for parameter, mine in zip(model.parameters(), rows, strict=True):
             whole = [torch.empty_like(mine) for _ in range(local_world_size)]
             dist.all_gather(whole, mine, group=groups.shard)
@@ -65,7 +65,7 @@ def _directly(ranks, local_world_size):
 
 def _by_fsdp2(ranks, local_world_size):
     """The hook gets the machine's sum of all parameters' rows in one flat buffer."""
-    groups = machine_groups(ranks, local_world_size)
+    groups = node_groups(ranks, local_world_size)
     sgd, model = PowerSGD(groups.replica, **OPTIONS), Net()
     mesh = DeviceMesh.from_group(groups.shard, "cpu")
     fully_shard(model, mesh=mesh)
@@ -77,7 +77,7 @@ def _by_fsdp2(ranks, local_world_size):
         shapes = [(n, p.to_local().shape) for n, p in model.named_parameters()]
         parts = flat.split([shape.numel() for _, shape in shapes])
         named = [(n, part.view(s)) for (n, s), part in zip(shapes, parts, strict=True)]
-        reduce(sgd, named, groups.local)
+        reduce(sgd, named, groups.shard_rank)
         flat.mul_(local_world_size)
 
     model.set_all_reduce_hook(hook)
@@ -92,7 +92,7 @@ def _by_fsdp2(ranks, local_world_size):
 def _by_ddp(ranks, local_world_size):
     """DDP's hook gets whole gradients: a machine of one rank."""
     assert local_world_size == 1
-    groups = machine_groups(ranks, local_world_size)
+    groups = node_groups(ranks, local_world_size)
     sgd, net = PowerSGD(groups.replica, **OPTIONS), Net()
     model = nn.parallel.DistributedDataParallel(net)
 
@@ -101,7 +101,7 @@ def _by_ddp(ranks, local_world_size):
         named = sorted(
             (names[p], g) for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)
         )
-        reduce(sgd, named, groups.local)
+        reduce(sgd, named, groups.shard_rank)
         future = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future

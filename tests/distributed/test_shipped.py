@@ -7,7 +7,7 @@ import pytest
 
 from dalle_dist.cli import main
 from dalle_dist.distributed import shipped
-from dalle_dist.distributed.ds_config import read
+from dalle_dist.engine.deepspeed.settings import read
 from dalle_dist.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

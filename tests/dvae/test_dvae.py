@@ -14,7 +14,7 @@ from dalle_dist.dvae.loss import (
     map_pixels,
     unmap_pixels,
 )
-from dalle_dist.dvae.metrics import psnr, reconstruct, share_in_use
+from dalle_dist.metrics.reconstruction import psnr, reconstruct, share_in_use
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.dvae.schedules import cosine, rates
 

@@ -10,10 +10,10 @@ from PIL import Image
 from dalle_dist.cli import main
 from dalle_dist.distributed import launch
 from dalle_dist.errors import DataError
-from dalle_dist.evaluate.plots import _compression, plot
+from dalle_dist.report.plots import _compression, plot
 from dalle_dist.testing import run_distributed
 from dalle_dist.train.run import Run, read_log
-from dalle_dist.train.train import train
+from dalle_dist.train.transformer import train
 from tests.tiny_run import make
 
 FP16 = {"precision": "fp16", "moments": "16-bit", "zero_stage": 2}

@@ -3,13 +3,14 @@ import torch
 from torch import nn
 
 from dalle_dist.errors import CheckpointError
-from dalle_dist.optim.ema import EMA, Fragment, assemble
+from dalle_dist.gradients.piece import Piece, assemble
+from dalle_dist.optim.ema import EMA
 from dalle_dist.optim.groups import param_groups
 
 
 def _fold(ema, values):
     for value in values:
-        ema.update([Fragment("w", 4, torch.tensor([float(value), -float(value)]))])
+        ema.update([Piece("w", 4, torch.tensor([float(value), -float(value)]))])
 
 
 def test_early_folds_average_over_the_last_tenth_and_later_ones_by_the_decay():
@@ -33,8 +34,8 @@ def test_the_random_start_is_forgotten_after_the_first_fold():
 def test_average_is_a_copy_in_fp32_and_before_the_first_fold_the_present_values():
     live = torch.ones(3, dtype=torch.bfloat16)
     ema = EMA(0.9)
-    before = ema.state([Fragment("w", 0, live)])
-    ema.update([Fragment("w", 0, live)])
+    before = ema.state([Piece("w", 0, live)])
+    ema.update([Piece("w", 0, live)])
     live.fill_(7)
     assert before["w@0"].tolist() == ema.state([])["w@0"].tolist() == [1, 1, 1]
     assert ema.state([])["w@0"].dtype == torch.float32

@@ -21,7 +21,7 @@ from dalle_dist.checkpoint.release import load_release
 from dalle_dist.config import PathsConfig
 from dalle_dist.data import storage
 from dalle_dist.testing import run_distributed
-from dalle_dist.train.train import train
+from dalle_dist.train.transformer import train
 
 pytestmark = pytest.mark.slow
 

@@ -25,7 +25,7 @@ from dalle_dist.errors import UserError
 from dalle_dist.testing import run_distributed
 from dalle_dist.text_tokenizer.bpe import train_tokenizer
 from dalle_dist.train.lock import Lock
-from dalle_dist.train.train import _Setup
+from dalle_dist.train.transformer import _Setup
 
 SHORT = {"steps": 1, "warmup": 1, "prompts": []}
 

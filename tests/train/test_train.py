@@ -211,13 +211,13 @@ def counts(ranks, config):
         return saved
 
     first, read = new(), state._read
-    first.engine.path.skipped, first.engine.path.scaling._other_overflows = 3, 2
+    first.engine.transform.skipped, first.engine.transform.scaling._other_overflows = 3, 2
     checkpoint, found = first.save(Path(config.paths.run)), []
     for reader in (read, old):
         second = new()
         with mock.patch.object(state, "_read", reader):
             second.load(checkpoint)
-        numbers = second.engine.path.numbers()
+        numbers = second.engine.telemetry()
         found.append((numbers["skipped"], numbers["other_overflows"]))
     return found
 

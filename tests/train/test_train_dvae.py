@@ -14,7 +14,7 @@ from dalle_dist.checkpoint.release import load_dvae
 from dalle_dist.cli import main
 from dalle_dist.data.shards import ShardSet, ShardWriter
 from dalle_dist.testing import run_distributed
-from dalle_dist.train.train_dvae import gumbel_noise
+from dalle_dist.dvae.training import gumbel_noise
 
 COLOURS = ["red", "green", "blue", "orange", "purple", "black"]
 SHAPE = [

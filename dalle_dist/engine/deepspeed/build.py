@@ -80,7 +80,9 @@ def build_engine(
         broadcast_weights(model, ranks)
     resblocks = resblock_map(model)
     scaling = None if settings.precision != "fp16" else _scaled(model, resblocks, ranks)
-    mean = None if groups is None else _node_mean(resblocks, settings, parallel, groups, ranks, seed)
+    mean = (
+        None if groups is None else _node_mean(resblocks, settings, parallel, groups, ranks, seed)
+    )
     transform = GradientTransform(resblocks, ranks, settings.skip, scaling, mean)
     optimizer = _optimizer(model, settings, decays)
     if settings.optimizer == "apex":

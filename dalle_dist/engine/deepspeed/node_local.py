@@ -1,7 +1,8 @@
 """A DeepSpeed `mpu` that restricts data parallelism to one node.
 
 DeepSpeed asks an `mpu` object for its data-parallel group. Given the node's, it shards, reduces,
-clips and checkpoints there, as if the node were the world; `gradients/node_mean.py` averages between nodes.
+clips and checkpoints there, as if the node were the world; the mean between nodes is that of
+`gradients/node_mean.py`.
 """
 
 from __future__ import annotations

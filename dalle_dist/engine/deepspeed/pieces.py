@@ -83,9 +83,7 @@ def share_whole_gradients(optimizer: Any, owned: list[Piece], group: dist.Proces
 Found = list[tuple[str, int, Tensor]]
 
 
-def _gradients(
-    named: list[tuple[str, Any]], optimizer: Any, stage: int, shard_rank: int
-) -> Found:
+def _gradients(named: list[tuple[str, Any]], optimizer: Any, stage: int, shard_rank: int) -> Found:
     if stage == 0:
         return [(name, 0, p.grad.view(-1)) for name, p in named]
     if stage < 3:

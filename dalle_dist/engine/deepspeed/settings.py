@@ -6,7 +6,7 @@ import copy
 import json
 from typing import Any
 
-from dalle_dist.config import Config, StageConfig
+from dalle_dist.config import ParallelConfig, StageConfig
 from dalle_dist.errors import ConfigError
 
 # `scheduler` has no equal in our config: a plateau schedule cannot be said in DeepSpeed's terms.
@@ -71,23 +71,24 @@ def deepspeed_config(stage: StageConfig, world: int) -> dict[str, Any]:
     return tree
 
 
-def check_together(config: Config, tree: dict[str, Any]) -> None:
+def check_together(stage: StageConfig, parallel: ParallelConfig, tree: dict[str, Any]) -> None:
     """Raises ConfigError when what `deepspeed_config` gave cannot do what the config asks for."""
-    between, zero = config.parallel.between_nodes, tree["zero_optimization"]
-    if between != "zero" and config.train.zero_stage == 0:
+    between, zero = parallel.between_nodes, tree["zero_optimization"]
+    if between != "zero" and stage.zero_stage == 0:
         raise ConfigError(
-            f"parallel.between_nodes: {between} needs train.zero_stage 1, 2 or 3, but it is 0"
+            f"parallel.between_nodes: {between} needs {stage.section}.zero_stage 1, 2 or 3, but it "
+            "is 0"
         )
     summed = tree.get("data_types", {}).get("grad_accum_dtype") or "fp32"
     if between != "zero" and summed != "fp32":
         raise ConfigError(
-            f"train.deepspeed: remove data_types.grad_accum_dtype ({summed}): averaging between "
-            "nodes needs gradients in fp32"
+            f"{stage.section}.deepspeed: remove data_types.grad_accum_dtype ({summed}): averaging "
+            "between nodes needs gradients in fp32"
         )
-    if (between != "zero" or config.train.precision == "fp16") and "offload_optimizer" in zero:
+    if (between != "zero" or stage.precision == "fp16") and "offload_optimizer" in zero:
         raise ConfigError(
-            "train.deepspeed: remove zero_optimization.offload_optimizer: neither fp16 nor "
-            "averaging between nodes finds gradients that DeepSpeed moves to the host"
+            f"{stage.section}.deepspeed: remove zero_optimization.offload_optimizer: neither fp16 "
+            "nor averaging between nodes finds gradients that DeepSpeed moves to the host"
         )
 
 

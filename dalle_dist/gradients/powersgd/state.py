@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle_dist.gradients.powersgd.rank import check_rank
+from dalle_dist.errors import CheckpointError, ConfigError
+from dalle_dist.gradients.mean import launch_mean
+from dalle_dist.gradients.piece import Piece
 from dalle_dist.gradients.powersgd.error_feedback import ErrorBuffer, error_buffer
 from dalle_dist.gradients.powersgd.orthogonal import gaussian_RN
-from dalle_dist.gradients.mean import launch_mean
-from dalle_dist.errors import CheckpointError, ConfigError
-from dalle_dist.gradients.piece import Piece
+from dalle_dist.gradients.powersgd.rank import check_rank
 
 
 class PowerSGDState:
