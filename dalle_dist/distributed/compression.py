@@ -14,14 +14,14 @@ Shape = tuple[int, ...]
 
 
 def shard_rank(machine_rank: int, local_world_size: int) -> int:
-    """Rank of one shard when `machine_rank` is the total over the `local_world_size` ranks of a machine.
+    """Rank of one shard when `machine_rank` is the total over the ranks of a node.
 
     Raises ConfigError when it is not whole.
     """
     rank, rest = divmod(machine_rank, local_world_size)
     if rest or rank < 1:
         raise ConfigError(
-            f"parallel.rank: {machine_rank} is not a multiple of {local_world_size} ranks per machine"
+            f"parallel.rank: {machine_rank} is not a multiple of {local_world_size} ranks per node"
         )
     return rank
 

@@ -32,11 +32,11 @@ class Groups:
 def machine_groups(ranks: Ranks, local_world_size: int | None = None) -> Groups:
     """Make both kinds of groups; every rank of the world calls this.
 
-    Ranks of one host name form a machine, in any order of ranks. `local_world_size` overrides that: each
-    run of `local_world_size` consecutive ranks is then a machine.
+    Ranks of one host name form a machine, in any order of ranks. `local_world_size` overrides
+    that: each run of `local_world_size` consecutive ranks is then a machine.
 
-    Raises ConfigError on all ranks: machines of unequal size, or a `local_world_size` that does not divide
-    the world.
+    Raises ConfigError on all ranks: machines of unequal size, or a `local_world_size` that does not
+    divide the world.
     """
     machines = members(ranks.gather(socket.gethostname()), local_world_size)
     columns = [list(column) for column in zip(*machines, strict=True)]
@@ -68,7 +68,7 @@ def members(hosts: Sequence[str], local_world_size: int | None = None) -> list[l
     if len({len(found) for found in machines.values()}) > 1:
         sizes = ", ".join(f"{host} has {len(found)}" for host, found in machines.items())
         raise ConfigError(
-            f"parallel.local_world_size: machines differ in their number of ranks ({sizes}); start as "
-            "many on each, or set it to a number that divides them all"
+            f"parallel.local_world_size: machines differ in their number of ranks ({sizes}); start "
+            "as many on each, or set it to a number that divides them all"
         )
     return list(machines.values())
