@@ -42,7 +42,7 @@ def test_overrides_convert_types():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.udpates=7", r"unknown key 'train.udpates'; did you mean 'updates'\?"),
+        ("train.stesp=7", r"unknown key 'train.stesp'; did you mean 'steps'\?"),
         ("trian.steps=7", r"unknown key 'trian'; did you mean 'train'\?"),
         ("train.steps=many", "train.steps: 'many' is not an integer"),
         ("train.steps=1.5", "train.steps: 1.5 is not an integer"),
@@ -58,13 +58,13 @@ def test_overrides_convert_types():
         ("transformer.heads=5", "transformer.width: 192 is not transformer.heads x 64 = 320"),
         ("transformer.image_grid=9", "transformer.image_grid: 9, but the dVAE gives"),
         ("dvae.image_size=70", "dvae.image_size: 70 is not a multiple"),
-        ("dvae.codebook_size=70000", "dvae.codebook_size: 70000 is above 65,536"),
+        ("dvae.codebook_size=70000", "dvae.codebook_size: 70000 is not at least 2, at most 65,536"),
         ("transformer.conv_kernel=4", "transformer.conv_kernel: 4 is not odd"),
         ("train.micro_batch=7", "train.batch_size: 64 is not a multiple of train.micro_batch 7"),
-        ("train.ema=1", r"train.ema: 1.0 is not in \[0, 1\)"),
-        ("tokenizer.dropout=1", r"tokenizer.dropout: 1.0 is not in \[0, 1\)"),
-        ("train.steps=0", "train.steps: 0 is not positive"),
-        ("dvae_train.crop_min=0.5", r"dvae_train.crop_min: 0.5 is not in"),
+        ("train.ema=1", r"train.ema: 1.0 is not at least 0, below 1"),
+        ("tokenizer.dropout=1", r"tokenizer.dropout: 1.0 is not at least 0, below 1"),
+        ("train.steps=0", "train.steps: 0 is not at least 1"),
+        ("dvae_train.crop_min=0.5", r"dvae_train.crop_min: 0.5 is not at least 1"),
     ],
 )
 def test_what_a_user_gets_wrong_is_named(override, message):

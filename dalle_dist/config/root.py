@@ -49,10 +49,8 @@ class Config:
 
 def validate(config: Config) -> None:
     """Check each value by itself, then those that must fit one another. Raises ConfigError."""
-    for prefix, section in (
-        ("", config),
-        *((f"{n}.", getattr(config, n)) for n in section_names()),
-    ):
+    sections = {f"{name}.": getattr(config, name) for name in section_names()}
+    for prefix, section in {"": config, **sections}.items():
         for key, kind, meaning in keys_of(type(section)):
             check_value(f"{prefix}{key}", kind, getattr(section, key), meaning)
     check_together(config)
@@ -75,4 +73,4 @@ def hints(section: type) -> dict[str, Any]:
 def section_names() -> dict[str, type]:
     """Class of each section, by its name."""
     found = hints(Config)
-    return {name: kind for name, kind in found.items() if dataclasses.is_dataclass(kind)}
+    return {name: kind for name, kind in found.items() if dataclasses.is_dataclass(kind)}  # type: ignore[misc]

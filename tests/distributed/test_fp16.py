@@ -16,8 +16,8 @@ SHAPE = [
     "transformer.layers=2", "transformer.width=64", "transformer.heads=1",
     "transformer.text_tokens=6", "transformer.image_grid=4", "transformer.conv_kernel=3",
     "tokenizer.vocab_size=50", "dvae.image_size=32", "dvae.downsamplings=3",
-    "dvae.codebook_size=20", "transformer.codebook_size=20", "train.batch_size=8", "train.checkpoint_activations=true",
-    "train.precision=fp16", "train.clip=1.0",
+    "dvae.codebook_size=20", "transformer.codebook_size=20", "train.batch_size=8",
+    "train.checkpoint_activations=true", "train.precision=fp16", "train.clip=1.0",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""ZeRO inside each machine and means between them: processes as ranks, local_world_size as machines."""
+"""ZeRO inside each machine and means between them; processes are the ranks."""
 
 import contextlib
 import hashlib
@@ -302,7 +302,7 @@ def refused(ranks, overrides, stage):
             2,
             "parallel.local_world_size: 3 does not divide 2 ranks",
         ),
-        ([], 0, "parallel.between_nodes: powersgd needs ZeRO 1, 2 or 3"),
+        ([], 0, "parallel.between_nodes: powersgd needs train.zero_stage 1, 2 or 3"),
         (["parallel.rank=64"], 2, "attention.qkv.weight of shape 64x64; the largest allowed is 63"),
         (["parallel.rank=32"], 3, "attention.qkv.weight of shape 32x64; the largest allowed is 31"),
         (["parallel.rank_of=node", "parallel.rank=9"], 2, "parallel.rank: 9 is not a multiple"),

@@ -18,7 +18,8 @@ from dalle_dist.transformer.loss import Loss
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("ball", "box", "bar")
 SMALL = [
-    "dvae.image_size=16", "dvae.codebook_size=16", "transformer.codebook_size=16", "dvae.width=8", "dvae.decoder_stem=8",
+    "dvae.image_size=16", "dvae.codebook_size=16", "transformer.codebook_size=16",
+    "dvae.width=8", "dvae.decoder_stem=8",
     "dvae.downsamplings=2", "transformer.image_grid=4", "data.workers=0",
     "dvae_train.batch_size=6", "dvae_train.steps=20", "dvae_train.warmup=2",
     "dvae_train.eval_every=10",

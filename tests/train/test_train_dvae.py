@@ -18,12 +18,14 @@ from dalle_dist.dvae.training import gumbel_noise
 
 COLOURS = ["red", "green", "blue", "orange", "purple", "black"]
 SHAPE = [
-    "dvae.image_size=16", "dvae.codebook_size=16", "transformer.codebook_size=16", "dvae.width=8", "dvae.decoder_stem=8",
+    "dvae.image_size=16", "dvae.codebook_size=16", "transformer.codebook_size=16",
+    "dvae.width=8", "dvae.decoder_stem=8",
     "dvae.downsamplings=2", "transformer.image_grid=4", "data.workers=0",
     "dvae_train.batch_size=8", "dvae_train.lr=3e-3", "dvae_train.eval_every=10",
     "dvae_train.save_every=10", "dvae_train.log_every=1", "dvae_train.precision=fp32",
     "dvae_train.warmup=0",
 ]  # fmt: skip
+OTHER_CODEBOOK = ["dvae.codebook_size=32", "transformer.codebook_size=32"]
 
 
 def picture(i):
@@ -95,9 +97,7 @@ def test_a_finished_run_says_so_and_a_used_folder_is_refused(trained, capsys):
 
 
 def test_resuming_with_another_shape_shows_the_difference(trained, capsys):
-    changed = arguments(
-        trained, "dvae_train.steps=90", "dvae.codebook_size=32", "transformer.codebook_size=32"
-    )
+    changed = arguments(trained, "dvae_train.steps=90", *OTHER_CODEBOOK)
     assert main(["train-dvae", *changed, "--resume", "auto"]) == 2
     error = capsys.readouterr().err
     assert "cannot resume with another shape: dvae.codebook_size: 16 -> 32" in error
@@ -220,12 +220,7 @@ def test_encode_refuses_what_does_not_belong_together(trained, tmp_path, capsys)
     other = arguments(trained, f"paths.tokens={trained}/tokens2")
     assert main(["encode", *other]) == 2
     assert "holds tokens of other dVAE" in capsys.readouterr().err
-    assert (
-        main(
-            ["encode", *arguments(trained, "dvae.codebook_size=32", "transformer.codebook_size=32")]
-        )
-        == 2
-    )
+    assert main(["encode", *arguments(trained, *OTHER_CODEBOOK)]) == 2
     assert "is not the shape of" in capsys.readouterr().err
 
 
