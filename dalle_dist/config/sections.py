@@ -51,7 +51,7 @@ class TokenizerConfig:
         "classes of text tokens, the special ones included",
         unit="classes",
         source="paper 2.2",
-        at_least=258,
+        at_least=3,
     )
     dropout: float = option(
         0.1,

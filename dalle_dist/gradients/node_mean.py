@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from dalle_dist.distributed.groups import Groups
 from dalle_dist.distributed.launch import Ranks
@@ -99,6 +100,10 @@ class NodeMean:
     def undo(self, averaged: Averaged) -> None:
         """The step is skipped: what the last `average` gave comes with the next one."""
         self._powersgd.undo(averaged.compressed)
+
+    def errors(self) -> dict[str, Tensor]:
+        """What compression has left out so far on this rank, by Piece.key."""
+        return self._powersgd.errors()
 
     def state_dict(self) -> dict[str, Any]:
         """Mean errors and what else PowerSGD goes on from; a collective call."""

@@ -14,9 +14,9 @@ from dalle_dist.dvae.loss import (
     map_pixels,
     unmap_pixels,
 )
-from dalle_dist.metrics.reconstruction import psnr, reconstruct, share_in_use
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.dvae.schedules import cosine, rates
+from dalle_dist.metrics.reconstruction import psnr, reconstruct, share_in_use
 
 SMALL = DVAEConfig(
     image_size=16, codebook_size=12, width=8, decoder_stem=6, downsamplings=2, blocks_per_group=2

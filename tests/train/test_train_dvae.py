@@ -13,8 +13,8 @@ from dalle_dist.checkpoint.formats import load_tensors
 from dalle_dist.checkpoint.release import load_dvae
 from dalle_dist.cli import main
 from dalle_dist.data.shards import ShardSet, ShardWriter
-from dalle_dist.testing import run_distributed
 from dalle_dist.dvae.training import gumbel_noise
+from dalle_dist.testing import run_distributed
 
 COLOURS = ["red", "green", "blue", "orange", "purple", "black"]
 SHAPE = [

@@ -208,6 +208,10 @@ class PowerSGD:
             error = self._state.errors[shard.key]
             error.write(error.read() + shard.values)
 
+    def errors(self) -> dict[str, Tensor]:
+        """This rank's own errors, fp32, by Piece.key; not to be written to."""
+        return {key: buffer.read() for key, buffer in self._state.errors.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, on the CPU: the mean error of each shard, Q by its seed.
 

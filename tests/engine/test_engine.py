@@ -39,7 +39,7 @@ class _Toy(nn.Module):
 def _engine(ranks, stage, precision="fp32", seed=0):
     torch.manual_seed(seed)
     train = replace(TRAIN, precision=precision, zero_stage=stage)
-    return build_engine(_Toy(), Config(train=train), ranks)
+    return build_engine(_Toy(), train, ranks)
 
 
 def _update(engine, ranks, number):
@@ -164,7 +164,7 @@ def _refusals(ranks, folder):
     """What build_engine and load say to a contradicting JSON and to an empty folder."""
     contradicted = Config(train=replace(TRAIN, deepspeed={"gradient_clipping": 1}))
     with pytest.raises(ConfigError) as at_build:
-        build_engine(_Toy(), contradicted, ranks)
+        build_engine(_Toy(), contradicted.train, ranks)
     with pytest.raises(CheckpointError) as at_load:
         _engine(ranks, 0).load(folder)
     return str(at_build.value), str(at_load.value)

@@ -2,29 +2,29 @@ import pytest
 import torch
 
 from dalle_dist.config import load
+from dalle_dist.errors import ConfigError
+from dalle_dist.gradients.piece import Piece
+from dalle_dist.gradients.powersgd.matrices import MatrixShards
 from dalle_dist.gradients.powersgd.rank import (
     check_rank,
     check_ranks,
     pays,
+    rank_of_shard,
     ratio,
     saved,
-    shard_rank,
     table,
 )
-from dalle_dist.gradients.powersgd.matrices import MatrixShards
-from dalle_dist.errors import ConfigError
-from dalle_dist.gradients.piece import Piece
-from dalle_dist.transformer.blocks import Attention
+from dalle_dist.transformer.blocks import Attention, resblock_map
 from dalle_dist.transformer.model import Transformer
 
-MACHINE = 8
+NODE = 8
 
 
 def shards_of(preset, pieces, owned):
     """Shapes of the shards of one layer, of which each rank owns one of `owned` parts."""
     with torch.device("meta"):
         model = Transformer(load(preset, ["transformer.layers=1"]))
-    cuts, shapes = MatrixShards(model, pieces), {}
+    cuts, shapes = MatrixShards(resblock_map(model), pieces), {}
     for name, parameter in model.named_parameters():
         size = parameter.numel() // owned
         for start in range(0, size * owned, size):
@@ -34,18 +34,18 @@ def shards_of(preset, pieces, owned):
     return shapes
 
 
-@pytest.mark.parametrize("owned", [MACHINE, 1], ids=["ZeRO-3", "ZeRO-1 and 2"])
+@pytest.mark.parametrize("owned", [NODE, 1], ids=["ZeRO-3", "ZeRO-1 and 2"])
 @pytest.mark.parametrize(
     ("preset", "width", "paper"), [("2.8b", 1920, 0.83), ("5.6b", 2688, 0.85), ("12b", 3968, 0.86)]
 )
 def test_our_storage_reaches_the_papers_compression(preset, width, paper, owned):
     """Table 1: 83%, 85%, 86%, whether a rank owns an eighth of each matrix or some whole ones."""
-    machine_rank = load(preset).parallel.rank
-    shapes, rows = shards_of(preset, MACHINE, owned), width // MACHINE
+    node_rank = load(preset).parallel.rank
+    shapes, rows = shards_of(preset, NODE, owned), width // NODE
     assert sorted(shapes.values()) == [(rows, width)] * 32 + [(4 * rows, width)] * 16
-    found = saved(shapes, shard_rank(machine_rank, MACHINE))
+    found = saved(shapes, rank_of_shard(node_rank, NODE))
     assert round(found, 2) == paper
-    assert found == pytest.approx(1 - 5 * machine_rank / (8 * width))
+    assert found == pytest.approx(1 - 5 * node_rank / (8 * width))
 
 
 def test_storing_down_as_torch_does_would_cost_five_points():
@@ -59,7 +59,7 @@ def test_a_gradient_is_cut_at_multiples_of_a_shards_rows_and_nothing_is_lost():
     """A run of a 192 x 64 qkv, whose shards have 32 rows, from within row 1 to within row 61."""
     with torch.device("meta"):
         model = torch.nn.ModuleDict({"a": Attention(64, None)})
-    cuts = MatrixShards(model, 2)
+    cuts = MatrixShards(resblock_map(model), 2)
     assert cuts.shapes == {"a.qkv.weight": (32, 64), "a.out.weight": (32, 64)}
     values = torch.arange(60 * 64.0)
     shards = list(cuts.cut(Piece("a.qkv.weight", 70, values)))
@@ -72,10 +72,10 @@ def test_a_gradient_is_cut_at_multiples_of_a_shards_rows_and_nothing_is_lost():
 
 
 def test_rank_of_a_shard_is_its_part_of_the_machines():
-    assert shard_rank(896, 8) == 112
+    assert rank_of_shard(896, 8) == 112
     for rank, size in ((900, 8), (4, 8), (0, 8)):
         with pytest.raises(ConfigError, match=f"{rank} is not a multiple of {size}"):
-            shard_rank(rank, size)
+            rank_of_shard(rank, size)
 
 
 @pytest.mark.parametrize("rank", [496, 0, 1000])

@@ -10,13 +10,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from dalle_dist.distributed.groups import node_groups
-from dalle_dist.gradients.node_mean import Replicas
-from dalle_dist.optim.adamw import AdamW
+from dalle_dist.gradients.node_mean import NodeMean
 from dalle_dist.gradients.piece import Piece, assemble
-from dalle_dist.optim.groups import param_groups
+from dalle_dist.gradients.powersgd.algorithm import PowerSGDOptions
+from dalle_dist.optim.adamw import AdamW
+from dalle_dist.optim.groups import param_groups, resblock_matrices
 from dalle_dist.testing import run_distributed
-from tests.distributed.test_fp16 import backward, config_of, model_of
-from tests.distributed.test_machines import build_on, config_on
+from dalle_dist.transformer.blocks import resblock_map
+from tests.engine.test_fp16 import backward, config_of, model_of
+from tests.engine.test_nodes import build_on, config_on
 
 # A large eps: with a small one the first steps are the signs of gradients that rounding decides.
 PLAIN = ("train.precision=fp32", "train.clip=0", "train.eps=1e-2")
@@ -49,16 +51,20 @@ class ByFSDP2:
     def __init__(self, ranks):
         self.config, self.accumulation = config_on(ranks, 3, "powersgd", *PLAIN, *OF_MACHINE), 1
         self.groups, self.module = node_groups(ranks, 2), model_of(self.config)
-        self.replicas = Replicas(
-            self.module, self.config.parallel, self.groups, ranks, self.config.seed, True
-        )
+        self.resblocks = resblock_map(self.module)
+        self.node_mean = NodeMean(
+            self.resblocks, self.groups, ranks, rank=8, cuts=2, seed=self.config.seed,
+            options=PowerSGDOptions(),
+        )  # fmt: skip
         named = dict(self.module.named_parameters())
         self.shapes = {name: tuple(named[name].shape) for name in children_first(self.module)}
         fully_shard(self.module, mesh=DeviceMesh.from_group(self.groups.shard, "cpu"))
         self.module.set_force_sum_reduction_for_comms(True)  # gloo cannot average
         self.module.set_all_reduce_hook(self.hook)
         self.local = {name: p.to_local().detach() for name, p in self.module.named_parameters()}
-        decayed, others = param_groups(self.module, self.config.train.weight_decay)
+        decayed, others = param_groups(
+            self.module, resblock_matrices, self.config.train.weight_decay
+        )
         names = {id(p): name for name, p in self.module.named_parameters()}
         for group in (decayed, others):
             group["params"] = [self.local[names[id(p)]] for p in group["params"]]
@@ -80,12 +86,13 @@ class ByFSDP2:
         for name, shape in self.shapes.items():
             rows = -(-shape[0] // 2)
             width = flat.numel() and int(torch.Size(shape[1:]).numel())
-            mine = min(rows, shape[0] - self.groups.local * rows) * width
-            start = self.groups.local * rows * width
-            fragments.append(Piece(name, start, flat[at : at + mine]))
+            mine = min(rows, shape[0] - self.groups.shard_rank * rows) * width
+            start = self.groups.shard_rank * rows * width
+            block = self.resblocks.of.get(name)
+            fragments.append(Piece(name, start, flat[at : at + mine], block))
             at += rows * width
         assert at == flat.numel()
-        assert not self.replicas.reduce(fragments)
+        assert not self.node_mean.average(fragments, frozenset()).nonfinite
         flat.mul_(self.groups.local_world_size)  # FSDP2 divides by it afterwards
 
     def step(self):

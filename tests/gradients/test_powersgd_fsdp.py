@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from dalle_dist.distributed.groups import node_groups
+from dalle_dist.gradients.piece import Piece
 from dalle_dist.gradients.powersgd.algorithm import PowerSGD
 
 STEPS, LR = 4, 1.0
@@ -35,11 +36,11 @@ def loss(model, step, rank):
 
 def reduce(sgd, named, start):
     """Average {name: rows of a gradient}: matrices compressed, vectors as they are."""
-    shards = [Shard(name, values, 0, start) for name, values in named]
+    shards = [Piece(name, start, values, 0) for name, values in named]
     outcome = sgd.reduce(
         [s for s in shards if s.values.ndim == 2], [s for s in shards if s.values.ndim == 1]
     )
-    assert not outcome.bad
+    assert not outcome.nonfinite
 
 
 def _directly(ranks, local_world_size):

@@ -11,8 +11,8 @@ from dalle_dist.engine.deepspeed import versions
 from dalle_dist.engine.deepspeed.versions import TESTED, check_version
 from dalle_dist.errors import ConfigError
 from dalle_dist.testing import run_distributed
-from tests.distributed import test_fp16 as fp16
-from tests.distributed.test_machines import course, state_of
+from tests.engine import test_fp16 as fp16
+from tests.engine.test_nodes import course, state_of
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -44,7 +44,7 @@ def accumulated(ranks, stage, precision, parts):
         dtypes = {f.values.dtype for f in gradients}
         curve.append((loss, engine.step(1e-3)))
     return {"curve": np.array(curve), "owned": owned, "shapes": engine.shapes,
-            "stage": engine.stage, "dtypes": {str(dtype) for dtype in dtypes}}  # fmt: skip
+            "stage": engine.zero_stage, "dtypes": {str(dtype) for dtype in dtypes}}  # fmt: skip
 
 
 def all_accumulated(ranks, precision):

@@ -4,8 +4,8 @@ import pickle
 
 import torch
 
+from dalle_dist.gradients.piece import Piece
 from dalle_dist.gradients.powersgd.orthogonal import gaussian_RN
-from dalle_dist.gradients.powersgd.algorithm import Shard
 from dalle_dist.testing import run_distributed
 
 RANK = 4
@@ -41,8 +41,7 @@ def mean_gradient(name, step, replicas, local=0):
 def shards(names, step, replica, local=0):
     table = COMPRESSED | DENSE
     return [
-        Shard(name, gradient(name, step, replica, local), table[name][0], start=local)
-        for name in names
+        Piece(name, local, gradient(name, step, replica, local), table[name][0]) for name in names
     ]
 
 

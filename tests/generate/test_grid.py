@@ -5,8 +5,8 @@ import tiny_run
 import torch
 
 from dalle_dist.dvae.model import DVAE
-from dalle_dist.text_tokenizer.bpe import train_tokenizer
 from dalle_dist.generate.grid import sample_grid
+from dalle_dist.text_tokenizer.bpe import train_tokenizer
 from dalle_dist.transformer.model import Transformer
 
 

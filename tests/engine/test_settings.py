@@ -15,7 +15,7 @@ from dalle_dist.config import (
     load,
     to_dict,
 )
-from dalle_dist.distributed.ds_config import (
+from dalle_dist.engine.deepspeed.settings import (
     accumulation,
     check_together,
     deepspeed_config,
@@ -163,16 +163,14 @@ def test_micro_batches_are_summed_in_fp32_unless_the_settings_say_otherwise():
     train = replace(bf16, deepspeed={"data_types": {"grad_accum_dtype": "bf16"}})
     tree = deepspeed_config(train, 1)
     assert tree["data_types"] == {"grad_accum_dtype": "bf16"}
-    check_together(Config(train=train), tree)
+    check_together(train, ParallelConfig(), tree)
     for between in ("dense", "powersgd"):
         with pytest.raises(ConfigError, match=r"remove data_types.grad_accum_dtype \(bf16\)"):
-            check_together(
-                Config(train=train, parallel=ParallelConfig(between_nodes=between)), tree
-            )
+            check_together(train, ParallelConfig(between_nodes=between), tree)
 
 
 def test_averaging_between_nodes_needs_a_sharded_stage():
     train = replace(FP32, zero_stage=0)
     config = Config(train=train, parallel=ParallelConfig(between_nodes="dense"))
     with pytest.raises(ConfigError, match=r"dense needs train.zero_stage 1, 2 or 3, but it is 0"):
-        check_together(config, deepspeed_config(train, 1))
+        check_together(config.train, config.parallel, deepspeed_config(train, 1))
