@@ -23,6 +23,11 @@ class Loss:
     image_sum: Tensor
     image_count: Tensor
 
+    def total(self, text_weight: float) -> Tensor:
+        """`weighted` of the means over these targets."""
+        text, image = self.text_sum / self.text_count, self.image_sum / self.image_count
+        return weighted(text, image, text_weight)
+
 
 Number = TypeVar("Number", float, Tensor)
 
