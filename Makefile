@@ -1,4 +1,5 @@
 # make demo   a machine learns to draw from text: 14 to 20 minutes on 2 cores, ends with runs/demo/report.html
+# make docs   docs/config.md, from the config's fields
 # make test   all quick tests            make check   lint, format, types
 # make test-one-unit-off   the same, as on a processor with another square root
 # make test-slow   the slower proofs     make bench   the figures in benchmarks/results
@@ -19,7 +20,7 @@ LAUNCH = $(BIN)/deepspeed --master_port $(PORT) --num_accelerators $(RANKS) --mo
 SET := paths.images=$(DATA) paths.tokens=$(DATA)-tokens paths.tokenizer=$(DATA)/tokenizer.json \
        paths.dvae_run=$(RUN)-dvae paths.run=$(RUN) $(EXTRA)
 
-.PHONY: demo demo-short test test-slow test-one-unit-off test-deepspeed-matrix check format bench clean
+.PHONY: demo demo-short test test-slow test-one-unit-off test-deepspeed-matrix check format docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.html
@@ -81,6 +82,9 @@ check: $(VENV)/ready
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/ready
+	$(BIN)/python -m dalle_dist.config.docs > docs/config.md
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.attention

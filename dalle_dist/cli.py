@@ -121,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
         verb.add_argument("--resume", metavar="auto|PATH", help="go on from a checkpoint")
     _add_configured(verbs, "encode", _encode, "image shards to token shards, once")
     _add_configured(verbs, "report", _report, "curves, reconstructions, samples: report.html")
-    _add_configured(verbs, "config", _config, "print the whole config that a command would use")
+    _add_config(verbs)
     _add_generate(verbs)
     _add_convert(verbs)
     _add_plot(verbs)
@@ -141,14 +141,24 @@ def _versions() -> str:
 
 
 def _add_configured(
-    verbs: argparse._SubParsersAction, name: str, handler: Handler, text: str
+    verbs: argparse._SubParsersAction,
+    name: str,
+    handler: Handler,
+    text: str,
+    presets: str | None = None,
 ) -> argparse.ArgumentParser:
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
-    presets = ", ".join(preset_names())
-    verb.add_argument("preset", metavar="PRESET", help=f"{presets}, or a YAML file")
+    names = ", ".join(preset_names())
+    verb.add_argument("preset", nargs=presets, metavar="PRESET", help=f"{names}, or a YAML file")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100")
     verb.set_defaults(handler=handler)
     return verb
+
+
+def _add_config(verbs: argparse._SubParsersAction) -> None:
+    text = "print the whole config that a command would use, or what a key means"
+    verb = _add_configured(verbs, "config", _config, text, presets="?")
+    verb.add_argument("--explain", metavar="KEY", help="a key or section, e.g. train.lr; no PRESET")
 
 
 def _add_data(verbs: argparse._SubParsersAction) -> None:
@@ -284,7 +294,14 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    print(to_yaml(_config_of(options)), end="")
+    if (options.explain is None) == (options.preset is None):
+        raise ConfigError("config: give a PRESET, or --explain KEY")
+    if options.explain is None:
+        print(to_yaml(_config_of(options)), end="")
+        return
+    from dalle_dist.config.docs import explain
+
+    print(explain(options.explain))
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -53,6 +53,7 @@ TRIES = [
     (r"python -c 'from dalle_dist.generate import .*", r"\g<0> && test -s heart.png"),
     (r"dalle-dist data build FOLDER data/mine", r"dalle-dist data build pictures data/mine"),
     (r"dalle-dist data inspect data/mine .*", r"\g<0>"),
+    (r"dalle-dist config --explain \S+", r"\g<0>"),
     (r"(dalle-dist config cc3m) > mine.yaml", r"\1 $SMALL $MINE > mine.yaml"),
     (r"dalle-dist (tokenizer train|train-dvae|encode) mine\.yaml", r"\g<0>"),
     (r"torchrun --nproc-per-node 8 (.* train mine\.yaml .*)", r"torchrun --nproc-per-node 2 \1"),

@@ -54,6 +54,32 @@ def test_config_prints_what_a_command_would_use(capsys):
     assert "steps: 7" in capsys.readouterr().out
 
 
+def test_config_explains_a_key_or_a_section_without_a_preset(capsys):
+    assert main(["config", "--explain", "train.warmup"]) == 0
+    text = capsys.readouterr().out
+    for part in ("train.warmup\n", "integer", "5000", "steps", "at least 0", "paper B.2"):
+        assert part in text
+    assert main(["config", "--explain", "parallel"]) == 0
+    text = capsys.readouterr().out
+    assert "parallel.between_nodes" in text and "zero, dense, powersgd" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--explain", "train.warmpu"], "did you mean 'train.warmup'?"),
+        (["--explain", "warmup"], "did you mean dvae_train.warmup or train.warmup?"),
+        (["--explain", "trian"], "did you mean 'train'?"),
+        ([], "give a PRESET, or --explain KEY"),
+        (["emoji", "--explain", "seed"], "give a PRESET, or --explain KEY"),
+    ],
+)
+def test_what_config_cannot_explain_is_said_in_one_line(words, message, capsys):
+    assert main(["config", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 def test_overrides_may_follow_flags(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "emoji", "--resume", "auto", "train.steps=none"]) == 2

@@ -4,7 +4,19 @@ import pytest
 import yaml
 
 from dalle_dist import config as configs
-from dalle_dist.config import Config, difference, from_dict, load, to_dict, to_yaml
+from dalle_dist.config import (
+    Config,
+    DVAETrainConfig,
+    StageConfig,
+    TrainConfig,
+    TransformerConfig,
+    difference,
+    from_dict,
+    load,
+    to_dict,
+    to_yaml,
+)
+from dalle_dist.config.root import keys_of, section_names
 from dalle_dist.errors import ConfigError
 
 PRESETS = ["12b", "1b", "2.8b", "5.6b", "cc3m", "emoji", "emoji-gpu"]
@@ -94,3 +106,88 @@ def test_difference_names_every_leaf_that_differs():
 def test_sections_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().seed = 1
+
+
+KEYS = [
+    (f"{section}.{name}".lstrip("."), kind, meaning)
+    for section, owner in {"": Config, **section_names()}.items()
+    for name, kind, meaning in keys_of(owner)
+]
+NUMBERS = [(key, kind, meaning) for key, kind, meaning in KEYS if kind in (int, float, list[int])]
+
+
+def outside(kind, meaning):
+    """A value just outside of each bound, and those that are no finite number."""
+    step = 1e-3 if kind is float else 1
+    if meaning.at_least is not None:
+        yield meaning.at_least - step
+    if meaning.above is not None:
+        yield meaning.above
+    if meaning.at_most is not None:
+        yield meaning.at_most + step
+    if meaning.below is not None:
+        yield meaning.below
+    yield from (".nan", ".inf", "-.inf")
+
+
+@pytest.mark.parametrize(("key", "kind", "meaning"), KEYS, ids=[key for key, *_ in KEYS])
+def test_every_key_says_what_it_means_and_where_it_is_from(key, kind, meaning):
+    assert len(meaning.description) >= 5 and meaning.source
+    if kind in (int, float):
+        assert meaning.at_least is not None or meaning.above is not None, "no lower bound"
+
+
+@pytest.mark.parametrize(("key", "kind", "meaning"), NUMBERS, ids=[key for key, *_ in NUMBERS])
+def test_every_bound_of_every_number_is_enforced_with_its_key(key, kind, meaning):
+    for value in outside(kind, meaning):
+        text = f"[{value}]" if kind == list[int] else value
+        with pytest.raises(ConfigError) as caught:
+            load("emoji", [f"{key}={text}"])
+        assert str(caught.value).startswith((f"{key}: ", f"{key}[0]: ")), str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"train": TrainConfig(lr=float("nan"))}, "train.lr: nan is not a finite number"),
+        ({"train": TrainConfig(precision="fp8")}, "train.precision: 'fp8' is not one of"),
+        ({"train": TrainConfig(zero_stage=True)}, "train.zero_stage: True is not one of 0, 1"),
+        ({"train": TrainConfig(halve_at=[0])}, r"train.halve_at\[0\]: 0 is not at least 1"),
+        ({"seed": -1}, "seed: -1 is not at least 0"),
+        ({"name": ""}, "name: the text is empty"),
+    ],
+)
+def test_a_config_made_in_python_is_checked_alike(section, message):
+    with pytest.raises(ConfigError, match=message):
+        Config(**section)
+
+
+def test_an_image_tokenizer_of_another_kind_is_not_held_to_the_dvae():
+    other = ["transformer.codebook_size=99", "transformer.image_grid=5"]
+    assert load("emoji", ["image_tokenizer.kind=vqgan", *other]).transformer.codebook_size == 99
+    with pytest.raises(ConfigError, match=r"transformer.image_grid: 5, but the dVAE gives 8"):
+        load("emoji", other)
+    with pytest.raises(ConfigError, match=r"codebook_size: 99 is not dvae.codebook_size 256"):
+        load("emoji", other[:1])
+    assert TransformerConfig().codebook_size == 8192
+
+
+def test_micro_batch_zero_goes_with_any_batch_in_both_stages():
+    config = load("emoji", ["train.micro_batch=0", "dvae_train.micro_batch=0"])
+    assert (config.train.micro_batch, config.dvae_train.micro_batch) == (0, 0)
+    with pytest.raises(ConfigError, match=r"dvae_train.batch_size: 32 is not a multiple of dvae_t"):
+        load("emoji", ["dvae_train.micro_batch=5"])
+
+
+def test_both_stages_share_their_fields_and_each_has_its_defaults():
+    shared = {entry.name for entry in dataclasses.fields(StageConfig)}
+    assert {"steps", "micro_batch", "ema_every", "zero_stage", "deepspeed", "wandb"} <= shared
+    for stage in (TrainConfig, DVAETrainConfig):
+        assert issubclass(stage, StageConfig) and shared <= {
+            f.name for f in dataclasses.fields(stage)
+        }
+        assert getattr(Config(), stage.section) == stage()
+    one, two = DVAETrainConfig(), DVAETrainConfig()
+    assert (one.micro_batch, one.ema_every, one.zero_stage, one.sample_every) == (0, 1, 0, 5_000)
+    assert one.deepspeed == {} and one.deepspeed is not two.deepspeed

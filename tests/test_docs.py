@@ -8,6 +8,7 @@ import pytest
 import tiny_run
 
 from dalle_dist.checkpoint.release import save_release
+from dalle_dist.config.docs import markdown
 from dalle_dist.transformer.model import Transformer
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,11 @@ def test_every_block_of_a_page_runs(page, count, place, capsys):
     if page == "docs/python.md":
         assert (place / "a-blue-car-1.png").is_file() and (place / "mine.png").is_file()
         assert "nats per image token" in capsys.readouterr().out
+
+
+def test_the_page_of_the_config_is_that_of_its_fields():
+    written = (ROOT / "docs/config.md").read_text()
+    assert written == markdown(), "docs/config.md is out of date: make docs"
 
 
 def test_the_snippet_of_the_kernels_stays_short():

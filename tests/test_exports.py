@@ -63,7 +63,10 @@ def test_an_unknown_name_is_named_with_the_nearest():
     assert not hasattr(dalle_dist, "__wrapped__")
 
 
-@pytest.mark.parametrize("module", ["dalle_dist", "dalle_dist.cli"])
+@pytest.mark.parametrize(
+    "module",
+    ["dalle_dist", "dalle_dist.cli", "dalle_dist.config", "dalle_dist.config.docs"],
+)
 def test_importing_the_package_does_not_import_torch(module):
     heavy = fresh(f"import sys, {module}; print({{'torch', 'numpy', 'PIL'}} & sys.modules.keys())")
     assert heavy == "set()"

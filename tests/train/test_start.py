@@ -241,7 +241,7 @@ def test_stage_1_says_what_it_is_about_to_do(tmp_path):
 
 def test_stage_1_names_no_setting_that_ends_in_time(tmp_path):
     stage = Stage(tmp_path, "train-dvae")
-    ends = [f"dvae_train.{name}_updates=1" for name in ("lr", "temperature", "kl")]
+    ends = [f"dvae_train.{name}_steps=1" for name in ("lr", "temperature", "kl")]
     block = opening(stage.works(*ends, "dvae_train.precision=bf16"))
     assert "warning" not in block and "schedule" in block
     assert block["precision"] == "bf16 autocast, fp32 weights"
