@@ -23,8 +23,8 @@ from benchmarks import common
 from benchmarks.common import Measured
 from dalle_dist.config import Config, load
 from dalle_dist.distributed import launch
-from dalle_dist.gradients.powersgd.orthogonal import gaussian_RN, orthonormal_BMR
 from dalle_dist.gradients.powersgd.algorithm import PowerSGD
+from dalle_dist.gradients.powersgd.orthogonal import gaussian_RN, orthonormal_BMR
 
 MACHINE, RANK = 8, 112
 HOOKS: dict[str, dict[str, bool] | None] = {

@@ -15,10 +15,10 @@ from benchmarks import common
 from benchmarks.common import Measured
 from dalle_dist.config import Config, from_dict
 from dalle_dist.distributed import launch
-from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.distributed.launch import Ranks
-from dalle_dist.transformer.training import LossTransformer
+from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.transformer.layout import counted_text_targets
+from dalle_dist.transformer.training import LossTransformer
 
 PRECISIONS = ("bf16", "fp16")
 CLOSE = 0.02  # of the losses of both after as many updates

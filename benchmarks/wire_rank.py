@@ -29,14 +29,14 @@ from dalle_dist.data.loader import TokenDataset, batches, collate_tokens
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed import launch
-from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.distributed.launch import Ranks
+from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.optim.adamw import AdamW
 from dalle_dist.optim.groups import param_groups
 from dalle_dist.optim.schedule import Schedule
 from dalle_dist.text_tokenizer.bpe import Tokenizer
-from dalle_dist.transformer.training import LossTransformer
 from dalle_dist.transformer.layout import counted_text_targets
+from dalle_dist.transformer.training import LossTransformer
 
 # torch's hook wants at least two updates without compression, while DDP rebuilds its buckets.
 TORCH_START = 2

@@ -11,8 +11,8 @@ import yaml
 from dalle_dist.cli import build_parser
 from dalle_dist.config import load, preset_names, to_dict
 from dalle_dist.config.presets import preset_text
-from dalle_dist.distributed.ds_config import accumulation, micro_batch
 from dalle_dist.dvae.model import DVAE
+from dalle_dist.engine.deepspeed.settings import accumulation, micro_batch
 from dalle_dist.errors import ConfigError
 from dalle_dist.transformer.model import Transformer
 

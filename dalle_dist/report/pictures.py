@@ -52,10 +52,10 @@ def curves(log: list[dict[str, float]], panels: Sequence[dict[str, str]]) -> Ima
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1)
         for key, label in panel.items():
-            points = [(line["update"], line[key]) for line in log if key in line]
+            points = [(line["step"], line[key]) for line in log if key in line]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
-        axes.set_xlabel("update")
+        axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.tight_layout()

@@ -34,15 +34,15 @@ def plot(what: str, run: str) -> str:
     return out
 
 
-def draw_scales(axes: Axes, updates: list[int], scales: list[list[float]]) -> None:
-    """Scale of each resblock over updates (paper Fig. 12); scales are [update][resblock]."""
-    _draw(axes, updates, scales, [("attention", "-"), ("MLP", "--")])
+def draw_scales(axes: Axes, steps: list[int], scales: list[list[float]]) -> None:
+    """Scale of each resblock over steps (paper Fig. 12); scales are [step][resblock]."""
+    _draw(axes, steps, scales, [("attention", "-"), ("MLP", "--")])
     axes.set_yscale("log", base=2)
     axes.set_ylabel("gradient scale")
 
 
 def _draw(
-    axes: Axes, updates: list[int], values: list[list[float]], kinds: list[tuple[str, Any]]
+    axes: Axes, steps: list[int], values: list[list[float]], kinds: list[tuple[str, Any]]
 ) -> None:
     """One line per column of values; kinds (name, line style) take turns from first to last."""
     from matplotlib import colormaps
@@ -52,8 +52,8 @@ def _draw(
         colour = colormaps["viridis"](number / max(count - 1, 1))
         name, style = kinds[number % len(kinds)]
         label = name if number < len(kinds) else None
-        axes.plot(updates, column, linestyle=style, color=colour, linewidth=1, label=label)
-    axes.set_xlabel("update")
+        axes.plot(steps, column, linestyle=style, color=colour, linewidth=1, label=label)
+    axes.set_xlabel("step")
     axes.legend(fontsize=8, title="first layers dark, last bright", title_fontsize=8)
 
 
@@ -63,7 +63,7 @@ def _scales(run: str, lines: Log) -> Figure:
     kept = _with("scale", lines, f"{run}: its log has no scales; train.precision=fp16 has them")
     figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     scales = [line["scale"] for line in kept]
-    draw_scales(figure.subplots(), [line["update"] for line in kept], scales)
+    draw_scales(figure.subplots(), [line["step"] for line in kept], scales)
     return figure
 
 
@@ -73,19 +73,19 @@ def _compression(run: str, lines: Log) -> Figure:
 
     missing = f"{run}: its log has no compression; parallel.between_nodes=powersgd has it"
     kept = _with("compression_error", lines, missing)
-    updates = [line["update"] for line in kept]
+    steps = [line["step"] for line in kept]
     figure = Figure(figsize=(9, 7), dpi=120, layout="constrained")
     above, below = figure.subplots(2, height_ratios=[3, 1], sharex=True)
     styles = [("qkv", "-"), ("out", "--"), ("up", "-."), ("down", ":")]
-    _draw(above, updates, [line["compression_error"] for line in kept], styles)
+    _draw(above, steps, [line["compression_error"] for line in kept], styles)
     above.set_ylabel("relative error of what is sent")
     for name in ("dense", "sent"):
-        below.plot(updates, [line[f"{name}_megabytes"] for line in kept], label=name)
+        below.plot(steps, [line[f"{name}_megabytes"] for line in kept], label=name)
     last = kept[-1]
     saved = 1 - last["sent_megabytes"] / last["dense_megabytes"]
     below.set_title(f"{saved:.1%} of the bytes saved", fontsize=9)
     below.set_yscale("log")
-    below.set_ylabel("MB per update, all ranks")
+    below.set_ylabel("MB per step, all ranks")
     below.legend(fontsize=8)
     return figure
 

@@ -102,7 +102,7 @@ def cells(stage):
 def machines(ranks, stage):
     """Two machines of two ranks."""
     return {
-        (between, p): course(ranks, stage, between, f"train.precision={p}", updates=3)
+        (between, p): course(ranks, stage, between, f"train.precision={p}", steps=3)
         for between, p in cells(stage)
     }
 

@@ -63,7 +63,7 @@ def digest(engine):
     return sha.hexdigest()
 
 
-def course(ranks, stage, between, *overrides, updates=6, **layout):
+def course(ranks, stage, between, *overrides, steps=6, **layout):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         engine = build_on(ranks, stage, between, *overrides, **layout)
         curve = [update(engine, ranks, number) for number in range(updates)]

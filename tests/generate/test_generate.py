@@ -13,6 +13,7 @@ from dalle_dist.generate import outputs
 from dalle_dist.generate.generator import Generator, sample_seed
 from dalle_dist.generate.outputs import write_outputs
 from dalle_dist.generate.sampler import choose, sample_codes
+from dalle_dist.image_tokenizer.dvae import DVAETokenizer
 from dalle_dist.text_tokenizer.bpe import PAD, train_tokenizer
 from dalle_dist.transformer.model import Transformer
 
@@ -31,7 +32,7 @@ def build(*overrides, dtype=torch.float32):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     tokenizer = train_tokenizer(["a red heart", "a blue car"], 300)
-    return Generator(model, tokenizer, DVAE(config.dvae).eval(), config, "f" * 16)
+    return Generator(model, tokenizer, DVAETokenizer(DVAE(config.dvae)), config, "f" * 16)
 
 
 def text(size=3):

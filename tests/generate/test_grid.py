@@ -6,6 +6,7 @@ import torch
 
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.generate.grid import sample_grid
+from dalle_dist.image_tokenizer.dvae import DVAETokenizer
 from dalle_dist.text_tokenizer.bpe import train_tokenizer
 from dalle_dist.transformer.model import Transformer
 
@@ -13,7 +14,7 @@ from dalle_dist.transformer.model import Transformer
 def test_each_prompt_stands_above_its_row(tmp_path):
     config = tiny_run.make(tmp_path)
     tokenizer = train_tokenizer(tiny_run.CAPTIONS, config.tokenizer.vocab_size)
-    model, dvae = Transformer(config).eval(), DVAE(config.dvae).eval()
+    model, dvae = Transformer(config).eval(), DVAETokenizer(DVAE(config.dvae))
 
     def drawn(*prompts):
         train = dataclasses.replace(config.train, prompts=list(prompts))

@@ -1,7 +1,7 @@
 import pytest
 
 from dalle_dist.config import TrainConfig
-from dalle_dist.optim.schedule import Schedule
+from dalle_dist.optim.schedule import PlateauSchedule
 
 
 def _rates(schedule, losses):
@@ -14,7 +14,7 @@ def _rates(schedule, losses):
 
 def test_rate_warms_up_linearly_and_halves_at_the_given_updates():
     config = TrainConfig(lr=8.0, warmup=4, halve_at=[6, 7, 9], halvings=2)
-    rates = _rates(Schedule(config), [1.0] * 10)
+    rates = _rates(PlateauSchedule(config), [1.0] * 10)
     assert rates == [2.0, 4.0, 6.0, 8.0, 8.0, 8.0, 4.0, 2.0, 2.0, 2.0]
 
 
@@ -22,7 +22,7 @@ def test_rate_halves_when_a_window_gains_too_little_and_not_right_after_a_halvin
     config = TrainConfig(lr=8.0, warmup=2, plateau_window=2, plateau_gain=0.1, halvings=2)
     # after the warm-up: 10, 8 (gain), 7.9 (stalled), 7.9 (only noted), 7.8 (stalled), ..
     losses = [99, 98, 10, 10, 8, 8, 7.9, 7.9, 7.9, 7.9, 7.8, 7.8, 7.8, 7.8, 7.8, 7.8, 7.8]
-    rates = _rates(Schedule(config), losses)
+    rates = _rates(PlateauSchedule(config), losses)
     assert rates[2:8] == [8.0] * 6
     assert rates[8:12] == [4.0] * 4
     assert rates[12:] == [2.0] * 5  # `halvings` is the most there may be
@@ -31,9 +31,9 @@ def test_rate_halves_when_a_window_gains_too_little_and_not_right_after_a_halvin
 def test_a_saved_schedule_goes_on_as_if_never_stopped():
     config = TrainConfig(lr=1.0, warmup=1, plateau_window=3, plateau_gain=0.05, halvings=9)
     losses = [5.0 - 0.02 * i for i in range(40)]
-    whole = _rates(Schedule(config), losses)
+    whole = _rates(PlateauSchedule(config), losses)
     for stop in (1, 5, 17):
-        first, second = Schedule(config), Schedule(config)
+        first, second = PlateauSchedule(config), PlateauSchedule(config)
         head = _rates(first, losses[:stop])
         second.load_state_dict(first.state_dict())
         tail = []
@@ -45,4 +45,4 @@ def test_a_saved_schedule_goes_on_as_if_never_stopped():
 
 
 def test_without_warmup_the_first_update_has_the_full_rate():
-    assert Schedule(TrainConfig(lr=3.0, warmup=0)).rate(1) == 3.0
+    assert PlateauSchedule(TrainConfig(lr=3.0, warmup=0)).rate(1) == 3.0

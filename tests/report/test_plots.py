@@ -43,7 +43,7 @@ def run(tmp_path_factory):
 def test_the_log_has_a_number_for_each_resblock_and_matrix(run):
     folder, _ = run
     lines = [line for line in read_log(folder / "run") if "loss" in line]
-    assert [line["update"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
         assert len(line["scale"]) == len(line["overflows"]) == len(line["underflow"]) == 4
         assert len(line["compression_error"]) == 8
@@ -75,14 +75,14 @@ def test_tensorboard_has_them_too(run):
 def test_a_run_of_two_machines_goes_on_with_one(run):
     folder, _ = run
     lines = run_distributed(gone_on_with, 1, folder)[0]
-    assert [line["update"] for line in lines] == list(range(1, 10))
+    assert [line["step"] for line in lines] == list(range(1, 10))
     # One replica instead of two: half the scale, and on from where it was.
     assert lines[6]["scale"][0] == pytest.approx(lines[5]["scale"][0] / 2 * 2**0.001, rel=1e-6)
     assert lines[8]["loss"] < lines[3]["loss"]
 
 
 def test_a_run_without_such_numbers_is_told_so(tmp_path):
-    (tmp_path / "log.jsonl").write_text(json.dumps({"update": 1, "loss": 2.0}) + "\n")
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
     with pytest.raises(DataError, match=r"has no scales; train\.precision=fp16 has them"):
         plot("scales", str(tmp_path))
     with pytest.raises(DataError, match="no run here"):

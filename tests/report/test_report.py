@@ -115,7 +115,7 @@ def test_a_run_folder_holds_what_it_promises(walked):
     assert not list(Path(walked).rglob("*.tmp"))
     assert not list((walked / "run/release").glob("*.pt"))
     log = [json.loads(line) for line in (walked / "run/log.jsonl").read_text().splitlines()]
-    assert [line["update"] for line in log if "loss" in line] == list(range(1, 9))
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, 9))
     assert load(str(walked / "run/config.yaml")).name == "emoji"
 
 

@@ -55,7 +55,7 @@ def submit(cluster, script, config, out, *options):
 
 
 def updates(folder):
-    return [line["update"] for line in read_log(folder) if "loss" in line or "nll" in line]
+    return [line["step"] for line in read_log(folder) if "loss" in line or "nll" in line]
 
 
 def test_stage_1_trains_on_two_nodes(cluster, tmp_path):

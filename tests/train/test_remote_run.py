@@ -68,7 +68,7 @@ def test_a_run_on_s3_is_gone_on_with_on_another_machine(bucket, tmp_path):
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=5))
     run_distributed(_train_on, 2, _aws(), tmp_path / "two", longer, "auto")
     log = [json.loads(line) for line in storage.read_bytes(f"{bucket}/run/log.jsonl").splitlines()]
-    assert [line["update"] for line in log if "loss" in line] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in log if "loss" in line] == [1, 2, 3, 4, 5]
 
 
 def test_convert_reads_a_checkpoint_from_s3_and_writes_a_release_there(bucket, tmp_path):

@@ -70,7 +70,7 @@ def test_it_learns_and_leaves_a_whole_run(trained):
     assert len(losses) == 60
     assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.5
     evaluated = [line for line in log if "psnr" in line]
-    assert [line["update"] for line in evaluated] == [10, 20, 30, 40, 50, 60]
+    assert [line["step"] for line in evaluated] == [10, 20, 30, 40, 50, 60]
     assert evaluated[-1]["psnr"] > evaluated[0]["psnr"]
     assert {"kl", "elb", "temperature", "kl_weight", "lr", "images_per_s"} <= log[0].keys()
     run = trained / "dvae"
@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_named_or_passed_over(copy, capsys):
     assert "no checkpoint" in capsys.readouterr().err
     shutil.rmtree(copy / "dvae/release")
     assert main(["train-dvae", *done, "--resume", "auto"]) == 0
-    assert lines(copy / "dvae")[-1]["update"] == 60
+    assert lines(copy / "dvae")[-1]["step"] == 60
 
 
 def test_noise_is_each_samples_own_and_standard_gumbel():
