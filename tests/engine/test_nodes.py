@@ -66,7 +66,7 @@ def digest(engine):
 def course(ranks, stage, between, *overrides, steps=6, **layout):
     with contextlib.redirect_stdout(io.StringIO()) as said:
         engine = build_on(ranks, stage, between, *overrides, **layout)
-        curve = [update(engine, ranks, number) for number in range(updates)]
+        curve = [update(engine, ranks, number) for number in range(steps)]
     return {
         "curve": np.array(curve), "digest": digest(engine), "said": said.getvalue(),
         "numbers": engine.telemetry(), "skipped": engine.skipped,
