@@ -155,8 +155,8 @@ class TokenDataset(Dataset):
         for name, wanted in (("image_tokenizer", fingerprint), ("grid", grid)):
             if meta.get(name) != wanted:
                 raise DataError(
-                    f"{folder}: tokens of {name} {meta.get(name)}, but the run's is {wanted}; "
-                    "encode the pictures again"
+                    f"{folder}: tokens of {name.replace('_', ' ')} {meta.get(name)}, but the run's is {wanted}; "
+                    "encode the images again"
                 )
 
     def __len__(self) -> int:

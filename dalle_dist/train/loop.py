@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from dalle_dist.checkpoint import store
 from dalle_dist.checkpoint.convert import convert, find_checkpoint
+from dalle_dist.checkpoint.release import CONFIG
 from dalle_dist.config import Config
 from dalle_dist.distributed import launch
 from dalle_dist.distributed.launch import Ranks
@@ -189,7 +190,8 @@ class _Loop:
     def _release(self) -> str:
         folder = self.run.folder / "release"
         stamp = folder / ".step"
-        if stamp.is_file() and stamp.read_text() == str(self.state.step):
+        whole = stamp.is_file() and (folder / CONFIG).is_file()
+        if whole and stamp.read_text() == str(self.state.step):
             return "nothing to do"
         shutil.rmtree(folder, ignore_errors=True)
         digest = convert(str(self.run.folder / "checkpoints"), str(folder), "ema")

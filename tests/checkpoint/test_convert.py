@@ -11,9 +11,11 @@ from dalle_dist.checkpoint.formats import load_tensors, read_notes
 from dalle_dist.checkpoint.release import load_release
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.errors import CheckpointError, ConfigError
+from dalle_dist.optim.ema import EMA
+from dalle_dist.optim.schedule import PlateauSchedule
 from dalle_dist.testing import run_distributed
 from dalle_dist.text_tokenizer.bpe import Tokenizer
-from dalle_dist.train.state import State
+from dalle_dist.train.state import TrainingState
 from dalle_dist.transformer.model import Transformer
 
 STAGES = (0, 1, 2, 3)
@@ -29,8 +31,9 @@ def _checkpoint(ranks, folder, stage):
     """Two updates, each folded into the average, and a checkpoint; weights gathered by the way."""
     config = tiny_run.make(folder, zero_stage=stage, ema=0.5)
     torch.manual_seed(0)
-    engine = build_engine(Transformer(config), config, ranks)
-    state = State(config, ranks, engine, {})
+    engine = build_engine(Transformer(config), config.train, ranks)
+    schedule, ema = PlateauSchedule(config.train), EMA(config.train.ema)
+    state = TrainingState("transformer", config, config.train, (), {}, ranks, engine, ema, schedule)
     generator = torch.Generator().manual_seed(ranks.rank)
     gathered = []
     for _ in range(2):
@@ -39,7 +42,7 @@ def _checkpoint(ranks, folder, stage):
             codes_BN = torch.randint(0, 16, (2, 16), generator=generator)
             engine.backward(engine(text_BT, codes_BN).total(0.5))
         engine.step(1e-2)
-        state.update += 1
+        state.step += 1
         state.ema.update(engine.weights())
         gathered.append(_present(engine, config))
     return state.save(folder / f"zero{stage}" / "checkpoints"), gathered

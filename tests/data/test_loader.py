@@ -31,7 +31,7 @@ def _write_images(folder, picture, corrupt=()):
 
 
 def _write_tokens(folder, captions):
-    with ShardWriter(str(folder), "tokens", {"dvae": "aa", "grid": GRID}) as writer:
+    with ShardWriter(str(folder), "tokens", {"image_tokenizer": "aa", "grid": GRID}) as writer:
         for i, caption in enumerate(captions):
             buffer = io.BytesIO()
             np.save(buffer, np.arange(i, i + GRID**2, dtype=np.uint16))
@@ -173,15 +173,14 @@ def test_token_samples(tmp_path, tokenizer):
     assert dataset.key(1) == "001"
 
 
-def test_long_and_empty_captions_are_counted_once_each(tmp_path, tokenizer):
+def test_captions_long_or_empty_have_the_length_of_the_text_block(tmp_path, tokenizer):
     captions = ["a red heart " * 5, "a", " "]
     dataset = TokenDataset(
         _write_tokens(tmp_path / "t", captions), None, tokenizer, 4, 0.0, 0, "aa", GRID
     )
-    for _ in range(2):
-        for i in range(3):
-            assert len(dataset[i][0]) == 4
-    assert (dataset.captions_cut, dataset.captions_empty) == (1, 1)
+    long, short, empty = (dataset[i][0].tolist() for i in range(3))
+    assert long == tokenizer.encode(captions[0])[:4] and len(tokenizer.encode(captions[0])) > 4
+    assert len(short) == len(empty) == 4 and short[-1] == empty[-1] == PAD
 
 
 def test_dropout_differs_between_epochs_and_is_reproducible(tmp_path, tokenizer):
@@ -198,7 +197,10 @@ def test_dropout_differs_between_epochs_and_is_reproducible(tmp_path, tokenizer)
 
 @pytest.mark.parametrize(
     ("fingerprint", "grid", "message"),
-    [("bb", GRID, "tokens of dvae aa, but the run's is bb"), ("aa", 4, "tokens of grid 2, but")],
+    [
+        ("bb", GRID, "tokens of image tokenizer aa, but the run's is bb"),
+        ("aa", 4, "tokens of grid 2, but"),
+    ],
 )
 def test_tokens_of_another_dvae_are_refused(tmp_path, tokenizer, fingerprint, grid, message):
     folder = _write_tokens(tmp_path / "t", ["a"])

@@ -15,7 +15,7 @@ from dalle_dist.dvae.loss import (
     unmap_pixels,
 )
 from dalle_dist.dvae.model import DVAE
-from dalle_dist.dvae.schedules import cosine, rates
+from dalle_dist.dvae.schedules import DVAESchedule, cosine
 from dalle_dist.metrics.reconstruction import psnr, reconstruct, share_in_use
 
 SMALL = DVAEConfig(
@@ -163,12 +163,12 @@ def test_pixel_map_and_its_inverse():
 def test_schedules_at_their_ends_and_middle():
     assert [cosine(1.0, 0.0, u, 100) for u in (0, 50, 100, 1000)] == pytest.approx([1, 0.5, 0, 0])
     paper = DVAETrainConfig()
-    first, last = rates(paper, 0), rates(paper, 3_000_000)
+    first, last = (DVAESchedule(paper).at(step) for step in (1, 3_000_001))
     assert (first.lr, first.temperature, first.kl_weight) == pytest.approx((1e-4, 1, 0))
     assert (last.lr, last.temperature, last.kl_weight) == pytest.approx((1.25e-6, 1 / 16, 6.6))
-    assert rates(paper, 2500).kl_weight == pytest.approx(3.3)
+    assert DVAESchedule(paper).at(2501).kl_weight == pytest.approx(3.3)
     warm = DVAETrainConfig(warmup=10)
-    assert rates(warm, 0).lr == pytest.approx(1e-5, rel=1e-3)
+    assert DVAESchedule(warm).at(1).lr == pytest.approx(1e-5, rel=1e-3)
 
 
 def test_relaxation_tends_to_hard_samples():

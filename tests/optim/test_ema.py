@@ -5,7 +5,7 @@ from torch import nn
 from dalle_dist.errors import CheckpointError
 from dalle_dist.gradients.piece import Piece, assemble
 from dalle_dist.optim.ema import EMA
-from dalle_dist.optim.groups import param_groups
+from dalle_dist.optim.groups import param_groups, resblock_matrices
 
 
 def _fold(ema, values):
@@ -78,7 +78,7 @@ def test_only_matrices_of_resblocks_are_decayed():
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2), nn.LayerNorm(2)])})
     model["out"] = nn.Linear(2, 3)
     model["blocks"][0].bias.requires_grad_(True)
-    decayed, others = param_groups(model, 0.3)
+    decayed, others = param_groups(model, resblock_matrices, 0.3)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
     assert [id(p) for p in decayed["params"]] == [id(model["blocks"][0].weight)]
     assert len(others["params"]) == 5

@@ -106,7 +106,7 @@ def test_three_lines_of_python_draw_the_same(walked):
 def test_a_converted_checkpoint_is_the_release(walked):
     ours, theirs = (load_release(str(walked / name)) for name in ("run/release", "converted"))
     assert ours.fingerprint == theirs.fingerprint
-    assert ours.dvae_fingerprint == theirs.dvae_fingerprint
+    assert ours.image_tokenizer.fingerprint == theirs.image_tokenizer.fingerprint
 
 
 def test_a_run_folder_holds_what_it_promises(walked):

@@ -1,4 +1,4 @@
-"""What a run checks and says before its first update; a start that fails leaves no trace."""
+"""What a run checks and says before its first step; a start that fails leaves no trace."""
 
 import errno
 import fcntl
@@ -16,16 +16,17 @@ import tiny_run
 from test_train_dvae import arguments as stage1_arguments
 from test_train_dvae import write_images
 
-from dalle_dist.checkpoint.release import load_dvae, load_release
+from dalle_dist.checkpoint.release import load_release
 from dalle_dist.cli import main
 from dalle_dist.config import Config
 from dalle_dist.data.shards import ShardSet, ShardWriter
 from dalle_dist.distributed import launch
 from dalle_dist.errors import UserError
+from dalle_dist.image_tokenizer.dvae import DVAETokenizer
 from dalle_dist.testing import run_distributed
 from dalle_dist.text_tokenizer.bpe import train_tokenizer
 from dalle_dist.train.lock import Lock
-from dalle_dist.train.transformer import _Setup
+from dalle_dist.train.transformer import TransformerStage
 
 SHORT = {"steps": 1, "warmup": 1, "prompts": []}
 
@@ -41,7 +42,7 @@ def _main(ranks, words, environ, no_locks):
 
 
 class Stage:
-    """A run of one update that would work: its command, its inputs and its folder."""
+    """A run of one step that would work: its command, its inputs and its folder."""
 
     def __init__(self, folder: Path, verb: str) -> None:
         self.folder, self.verb, self.run = folder, verb, folder / "runs" / "new"
@@ -135,7 +136,7 @@ def test_a_start_beside_a_process_that_trains_leaves_its_folder_as_it_was(stage)
 
 def test_a_batch_that_does_not_divide_leaves_nothing_and_is_told_once(stage):
     override, reason = {
-        "train-dvae": ("dvae_train.batch_size=7", "7 is not a multiple of the 2 ranks"),
+        "train-dvae": ("dvae_train.batch_size=7", "7 is not a multiple of 2 ranks"),
         "train": ("train.micro_batch=8", "8 is not a multiple of train.micro_batch 8 x 2 ranks"),
     }[stage.verb]
     assert reason in stage.refused(override, world=2)
@@ -143,10 +144,10 @@ def test_a_batch_that_does_not_divide_leaves_nothing_and_is_told_once(stage):
 
 def test_a_warm_up_longer_than_the_run_is_refused_and_one_of_its_length_is_not(stage):
     name = "train.warmup" if stage.verb == "train" else "dvae_train.warmup"
-    updates = name.split(".")[0] + ".steps=2"
-    line = stage.refused(f"{name}=3", updates)
-    assert f"{name}: 3 updates of warm-up in a run of 2" in line
-    stage.works(f"{name}=2", updates)
+    steps = name.split(".")[0] + ".steps=2"
+    line = stage.refused(f"{name}=3", steps)
+    assert f"{name}: 3 steps of warm-up in a run of 2" in line
+    stage.works(f"{name}=2", steps)
 
 
 def test_a_file_system_without_locks_is_told_as_that_and_leaves_nothing(stage):
@@ -193,9 +194,9 @@ class TestTransformer:
         index = stage.inputs / "train" / "index.json"
         saved = index.read_text()
         tree = json.loads(saved)
-        tree["meta"]["dvae"] = "0" * len(tree["meta"]["dvae"])
+        tree["meta"]["image_tokenizer"] = "0" * 16
         index.write_text(json.dumps(tree))
-        assert "tokens of dvae 0000" in stage.refused()
+        assert "tokens of image tokenizer 0000" in stage.refused()
         index.write_text(saved)
         stage.works()
 
@@ -209,7 +210,7 @@ class TestTransformer:
         line = stage.refused(f"paths.tokenizer={other}", *more)
         assert "tokenizer" in line
         assert (stage.run / "log.jsonl").read_bytes() == log
-        assert "complete at update 2" in stage.works(*more)
+        assert "complete at step 2" in stage.works(*more)
 
     def test_a_tokenizer_of_more_classes_than_the_model_leaves_nothing(self, stage):
         assert "has 300; train it again" in stage.refused("tokenizer.vocab_size=290")
@@ -226,14 +227,14 @@ def test_stage_1_says_what_it_is_about_to_do(tmp_path):
     more = ["dvae_train.steps=6", "dvae_train.warmup=3", "dvae_train.lr_steps=6"]
     more += ["dvae_train.temperature_steps=7", "dvae_train.kl_steps=8"]
     block = opening(stage.works(*more))
-    weights = load_dvae(str(stage.run / "release")).dvae.parameters()
+    weights = DVAETokenizer.load(str(stage.run / "release")).model.parameters()
     count = sum(weight.numel() for weight in weights)
-    assert block["device"] == "CPU, 1 rank x 1 thread, 1 machine (deepspeed)"
+    assert block["device"] == "CPU, 1 rank x 1 thread, 1 node (deepspeed)"
     assert block["model"].startswith(f"dVAE of {count:,} parameters: 16 x 16 pixels to 4 x 4 codes")
     assert block["precision"] == "fp32"
-    assert block["data"] == f"{stage.inputs}: 24 pictures to train on, 8 held out"
-    assert block["length"] == "6 updates of 8 pictures = 2.00 epochs"
-    assert "after 3 updates of warm-up" in block["schedule"]
+    assert block["data"] == f"{stage.inputs}: 24 images to train on, 8 held out"
+    assert block["length"] == "6 steps of 8 images = 2.00 epochs"
+    assert "after 3 steps of warm-up" in block["schedule"]
     late = "dvae_train.temperature_steps, dvae_train.kl_steps"
     assert block["warning"] == f"THE RUN ENDS BEFORE {late}"
     assert block["from"] == "the start"
@@ -253,22 +254,22 @@ def test_stage_2_says_what_it_is_about_to_do(tmp_path):
     block = opening(stage.works(*more))
     weights = load_release(str(stage.run / "release")).transformer.parameters()
     count = sum(weight.numel() for weight in weights)
-    assert block["device"] == "CPU, 1 rank x 1 thread, 1 machine (deepspeed)"
+    assert block["device"] == "CPU, 1 rank x 1 thread, 1 node (deepspeed)"
     assert block["model"].startswith(f"transformer of {count:,} parameters: 2 layers of width 64")
     assert block["precision"].startswith("fp32, moments ")
-    assert block["data"] == f"{stage.inputs}: 61 pictures to train on, 3 held out"
+    assert block["data"] == f"{stage.inputs}: 61 images to train on, 3 held out"
     assert block["batch"] == "8 = 2 x 1 ranks x 4 accumulated"
-    assert block["length"] == f"2 updates of 8 pictures = {16 / 61:.2f} epochs"
-    assert "rate 0.005 after 2 updates of warm-up, halved at 5, 9" in block["schedule"]
+    assert block["length"] == f"2 steps of 8 images = {16 / 61:.2f} epochs"
+    assert "rate 0.005 after 2 steps of warm-up, halved at 5, 9" in block["schedule"]
     assert block["from"] == "the start"
     block = opening(stage.works("train.steps=3", "--resume", "auto"))
-    assert block["from"] == "update 2"
+    assert block["from"] == "step 2"
     assert block["schedule"].endswith("when the loss no longer falls")
 
 
 def _captions_of(config: Config, length: int) -> tuple[int, int, int]:
     """How many captions have more tokens than `length`, of how many, and the longest's."""
-    data = _Setup(config, launch.init()).train_set
+    data = TransformerStage(config, launch.init()).train_set
     counts = [data.caption_tokens(i) for i in range(len(data))]
     return sum(count > length for count in counts), len(counts), max(counts)
 

@@ -13,15 +13,15 @@ import tiny_run
 import torch
 
 from dalle_dist.checkpoint.release import load_release, save_dvae_release
-from dalle_dist.checkpoint.weights import load_fragments
+from dalle_dist.checkpoint.weights import load_pieces
 from dalle_dist.config import Config
 from dalle_dist.data.loader import collate_tokens
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import CheckpointError, ConfigError, DataError, UserError
 from dalle_dist.testing import run_distributed
 from dalle_dist.text_tokenizer.bpe import train_tokenizer
-from dalle_dist.train import state
-from dalle_dist.train import train as program
+from dalle_dist.train import loop, state
+from dalle_dist.train import transformer as program
 from dalle_dist.train.run import read_log
 from dalle_dist.transformer.layout import counted_text_targets
 
@@ -79,7 +79,7 @@ class TestOneProcess:
         run = Path(config.paths.run)
         release = load_release(str(run / "release"))
         step = run / "checkpoints" / "step-00000006"
-        average, raw = (load_fragments(step, kind, 0) for kind in ("ema", "raw"))
+        average, raw = (load_pieces(step, kind, 0) for kind in ("ema", "raw"))
         weights = dict(release.transformer.named_parameters())
         for key, values in average.items():
             torch.testing.assert_close(weights[key[:-2]].flatten(), values, rtol=0, atol=0)
@@ -106,7 +106,7 @@ class TestOneProcess:
 def _counts(config: Config) -> list[int]:
     from dalle_dist.distributed import launch
 
-    dataset = program._Setup(config, launch.init()).train_set
+    dataset = program.TransformerStage(config, launch.init()).train_set
     texts = [collate_tokens([dataset[i]])[0] for i in range(config.train.batch_size)]
     return [int(counted_text_targets(text).sum()) for text in texts]
 
@@ -114,17 +114,17 @@ def _counts(config: Config) -> list[int]:
 def train_and_stop(ranks, config):
     """Rank 1 alone gets a signal after update 4; the run goes on in the same processes."""
     warnings.simplefilter("ignore")
-    finished = program._Trainer._finished
+    finished = loop._Loop._finished
 
     def with_signal(self, total, norm):
         finished(self, total, norm)
-        if self.state.update == 4 and ranks.rank == 1:
+        if self.state.step == 4 and ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    program._Trainer._finished = with_signal
+    loop._Loop._finished = with_signal
     program.train(config)
     stopped = sorted(p.name for p in (Path(config.paths.run) / "checkpoints").iterdir())
-    program._Trainer._finished = finished
+    loop._Loop._finished = finished
     program.train(config, "auto")
     return stopped
 
@@ -134,7 +134,7 @@ def train_on_a_full_disk(ranks, by_deepspeed, by_us):
     full = OSError(errno.ENOSPC, "No space left on device")
     with mock.patch.object(torch, "save", side_effect=full if ranks.rank == 1 else None):
         first = refused(ranks, by_deepspeed)
-    with mock.patch.object(state, "save_fragments", side_effect=full if ranks.rank == 1 else None):
+    with mock.patch.object(state, "save_pieces", side_effect=full if ranks.rank == 1 else None):
         return first, refused(ranks, by_us)
 
 
@@ -197,34 +197,30 @@ class TestTwoRanks:
 
 
 def counts(ranks, config):
-    """What the log will count after a resume; and from a checkpoint of before it was counted."""
+    """What the log counts after a resume."""
     warnings.simplefilter("ignore")
-    fingerprints = program._Setup(config, ranks).fingerprints
+    stage = program.TransformerStage(config, ranks)
 
     def new():
-        engine = program.build_engine(program.LossTransformer(config), config, ranks)
-        return state.State(config, ranks, engine, fingerprints)
+        engine, train = stage.build_engine(ranks), config.train
+        return state.TrainingState(
+            stage.kind, config, train, stage.sections, stage.fingerprints, ranks, engine,
+            stage.ema(), stage.schedule(),
+        )  # fmt: skip
 
-    def old(checkpoint):
-        saved = read(checkpoint)
-        del saved["skipped"], saved["scales"]["other_overflows"]
-        return saved
-
-    first, read = new(), state._read
-    first.engine.transform.skipped, first.engine.transform.scaling._other_overflows = 3, 2
-    checkpoint, found = first.save(Path(config.paths.run)), []
-    for reader in (read, old):
-        second = new()
-        with mock.patch.object(state, "_read", reader):
-            second.load(checkpoint)
-        numbers = second.engine.telemetry()
-        found.append((numbers["skipped"], numbers["other_overflows"]))
-    return found
+    first = new()
+    skipped = first.engine.transform_state()
+    skipped["skipped"], skipped["scaling"]["other_overflows"] = 3, 2
+    first.engine.load_transform_state(skipped)
+    checkpoint, second = first.save(Path(config.paths.run)), new()
+    second.load(checkpoint)
+    numbers = second.engine.telemetry()
+    return numbers["skipped"], numbers["other_overflows"]
 
 
 def test_what_was_skipped_is_counted_on_after_a_resume(inputs):
     config = in_folder(inputs, "counts", micro_batch=8, **zero(2, "fp16"))
-    assert run_distributed(counts, 1, config) == [[(3, 2), (0, 0)]]
+    assert run_distributed(counts, 1, config) == [(3, 2)]
 
 
 def refused(ranks, config, resume=None):
@@ -245,7 +241,7 @@ class TestRefusals:
 
     def test_a_complete_run_says_so(self, alone, capsys):
         program.train(alone[0], "auto")
-        assert "complete at update 6; nothing to do" in capsys.readouterr().out
+        assert "complete at step 6; nothing to do" in capsys.readouterr().out
         assert len(curve(alone[0])) == 6
 
     def test_a_used_folder_needs_resume(self, alone):
@@ -290,6 +286,6 @@ class TestRefusals:
         save_dvae_release(str(tmp_path / "release"), inputs, weights)
         config = in_folder(inputs, "other-dvae")
         paths = dataclasses.replace(config.paths, dvae_run=str(tmp_path))
-        with pytest.raises(DataError, match="encode the pictures again"):
+        with pytest.raises(DataError, match="encode the images again"):
             program.train(dataclasses.replace(config, paths=paths))
         assert not Path(config.paths.run).exists()

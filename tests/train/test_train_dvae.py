@@ -10,11 +10,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from dalle_dist.checkpoint.formats import load_tensors
-from dalle_dist.checkpoint.release import load_dvae
 from dalle_dist.cli import main
 from dalle_dist.data.shards import ShardSet, ShardWriter
 from dalle_dist.dvae.training import gumbel_noise
+from dalle_dist.image_tokenizer.dvae import DVAETokenizer
 from dalle_dist.testing import run_distributed
+from dalle_dist.train.dvae import DVAEStage
 
 COLOURS = ["red", "green", "blue", "orange", "purple", "black"]
 SHAPE = [
@@ -75,6 +76,7 @@ def test_it_learns_and_leaves_a_whole_run(trained):
     assert {"kl", "elb", "temperature", "kl_weight", "lr", "images_per_s"} <= log[0].keys()
     run = trained / "dvae"
     assert sorted(p.name for p in (run / "release").iterdir()) == [
+        ".step",
         "config.yaml",
         "dvae.safetensors",
     ]
@@ -90,7 +92,7 @@ def test_a_finished_run_says_so_and_a_used_folder_is_refused(trained, capsys):
     before = (trained / "dvae/log.jsonl").read_text()
     done = arguments(trained, "dvae_train.steps=60")
     assert main(["train-dvae", *done, "--resume", "auto"]) == 0
-    assert "complete at update 60; nothing to do" in capsys.readouterr().out
+    assert "complete at step 60; nothing to do" in capsys.readouterr().out
     assert main(["train-dvae", *done]) == 2
     assert "holds a run; go on with --resume auto" in capsys.readouterr().err
     assert (trained / "dvae/log.jsonl").read_text() == before
@@ -163,17 +165,63 @@ def test_a_half_written_release_is_written_anew(copy):
 @pytest.mark.filterwarnings("ignore:.*cannot be decoded")
 def test_a_damaged_checkpoint_is_named_or_passed_over(copy, capsys):
     newest = copy / "dvae/checkpoints/step-00000060"
-    with (newest / "state.pt").open("r+b") as file:
+    with (newest / "weights/ema-rank-00000.safetensors").open("r+b") as file:
         file.seek(200)
         file.write(b"damage")
     done = arguments(copy, "dvae_train.steps=60")
     assert main(["train-dvae", *done, "--resume", str(newest)]) == 2
-    assert "state.pt is damaged" in capsys.readouterr().err
+    assert "ema-rank-00000.safetensors is damaged" in capsys.readouterr().err
     assert main(["train-dvae", *done, "--resume", str(copy / "nowhere")]) == 2
-    assert "no checkpoint" in capsys.readouterr().err
+    assert "no whole checkpoint" in capsys.readouterr().err
     shutil.rmtree(copy / "dvae/release")
     assert main(["train-dvae", *done, "--resume", "auto"]) == 0
     assert lines(copy / "dvae")[-1]["step"] == 60
+
+
+def test_it_goes_on_from_a_run_or_one_of_its_checkpoints(copy, capsys):
+    more = arguments(copy, "dvae_train.steps=62")
+    for place in (copy / "dvae/checkpoints/step-00000050", copy / "dvae"):
+        assert main(["train-dvae", *more, "--resume", str(place)]) == 0
+        assert "complete at step 62; dVAE" in capsys.readouterr().out
+        assert [line["step"] for line in lines(copy / "dvae") if "nll" in line] == list(
+            range(1, 63)
+        )
+        shutil.rmtree(copy / "dvae/checkpoints/step-00000062")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_stays(copy, capsys):
+    wild = arguments(copy, "dvae_train.steps=90", "dvae_train.lr=1e30")
+    assert main(["train-dvae", *wild, "--resume", "auto"]) == 2
+    assert "resume from the last checkpoint with a lower dvae_train.lr" in capsys.readouterr().err
+    steps = sorted(path.name for path in (copy / "dvae/checkpoints").iterdir())
+    assert steps == ["step-00000050", "step-00000060"]
+
+
+def test_an_image_that_fails_costs_no_checkpoint(copy, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no image today")
+
+    monkeypatch.setattr(DVAEStage, "validate", broken)
+    with pytest.raises(RuntimeError, match="no image today"):
+        main(["train-dvae", *arguments(copy, "dvae_train.steps=70"), "--resume", "auto"])
+    assert (copy / "dvae/checkpoints/step-00000070").is_dir()
+
+
+def _sharded(ranks, folder, stage):
+    overrides = ("dvae_train.steps=6", f"dvae_train.zero_stage={stage}", "dvae_train.micro_batch=2")
+    assert main(["train-dvae", *arguments(Path(folder), *overrides, run=f"zero{stage}")]) == 0
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_sharded_and_accumulated_it_is_the_same_run(tmp_path, stage):
+    """Two ranks that share the weights, two micro-batches each, against one process."""
+    write_images(tmp_path / "images")
+    assert main(["train-dvae", *arguments(tmp_path, "dvae_train.steps=6", run="one")]) == 0
+    run_distributed(_sharded, 2, str(tmp_path), stage)
+    one, two = (lines(tmp_path / run) for run in ("one", f"zero{stage}"))
+    for name in ("nll", "kl", "psnr", "codes_in_use"):
+        alone, shared = ([line[name] for line in log if name in line] for log in (one, two))
+        assert shared == pytest.approx(alone, rel=2e-4, abs=1e-4), name
 
 
 def test_noise_is_each_samples_own_and_standard_gumbel():
@@ -191,9 +239,9 @@ def test_encode_writes_the_argmax_codes_once(trained, capsys):
     assert main(["encode", *arguments(trained)]) == 0
     out = capsys.readouterr().out
     assert "23 pictures, 1 corrupt pictures skipped" in out
-    release = load_dvae(str(trained / "dvae/release"))
+    tokenizer = DVAETokenizer.load(str(trained / "dvae/release"))
     tokens = ShardSet(str(trained / "tokens/train"), "tokens")
-    assert tokens.index.meta["dvae"] == release.fingerprint
+    assert tokens.index.meta["image_tokenizer"] == tokenizer.fingerprint
     assert (len(tokens), tokens.index.meta["grid"]) == (23, 4)
     import numpy as np
 
@@ -206,7 +254,7 @@ def test_encode_writes_the_argmax_codes_once(trained, capsys):
         assert codes.dtype == np.uint16
         assert json.loads(sample["json"])["source"] == image.key == f"{source:03d}"
         assert sample["txt"].decode() == image.caption
-        expected = release.dvae.codes(image.image_CHW[None].float() / 255)
+        expected = tokenizer.encode(image.image_CHW[None].float() / 255)
         assert codes.tolist() == expected.flatten().tolist()
     assert main(["encode", *arguments(trained)]) == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -219,9 +267,9 @@ def test_encode_refuses_what_does_not_belong_together(trained, tmp_path, capsys)
     assert main(["encode", *arguments(tmp_path, f"paths.tokens={trained}/tokens2")]) == 0
     other = arguments(trained, f"paths.tokens={trained}/tokens2")
     assert main(["encode", *other]) == 2
-    assert "holds tokens of other dVAE" in capsys.readouterr().err
+    assert "holds tokens of another image tokenizer" in capsys.readouterr().err
     assert main(["encode", *arguments(trained, *OTHER_CODEBOOK)]) == 2
-    assert "is not the shape of" in capsys.readouterr().err
+    assert "transformer.codebook_size: 32, but the image tokenizer" in capsys.readouterr().err
 
 
 def test_all_corrupt_is_fatal(tmp_path, capsys):

@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dalle_dist.config import ParallelConfig, StageConfig
@@ -160,11 +161,9 @@ def _initialize(
     groups: Groups | None,
 ) -> Any:
     import deepspeed
-    from deepspeed.utils import groups as deepspeed_groups
 
     mpu = None if groups is None else NodeLocal(groups, ranks)
-    require(deepspeed_groups, "groups", "mpu")
-    deepspeed_groups.mpu = None  # that of an earlier engine in this process
+    _forget_earlier_engines()
     deepspeed.init_distributed(dist_init_required=False)  # else ZeRO-3 takes the world for one
     if settings.zero_stage == 3:
         # Weight by weight from the host to shards on the devices: whole, it may fit none of them.
@@ -184,6 +183,19 @@ def _initialize(
     require_names(engine, shards(engine), settings.precision == "fp16")
     _adapt(engine, writes=groups is None or groups.node == 0)
     return engine
+
+
+def _forget_earlier_engines() -> None:
+    """DeepSpeed keeps the groups of an earlier engine of this process, also when they are gone."""
+    from deepspeed.utils import groups
+
+    require(groups, "groups", "mpu", "_WORLD_GROUP")
+    groups.mpu = None
+    if groups._WORLD_GROUP is not None:
+        try:
+            dist.get_process_group_ranks(groups._WORLD_GROUP)
+        except (KeyError, ValueError):
+            groups._WORLD_GROUP = None
 
 
 def _adapt(engine: Any, writes: bool) -> None:
