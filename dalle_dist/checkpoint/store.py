@@ -27,13 +27,13 @@ _CHUNK = 1 << 22
 def save(folder: Path, step: int, write: Callable[[Path], None], ranks: Ranks, keep: int) -> Path:
     """Let every rank `write` into one new checkpoint of `folder`; keep the newest `keep` of them.
 
-    Checkpoints of later steps go too: they belong to a course of the run that was given up.
+    Checkpoints of later steps go too: they belong to an abandoned branch of the run.
     `write` may use collectives only if a failing rank still takes part in them.
 
     Raises:
         CheckpointError: on all ranks when one could not write; nothing of the step is left.
     """
-    target = folder / f"step-{step:08d}"
+    target = step_folder(folder, step)
     partial = folder / f"{target.name}.tmp"
     _attempt(partial, ranks, lambda: _prepare(folder, partial) if ranks.rank == 0 else None)
     _attempt(partial, ranks, lambda: _require_shared(partial))
@@ -51,6 +51,16 @@ def save(folder: Path, step: int, write: Callable[[Path], None], ranks: Ranks, k
     return target
 
 
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies in a folder of checkpoints."""
+    return folder / f"step-{step:08d}"
+
+
+def fingerprint(path: Path) -> str:
+    """Hex digits that depend on every file of a whole checkpoint; its files are not read."""
+    return _sha256(path / MANIFEST)
+
+
 def latest(folder: Path, ranks: Ranks | None = None) -> Path | None:
     """The newest whole checkpoint, or None; damaged and half-written ones are passed over.
 
@@ -59,7 +69,7 @@ def latest(folder: Path, ranks: Ranks | None = None) -> Path | None:
     # Rank 0's list: on folders that differ, ranks would not check equally many.
     found = steps(folder) if ranks is None else ranks.broadcast(steps(folder))
     for step in reversed(found):
-        path = folder / f"step-{step:08d}"
+        path = step_folder(folder, step)
         if problem(path, ranks) is None:
             return path
     return None
@@ -168,7 +178,7 @@ def _publish(partial: Path, target: Path, manifest: dict[str, Any]) -> None:
 def _prune(folder: Path, step: int, keep: int) -> None:
     present = steps(folder)
     wanted = [s for s in present if s <= step][-keep:]
-    for old in (folder / f"step-{s:08d}" for s in present if s not in wanted):
+    for old in (step_folder(folder, s) for s in present if s not in wanted):
         # Without its manifest a folder no longer counts, however far the removal gets.
         (old / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)

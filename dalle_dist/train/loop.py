@@ -99,21 +99,22 @@ class _Loop:
         self.run.open()
         if resume is not None:
             self.run.rewind(self.state.step)
-        if self.state.step >= self.settings.steps:
-            self._finish()
-            return
-        self.run.say(rows)
-        stop, bar = StopRequest(), self.run.progress(self.settings.steps, self.state.step)
-        batches = self.stage.micro_batches(self.ranks, self.state.step)
-        while self.state.step < self.settings.steps and not stop.agreed(self.ranks):
-            self._after_step(self._step(batches), bar)
-        bar.close()
+        if self.state.step < self.settings.steps:
+            self.run.say(rows)
+            self._run_steps()
         if self._saved != self.state.step:
             self._save()
         if self.state.step < self.settings.steps:
             self.run.say(f"stopped at step {self.state.step}; --resume auto goes on")
         else:
             self._finish()
+
+    def _run_steps(self) -> None:
+        stop, bar = StopRequest(), self.run.progress(self.settings.steps, self.state.step)
+        batches = self.stage.micro_batches(self.ranks, self.state.step)
+        while self.state.step < self.settings.steps and not stop.agreed(self.ranks):
+            self._after_step(self._step(batches), bar)
+        bar.close()
 
     def _step(self, batches: Iterator[Any]) -> dict[str, float]:
         """One optimizer step; the loss is that of the global batch, on any number of ranks."""
@@ -181,6 +182,8 @@ class _Loop:
         found = store.latest(checkpoints, self.ranks) if auto else find_checkpoint(resume)
         if found is not None:
             self.state.load(found)
+            if found.parent.resolve() == checkpoints.resolve():
+                self._saved = self.state.step
 
     def _finish(self) -> None:
         """The release folder, from the newest checkpoint; made anew when it has become old."""
@@ -189,13 +192,13 @@ class _Loop:
 
     def _release(self) -> str:
         folder = self.run.folder / "release"
-        stamp = folder / ".step"
-        whole = stamp.is_file() and (folder / CONFIG).is_file()
-        if whole and stamp.read_text() == str(self.state.step):
+        stamp, checkpoints = folder / ".checkpoint", self.run.folder / "checkpoints"
+        source = store.fingerprint(store.step_folder(checkpoints, self.state.step))
+        if stamp.is_file() and (folder / CONFIG).is_file() and stamp.read_text() == source:
             return "nothing to do"
         shutil.rmtree(folder, ignore_errors=True)
-        digest = convert(str(self.run.folder / "checkpoints"), str(folder), "ema")
-        stamp.write_text(str(self.state.step))
+        digest = convert(str(checkpoints), str(folder), "ema")
+        stamp.write_text(source)
         return f"{self.stage.title} {digest} in release/"
 
     def _opening(self) -> str:
