@@ -25,7 +25,7 @@ LAUNCH = "dalle_dist.distributed.launch"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; the exit status is 0, or 2 after one line that says what the user can mend."""
+    """Run one verb; the exit status is 0, or 2 after one line that says what the user can fix."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse cannot take "--flag" between two positional lists: key=value words end up in `rest`.
@@ -191,15 +191,15 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
 
 
 def _add_generate(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser("generate", help="draw pictures for prompts")
+    verb = verbs.add_parser("generate", help="generate images for prompts")
     verb.add_argument("release", metavar="RELEASE", help="a release folder, e.g. runs/demo/release")
     verb.add_argument("prompts", nargs="+", metavar="PROMPT")
-    verb.add_argument("-n", type=int, default=1, help="pictures per prompt")
+    verb.add_argument("-n", type=int, default=1, help="images per prompt")
     verb.add_argument("--temperature", type=float, default=1.0)
     verb.add_argument("--top-k", type=int, default=0, help="0 = all")
     verb.add_argument("--top-p", type=float, default=1.0)
     verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--batch-size", type=int, default=64, help="pictures drawn at once")
+    verb.add_argument("--batch-size", type=int, default=64, help="images generated at once")
     verb.add_argument("-o", "--out", default="generated", help="folder (default generated)")
     verb.set_defaults(handler=_generate)
 
@@ -213,7 +213,7 @@ def _add_convert(verbs: argparse._SubParsersAction) -> None:
 
 
 def _add_plot(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser("plot", help="what a run logged for each resblock, as a picture")
+    verb = verbs.add_parser("plot", help="what a run logged for each resblock, as a image")
     verb.add_argument(
         "what", choices=("scales", "compression"), help="gradient scales (fp16), or PowerSGD's loss"
     )
@@ -320,7 +320,7 @@ def _generate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
     )
     write_outputs(images, options.out, fingerprint=generator.fingerprint)
-    print(f"{len(images)} pictures in {options.out}/, all of them in {options.out}/grid.png")
+    print(f"{len(images)} images in {options.out}/, all of them in {options.out}/grid.png")
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """One line: what is wrong, where, and the mend."""
+    """One line: what is wrong, where, and the fix."""
 
 
 class ConfigError(UserError):

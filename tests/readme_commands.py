@@ -51,7 +51,7 @@ TRIES = [
     (r"dalle-dist (slurm|--version)", r"\g<0>"),
     (r"\.venv/bin/dalle-dist generate runs/demo/release .*", r"\g<0>"),
     (r"python -c 'from dalle_dist.generate import .*", r"\g<0> && test -s heart.png"),
-    (r"dalle-dist data build FOLDER data/mine", r"dalle-dist data build pictures data/mine"),
+    (r"dalle-dist data build FOLDER data/mine", r"dalle-dist data build images data/mine"),
     (r"dalle-dist data inspect data/mine .*", r"\g<0>"),
     (r"dalle-dist config --explain \S+", r"\g<0>"),
     (r"(dalle-dist config cc3m) > mine.yaml", r"\1 $SMALL $MINE > mine.yaml"),
@@ -154,11 +154,11 @@ def plan(text: str, rows: list[tuple[str, str]]) -> tuple[list[Try], list[str]]:
 
 def prepare(scratch: Path) -> dict[str, str]:
     """What a reader has before the first command; returns the environment of the commands."""
-    (scratch / "pictures").mkdir()
+    (scratch / "images").mkdir()
     (scratch / ".venv").symlink_to(VENV)
     for i in range(40):
-        Image.new("RGB", (24, 24), (i * 6, 128, 255 - i * 6)).save(scratch / f"pictures/{i}.png")
-        (scratch / f"pictures/{i}.txt").write_text(f"a square of shade {i}")
+        Image.new("RGB", (24, 24), (i * 6, 128, 255 - i * 6)).save(scratch / f"images/{i}.png")
+        (scratch / f"images/{i}.txt").write_text(f"a square of shade {i}")
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

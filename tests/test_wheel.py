@@ -24,7 +24,7 @@ SHIPPED = {
 }
 SUFFIXES = (".json", ".py", ".sbatch", ".sh", ".yaml")
 STAGES = [
-    ["data", "build", "pictures", "data"],
+    ["data", "build", "images", "data"],
     ["data", "inspect", "data", "--contact-sheet", "sheet.png"],
     ["tokenizer", "train", "tiny.yaml"],
     ["train-dvae", "tiny.yaml"],
@@ -72,11 +72,11 @@ def venv(tmp_path_factory):
 
 @pytest.fixture
 def elsewhere(tmp_path):
-    """A user's folder: pictures with captions, and a config of a few updates."""
-    (tmp_path / "pictures").mkdir()
+    """A user's folder: images with captions, and a config of a few updates."""
+    (tmp_path / "images").mkdir()
     for i, caption in enumerate(tiny_run.CAPTIONS):
-        Image.new("RGB", (16, 16), (i * 4, 128, 255 - i * 4)).save(tmp_path / f"pictures/{i}.png")
-        (tmp_path / f"pictures/{i}.txt").write_text(caption)
+        Image.new("RGB", (16, 16), (i * 4, 128, 255 - i * 4)).save(tmp_path / f"images/{i}.png")
+        (tmp_path / f"images/{i}.txt").write_text(caption)
     tree = yaml.safe_load(tiny_run.CONFIG)
     tree["dvae_train"] = {"batch_size": 8, "steps": 4, "eval_every": 4, "precision": "fp32"}
     tree["paths"] = {
@@ -102,7 +102,7 @@ def test_the_wheels_hold_every_file_and_draw(venv, elsewhere):
     for arguments in STAGES:
         run(venv, elsewhere, "dalle-dist", *arguments)
     for name in ("sheet.png", "generated/grid.png", "runs/tiny/report.png"):
-        picture = Image.open(elsewhere / name).convert("L")
-        assert picture.width >= 16 and ImageStat.Stat(picture).stddev[0] > 1, name
+        image = Image.open(elsewhere / name).convert("L")
+        assert image.width >= 16 and ImageStat.Stat(image).stddev[0] > 1, name
     assert (elsewhere / "converted/transformer.safetensors").is_file()
     assert (elsewhere / "slurm/train.sbatch").is_file()

@@ -64,7 +64,7 @@ def write_config(config: Config, path: Path) -> str:
 
 
 def _write_tokens(config: Config, folder: str, captions: list[str], dvae: str) -> None:
-    """Codes that the caption decides: colour the upper half, thing the lower one."""
+    """Codes that the caption decides: channel the upper half, thing the lower one."""
     meta = {
         "image_tokenizer": dvae,
         "grid": config.dvae.grid,

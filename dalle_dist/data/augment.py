@@ -1,4 +1,4 @@
-"""From any picture to a square of fixed size: for training with random crops, else centred."""
+"""From any image to a square of fixed size: for training with random crops, else centred."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image
 class Augmentation:
     """The dVAE's augmentation (paper, Listing 1), with its bounds as multiples of `size`.
 
-    A picture no larger than the lower bound is enlarged into the bounds, so that its crop moves
-    too; in the paper, where pictures are larger, it would stay as it is.
+    A image no larger than the lower bound is enlarged into the bounds, so that its crop moves
+    too; in the paper, where images are larger, it would stay as it is.
     """
 
     size: int
@@ -22,7 +22,7 @@ class Augmentation:
     flip: bool
 
     def __call__(self, image: Image.Image, seed: str) -> Image.Image:
-        """A size x size picture; the same for the same `seed`."""
+        """A size x size image; the same for the same `seed`."""
         generator = random.Random(seed)
         side = min(image.size)
         image = _crop(image, side, generator.random(), generator.random())
@@ -36,7 +36,7 @@ class Augmentation:
 
 
 def centre(image: Image.Image, size: int) -> Image.Image:
-    """The centred square of a picture, area-averaged to size x size."""
+    """The centred square of a image, area-averaged to size x size."""
     square = _crop(image, min(image.size), 0.5, 0.5)
     return _resize(square, size)
 

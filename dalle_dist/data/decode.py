@@ -1,4 +1,4 @@
-"""Picture files to RGB pictures, or None: what cannot be decoded is counted by whoever reads."""
+"""Image files to RGB images, or None: what cannot be decoded is counted by whoever reads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EXTENSIONS = ("png", "jpg", "jpeg", "webp")  # of the members of a shard, and of
 
 
 def decode(data: bytes) -> Image.Image | None:
-    """The picture upright, in RGB, on white where it is transparent; None when it is damaged."""
+    """The image upright, in RGB, on white where it is transparent; None when it is damaged."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return _on_white(ImageOps.exif_transpose(image))
@@ -19,7 +19,7 @@ def decode(data: bytes) -> Image.Image | None:
 
 
 def decode_sample(files: dict[str, bytes]) -> Image.Image | None:
-    """The picture among a sample's files."""
+    """The image among a sample's files."""
     return decode(next((files[e] for e in EXTENSIONS if e in files), b""))
 
 

@@ -39,7 +39,7 @@ class Emoji:
 
 
 def build_emoji(out: str, size: int, seed: int, held_out: float) -> None:
-    """Write OUT/train and OUT/held-out: one `size` x `size` picture per emoji, on white.
+    """Write OUT/train and OUT/held-out: one `size` x `size` image per emoji, on white.
 
     Raises:
         DataError: no font to be had, or OUT holds shards already.
@@ -49,14 +49,14 @@ def build_emoji(out: str, size: int, seed: int, held_out: float) -> None:
     refuse_used(*(storage.join(out, part) for part in PARTS))
     font = _load_font(find_font())
     known = list(fully_qualified())
-    pictures = {emoji: picture for emoji in known if (picture := render(font, emoji, size))}
-    drawn = list(pictures)
+    images = {emoji: image for emoji in known if (image := render(font, emoji, size))}
+    drawn = list(images)
     chosen = choose_held_out(drawn, held_out, seed)
     for part in PARTS:
         with ShardWriter(storage.join(out, part), "images", {"source": FONT, "size": size}) as w:
-            for i, (emoji, picture) in enumerate(pictures.items()):
+            for i, (emoji, image) in enumerate(images.items()):
                 if (emoji in chosen) == (part == "held-out"):
-                    w.write(f"{i:06d}", _files(emoji, picture))
+                    w.write(f"{i:06d}", _files(emoji, image))
     print(
         f"{out}: {len(drawn)} of {len(known)} fully-qualified emoji are in the font; "
         f"{len(drawn) - len(chosen)} to train on, {len(chosen)} held out"
@@ -123,8 +123,8 @@ def render(font: ImageFont.FreeTypeFont, emoji: Emoji, size: int) -> Image.Image
     ImageDraw.Draw(glyph).text(ORIGIN, emoji.text, font=font, embedded_color=True)
     if glyph.getbbox() is None:
         return None
-    picture = Image.alpha_composite(Image.new("RGBA", glyph.size, "white"), glyph).convert("RGB")
-    return picture.resize((size, size), Image.Resampling.LANCZOS)
+    image = Image.alpha_composite(Image.new("RGBA", glyph.size, "white"), glyph).convert("RGB")
+    return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _unpack_package(target: Path) -> Path | None:
@@ -153,10 +153,10 @@ def _load_font(path: Path) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(path), STRIKE, layout_engine=ImageFont.Layout.RAQM)
 
 
-def _files(emoji: Emoji, picture: Image.Image) -> dict[str, bytes]:
+def _files(emoji: Emoji, image: Image.Image) -> dict[str, bytes]:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    width, height = picture.size
+    image.save(buffer, format="PNG")
+    width, height = image.size
     about = {
         "emoji": emoji.text,
         "codepoints": [f"U+{ord(character):04X}" for character in emoji.text],

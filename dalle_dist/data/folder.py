@@ -20,13 +20,13 @@ Sample = tuple[str, dict[str, bytes]]
 
 
 def build_folder(folder: str, out: str, size: int | None, seed: int, held_out: float) -> None:
-    """Write OUT/train and OUT/held-out; pictures shrunk to `size` on the shorter side, if given.
+    """Write OUT/train and OUT/held-out; images shrunk to `size` on the shorter side, if given.
 
-    Corrupt pictures, those without a caption and those whose name another one has are named,
-    counted and skipped. Which pictures are held out depends on (seed, name) alone.
+    Corrupt images, those without a caption and those whose name another one has are named,
+    counted and skipped. Which images are held out depends on (seed, name) alone.
 
     Raises:
-        DataError: no pictures, none of them usable, none to hold out, or OUT holds shards already.
+        DataError: no images, none of them usable, none to hold out, or OUT holds shards already.
     """
     if not 0 < held_out < 1 or (size is not None and size < 1):
         raise DataError(f"--held-out {held_out} is not in (0, 1), or --size {size} below 1")
@@ -35,9 +35,9 @@ def build_folder(folder: str, out: str, size: int | None, seed: int, held_out: f
     root = storage.fetch_folder(folder)
     found = sorted(p for p in root.rglob("*") if p.suffix.lower().lstrip(".") in EXTENSIONS)
     if not found:
-        raise DataError(f"{folder}: no pictures (NAME.jpg, .png or .webp) in this folder")
+        raise DataError(f"{folder}: no images (NAME.jpg, .png or .webp) in this folder")
     shares = {path: _share(_key(root, path), seed) for path in found}
-    # A small folder has at least one picture to hold out.
+    # A small folder has at least one image to hold out.
     most = max(held_out, min(shares.values()))
     parts = {
         "train": [path for path in found if shares[path] > most],
@@ -56,12 +56,12 @@ def _conclude(
         for part in outs.values():
             _remove_shards(part)
         usable = sum(counts.values())
-        mend = "choose another --held-out or --seed" if usable > 1 else "add pictures"
+        fix = "choose another --held-out or --seed" if usable > 1 else "add images"
         raise DataError(
-            f"{folder}: {usable} pictures can be used, {counts['train']} to train on and "
-            f"{counts['held-out']} to hold out{why}; {mend}"
+            f"{folder}: {usable} images can be used, {counts['train']} to train on and "
+            f"{counts['held-out']} to hold out{why}; {fix}"
         )
-    print(f"{out}: {counts['train']} pictures to train on, {counts['held-out']} held out{why}")
+    print(f"{out}: {counts['train']} images to train on, {counts['held-out']} held out{why}")
 
 
 def _remove_shards(folder: str) -> None:
@@ -101,10 +101,10 @@ def _samples(
 
 
 def _sample(root: Path, path: Path, size: int | None, keys: set[str]) -> Sample | str:
-    """Key and files of a picture, or why there are none."""
+    """Key and files of a image, or why there are none."""
     key = _key(root, path)
     if key in keys:
-        return "another picture has this name"
+        return "another image has this name"
     beside = path.with_suffix(".txt")
     caption = beside.read_text("utf-8", "replace").strip() if beside.is_file() else ""
     if not caption:

@@ -9,19 +9,19 @@ from pathlib import Path
 
 from dalle_dist.data import storage
 from dalle_dist.data.decode import decode_sample
-from dalle_dist.data.pictures import grid
+from dalle_dist.data.images import grid
 from dalle_dist.data.shards import ShardIndex, ShardSet
 from dalle_dist.errors import DataError
 
-SHEET = 12  # pictures per side of a contact sheet
-SIZES = 5  # picture sizes named, the most frequent first
+SHEET = 12  # images per side of a contact sheet
+SIZES = 5  # image sizes named, the most frequent first
 DAMAGED = "cannot be decoded"
 
 
 def inspect(folder: str, contact_sheet: Path | None) -> None:
     """Print what `folder`, or its train/ and held-out/ parts, hold; verify every sha256.
 
-    The contact sheet shows up to 144 pictures, evenly spread, each below its caption.
+    The contact sheet shows up to 144 images, evenly spread, each below its caption.
 
     Raises DataError: no shards here, or damaged ones.
     """
@@ -55,11 +55,11 @@ def _describe(folder: str, shards: ShardSet) -> None:
     print(f"  empty captions      {sum(not caption.strip() for caption in captions)}")
     damaged = sizes.pop(DAMAGED, 0)
     for name, count in sizes.most_common(SIZES):
-        print(f"  {name:18}  {count} pictures")
+        print(f"  {name:18}  {count} images")
     if len(sizes) > SIZES:
         print(f"  {len(sizes) - SIZES} other sizes")
     if damaged:
-        print(f"  {DAMAGED:18}  {damaged} pictures")
+        print(f"  {DAMAGED:18}  {damaged} images")
 
 
 def _caption(sample: dict[str, bytes]) -> str:
@@ -83,10 +83,10 @@ def _sheet(folder: str, path: Path) -> None:
     chosen = [(decode_sample(sample), _caption(sample)) for sample in samples]
     shown = [(image, caption) for image, caption in chosen if image is not None]
     if not shown:
-        raise DataError(f"{folder}: none of its pictures can be decoded")
+        raise DataError(f"{folder}: none of its images can be decoded")
     rows = [shown[i : i + SHEET] for i in range(0, len(shown), SHEET)]
-    pictures = [[image for image, _ in row] for row in rows]
+    images = [[image for image, _ in row] for row in rows]
     buffer = io.BytesIO()
-    grid(pictures, captions=[[caption for _, caption in row] for row in rows]).save(buffer, "PNG")
+    grid(images, captions=[[caption for _, caption in row] for row in rows]).save(buffer, "PNG")
     storage.write_bytes(str(path), buffer.getvalue())
-    print(f"{path}: contact sheet of {len(shown)} pictures")
+    print(f"{path}: contact sheet of {len(shown)} images")

@@ -1,6 +1,6 @@
 """Samples in an order that depends on (seed, position) alone, and the batches made of them.
 
-Shape suffixes: B batch, C colour channels, H and W pixels, T text positions, N image tokens.
+Shape suffixes: B batch, C channel channels, H and W pixels, T text positions, N image tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dalle_dist.data.shards import ShardSet
 from dalle_dist.errors import ConfigError, DataError
 from dalle_dist.text_tokenizer.protocol import TextTokenizer
 
-CACHE_BYTES = 256 << 20  # decoded pictures kept per process, for data sets that fit
+CACHE_BYTES = 256 << 20  # decoded images kept per process, for data sets that fit
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class _Marks:
 
 
 class ImageDataset(Dataset):
-    """Pictures of a folder of image shards; with an order, by position in the endless stream.
+    """Images of a folder of image shards; with an order, by position in the endless stream.
 
-    A picture that cannot be decoded is counted, named once in a warning, and replaced by the next
+    A image that cannot be decoded is counted, named once in a warning, and replaced by the next
     readable one. Raises DataError when none can be decoded.
     """
 
@@ -82,7 +82,7 @@ class ImageDataset(Dataset):
 
     @property
     def corrupt(self) -> int:
-        """Pictures found undecodable so far, by any of the loader's processes."""
+        """Images found undecodable so far, by any of the loader's processes."""
         return len(self._corrupt)
 
     def __len__(self) -> int:
@@ -94,10 +94,10 @@ class ImageDataset(Dataset):
             sample = self.read((index + step) % len(self), epoch, position)
             if sample is not None:
                 return sample
-        raise DataError(f"{self.shards.folder}: none of {len(self)} pictures can be decoded")
+        raise DataError(f"{self.shards.folder}: none of {len(self)} images can be decoded")
 
     def read(self, index: int, epoch: int = 0, position: int = -1) -> ImageSample | None:
-        """Sample `index`, or None when its picture cannot be decoded."""
+        """Sample `index`, or None when its image cannot be decoded."""
         decoded = self._decode(index)
         if decoded is None:
             return None
@@ -155,15 +155,15 @@ class TokenDataset(Dataset):
         for name, wanted in (("image_tokenizer", fingerprint), ("grid", grid)):
             if meta.get(name) != wanted:
                 raise DataError(
-                    f"{folder}: tokens of {name.replace('_', ' ')} {meta.get(name)}, but the run's is {wanted}; "
-                    "encode the images again"
+                    f"{folder}: tokens of {name.replace('_', ' ')} {meta.get(name)}, but the run's "
+                    f"is {wanted}; encode the images again"
                 )
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def key(self, index: int) -> str:
-        """Key of the picture that sample `index` was made from."""
+        """Key of the image that sample `index` was made from."""
         return self.shards.read(index)["__key__"].decode()
 
     def caption_tokens(self, index: int) -> int:

@@ -180,7 +180,7 @@ def free_port() -> int:
 
 
 def device_of(local_rank: int = 0) -> torch.device:
-    """The device of the rank with this number on its machine.
+    """The device of the rank with this number on its node.
 
     Raises ConfigError: a GPU was granted, and torch does not see one.
     """

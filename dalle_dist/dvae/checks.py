@@ -1,4 +1,4 @@
-"""Is this what the dVAE takes? Each check raises ValueError: what is wrong, and the mend.
+"""Is this what the dVAE takes? Each check raises ValueError: what is wrong, and the fix.
 
 Shape suffixes as in `dalle_dist.dvae.model`.
 """
@@ -8,21 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ROUNDING = 1e-4  # by which a resized picture may leave [0, 1]
+ROUNDING = 1e-4  # by which a resized image may leave [0, 1]
 
 
-def pictures_fit(images_BCHW: Tensor, downsamplings: int) -> None:
+def images_fit(images_BCHW: Tensor, downsamplings: int) -> None:
     """By shape and dtype alone: no device has to be waited for."""
     if not isinstance(images_BCHW, Tensor):
         raise ValueError(f"images: {type(images_BCHW).__name__} is not a tensor")
     shape, least = tuple(images_BCHW.shape), 2**downsamplings
     if not images_BCHW.is_floating_point():
-        mend = "divide by 255: images.float() / 255"
-        raise ValueError(f"images: dtype {images_BCHW.dtype} is not floating; {mend}")
+        fix = "divide by 255: images.float() / 255"
+        raise ValueError(f"images: dtype {images_BCHW.dtype} is not floating; {fix}")
     if images_BCHW.dtype == torch.float64:
         raise ValueError("images: dtype torch.float64 is not the weights'; use images.float()")
     if len(shape) != 4 or shape[1] != 3:
-        raise ValueError(f"images: shape {shape} is not [B, 3, H, W]; {_mend(shape)}")
+        raise ValueError(f"images: shape {shape} is not [B, 3, H, W]; {_fix(shape)}")
     if any(side < 1 or side % least for side in shape[2:]):
         raise ValueError(
             f"images: height {shape[2]} and width {shape[3]} are not both multiples of {least}; "
@@ -36,8 +36,8 @@ def values_fit(images_BCHW: Tensor) -> None:
         return
     least, most = torch.stack(images_BCHW.aminmax()).tolist()
     if not (least >= -ROUNDING and most <= 1 + ROUNDING):  # NaN too
-        mend = "divide by 255" if least >= 0 and 2 < most <= 255 else "map them to that range"
-        raise ValueError(f"images: values from {least:g} to {most:g} are not in [0, 1]; {mend}")
+        fix = "divide by 255" if least >= 0 and 2 < most <= 255 else "map them to that range"
+        raise ValueError(f"images: values from {least:g} to {most:g} are not in [0, 1]; {fix}")
 
 
 def codes_fit(codes_BGG: Tensor, codebook_size: int) -> None:
@@ -48,8 +48,8 @@ def codes_fit(codes_BGG: Tensor, codebook_size: int) -> None:
         raise ValueError(f"codes: dtype {codes_BGG.dtype} is not int64; use codes.long()")
     shape = tuple(codes_BGG.shape)
     if len(shape) != 3 or 0 in shape[1:]:
-        mend = "unflatten the sequence: codes.unflatten(1, (grid, grid))"
-        raise ValueError(f"codes: shape {shape} is not [B, height, width]; {mend}")
+        fix = "unflatten the sequence: codes.unflatten(1, (grid, grid))"
+        raise ValueError(f"codes: shape {shape} is not [B, height, width]; {fix}")
     if codes_BGG.numel():
         least, most = torch.stack(codes_BGG.aminmax()).tolist()
         if least < 0 or most >= codebook_size:
@@ -59,9 +59,9 @@ def codes_fit(codes_BGG: Tensor, codebook_size: int) -> None:
             )
 
 
-def _mend(shape: tuple[int, ...]) -> str:
+def _fix(shape: tuple[int, ...]) -> str:
     if len(shape) == 3:
         return "add the batch: images[None]"
     if len(shape) == 4 and shape[-1] == 3:
-        return "put the colours first: images.permute(0, 3, 1, 2)"
-    return "three colours, red, green, blue, before height and width"
+        return "put the channels first: images.permute(0, 3, 1, 2)"
+    return "three channels, red, green, blue, before height and width"

@@ -40,7 +40,7 @@ def kl_to_uniform(logits_BKGG: Tensor) -> Tensor:
 def elb_terms(
     images_BCHW: Tensor, logits_BKGG: Tensor, stats_BSHW: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(reconstruction nll, KL), both nats per colour value averaged over the batch.
+    """(reconstruction nll, KL), both nats per channel value averaged over the batch.
 
     The loss is nll + weight * KL: both terms carry the paper's division by H * W * 3. The bound
     itself is their sum with weight 1.

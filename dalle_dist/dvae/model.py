@@ -1,6 +1,6 @@
-"""Discrete VAE: a picture to a grid of codes and back (paper A.1; shapes as in the released one).
+"""Discrete VAE: a image to a grid of codes and back (paper A.1; shapes as in the released one).
 
-Shape suffixes: B batch, C colour channels, H and W pixels, K codebook entries, G codes per side,
+Shape suffixes: B batch, C channel channels, H and W pixels, K codebook entries, G codes per side,
 S the six output maps (mu for RGB, then ln b for RGB), F feature channels, Y and X any height and
 width.
 """
@@ -106,7 +106,7 @@ class DVAE(nn.Module):
         self.decoder = _decoder(config, widths)
 
     def encode_logits(self, images_BCHW: Tensor) -> Tensor:
-        """Pictures, floats in [0, 1], to fp32 logits_BKGG over the codebook.
+        """Images, floats in [0, 1], to fp32 logits_BKGG over the codebook.
 
         Height and width may differ, but must be multiples of 2**downsamplings.
 
@@ -114,16 +114,16 @@ class DVAE(nn.Module):
             ValueError: another shape or dtype. Values are not looked at, which would hold up
                 training; `codes` does.
         """
-        checks.pictures_fit(images_BCHW, self.config.downsamplings)
+        checks.images_fit(images_BCHW, self.config.downsamplings)
         return self.encoder(map_pixels(images_BCHW))
 
     def codes(self, images_BCHW: Tensor) -> Tensor:
-        """Pictures, floats in [0, 1], to their likeliest codes_BGG, int64 (paper 2.2).
+        """Images, floats in [0, 1], to their likeliest codes_BGG, int64 (paper 2.2).
 
         Raises:
             ValueError: another shape or dtype, or a value outside [0, 1].
         """
-        checks.pictures_fit(images_BCHW, self.config.downsamplings)
+        checks.images_fit(images_BCHW, self.config.downsamplings)
         checks.values_fit(images_BCHW)
         return self.encode_logits(images_BCHW).argmax(dim=1)
 
@@ -132,7 +132,7 @@ class DVAE(nn.Module):
         return self.decoder(z_BKGG).float()
 
     def decode(self, codes_BGG: Tensor) -> Tensor:
-        """Codes, int64, to pictures images_BCHW in [0, 1]; ln b is ignored (paper A.3).
+        """Codes, int64, to images images_BCHW in [0, 1]; ln b is ignored (paper A.3).
 
         Raises:
             ValueError: another shape or dtype, or a code that is not in the codebook.
@@ -140,7 +140,7 @@ class DVAE(nn.Module):
         checks.codes_fit(codes_BGG, self.config.codebook_size)
         first, *rest = self.decoder
         assert isinstance(first, Conv) and first.bias is not None
-        # A 1x1 convolution of one-hot codes is a look-up; one-hot, 64 of the paper's pictures
+        # A 1x1 convolution of one-hot codes is a look-up; one-hot, 64 of the paper's images
         # would be 6 GB.
         x_BGGF = F.embedding(codes_BGG, first.weight[:, :, 0, 0].T) + first.bias
         stats_BSHW = nn.Sequential(*rest)(x_BGGF.permute(0, 3, 1, 2)).float()

@@ -1,4 +1,4 @@
-"""Draw pictures for prompts: `Generator.load(release).generate(prompt)`."""
+"""Generate images for prompts: `Generator.load(release).generate(prompt)`."""
 
 from dalle_dist.generate.generator import GeneratedImage, Generator
 

@@ -1,4 +1,4 @@
-"""From prompts to pictures: a loaded release that draws.
+"""From prompts to images: a loaded release that generates.
 
 from dalle_dist.generate import Generator
 generator = Generator.load("runs/demo/release")
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dalle_dist.checkpoint.release import load_release
 from dalle_dist.config import Config
-from dalle_dist.data.pictures import to_image
+from dalle_dist.data.images import to_image
 from dalle_dist.distributed.launch import device_of
 from dalle_dist.errors import UserError
 from dalle_dist.generate.sampler import sample_codes
@@ -42,14 +42,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A picture and all that it depends on, the model apart.
+    """A image and all that it depends on, the model apart.
 
     `generate(prompt, n=index + 1, seed=seed, ...)[index]` draws it again.
     """
 
     prompt: str
-    index: int  # among the pictures of this prompt
-    seed: int  # of the call; `sample_seed` makes the picture's own of it
+    index: int  # among the images of this prompt
+    seed: int  # of the call; `sample_seed` makes the image's own of it
     image: Image.Image
     codes_N: Tensor
     sampling: Sampling
@@ -96,9 +96,9 @@ class Generator:
         seed: int = 0,
         batch_size: int = 64,
     ) -> list[GeneratedImage]:
-        """`n` pictures per prompt, prompt by prompt.
+        """`n` images per prompt, prompt by prompt.
 
-        A picture depends on (seed, prompt, its index), not on what is drawn beside it. Prompts
+        A image depends on (seed, prompt, its index), not on what is generated beside it. Prompts
         longer than the text block are cut, with a warning.
 
         Raises:
@@ -121,10 +121,10 @@ class Generator:
                 seeds,
                 **dataclasses.asdict(sampling),
             )
-            pictures = zip(part, self._decode(codes_BN), codes_BN.cpu(), strict=True)
+            images = zip(part, self._decode(codes_BN), codes_BN.cpu(), strict=True)
             drawn += [
                 GeneratedImage(prompt, index, seed, image, codes_N, sampling)
-                for (prompt, index), image, codes_N in pictures
+                for (prompt, index), image, codes_N in images
             ]
         return drawn
 
@@ -141,7 +141,7 @@ class Generator:
 
 
 def sample_seed(seed: int, prompt: str, index: int) -> int:
-    """32 bits that differ from prompt to prompt and from picture to picture."""
+    """32 bits that differ from prompt to prompt and from image to image."""
     digest = hashlib.blake2b(f"{seed}\n{prompt}\n{index}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big")
 
@@ -149,9 +149,9 @@ def sample_seed(seed: int, prompt: str, index: int) -> int:
 def _check_prompts(prompts: list[str]) -> None:
     for prompt in prompts or [""]:
         if not isinstance(prompt, str):
-            raise UserError(f"a prompt is not text: {prompt!r}; say what to draw")
+            raise UserError(f"a prompt is not text: {prompt!r}; say what to generate")
         if not prompt.strip():
-            raise UserError("a prompt is empty; say what to draw")
+            raise UserError("a prompt is empty; say what to generate")
         if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
             raise UserError(f"a prompt is not text: {prompt!r}; write it in UTF-8")
 
@@ -170,7 +170,7 @@ def _check_numbers(
         (n < 1, f"-n: {n} is below 1"),
         (
             not 0 <= temperature < math.inf,
-            f"--temperature: {temperature} is not a number from 0 (the likeliest picture) up",
+            f"--temperature: {temperature} is not a number from 0 (the likeliest image) up",
         ),
         (top_k < 0, f"--top-k: {top_k} is below 0 (0 keeps all)"),
         (not 0 < top_p <= 1, f"--top-p: {top_p} is not in (0, 1]"),

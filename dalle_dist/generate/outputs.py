@@ -1,4 +1,4 @@
-"""Generated pictures as files: PNGs, one grid of them, and a manifest."""
+"""Generated images as files: PNGs, one grid of them, and a manifest."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from dalle_dist.data import storage
-from dalle_dist.data.pictures import grid
+from dalle_dist.data.images import grid
 from dalle_dist.errors import UserError
 from dalle_dist.generate.generator import GeneratedImage
 
 GRID, MANIFEST = "grid.png", "manifest.json"
 SETTINGS = ("model", "temperature", "top_k", "top_p")  # what tells rows of one prompt apart
-ACROSS = 12  # pictures in a line of the grid
+ACROSS = 12  # images in a line of the grid
 # Of the prompt in a file name: file systems take 255 in all, encrypted ones 143, and a file has a
 # longer name while it is being written.
 SLUG_BYTES = 100
@@ -30,12 +30,12 @@ Entry = dict[str, Any]
 def write_outputs(images: Sequence[GeneratedImage], folder: str, *, fingerprint: str) -> None:
     """PROMPT-INDEX-DIGEST.png ..., grid.png (a row per prompt) and manifest.json, last.
 
-    The digest is of all that a picture depends on: prompt, index, seed, model and sampling. So a
-    call that is repeated replaces its own pictures and no others; grid and manifest show those of
+    The digest is of all that a image depends on: prompt, index, seed, model and sampling. So a
+    call that is repeated replaces its own images and no others; grid and manifest show those of
     all calls, earlier ones first. A folder that holds anything else is refused.
 
     Raises:
-        UserError: the folder holds something that is not generated pictures.
+        UserError: the folder holds something that is not generated images.
     """
     entries = refuse_foreign(folder)
     drawn: dict[str, Image.Image] = {}
@@ -43,18 +43,18 @@ def write_outputs(images: Sequence[GeneratedImage], folder: str, *, fingerprint:
         entry = _entry(image, fingerprint)
         drawn[_name(entry)] = image.image
         entries[_name(entry)] = entry
-    # Before anything is written: an earlier picture may be damaged.
+    # Before anything is written: an earlier image may be damaged.
     shown = {name: drawn.get(name) or _read(folder, name) for name in entries}
     for name, picture in drawn.items():
         storage.write_bytes(storage.join(folder, name), _png(picture))
     storage.write_bytes(storage.join(folder, GRID), _png(_grid(entries, shown)))
     pictures = [{"file": name, **entry} for name, entry in entries.items()]
-    text = json.dumps({"pictures": pictures}, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps({"images": pictures}, indent=1, ensure_ascii=False) + "\n"
     storage.write_bytes(storage.join(folder, MANIFEST), text.encode())
 
 
 def refuse_foreign(folder: str) -> dict[str, Entry]:
-    """Raise UserError when `folder` holds anything that its manifest does not list as a picture.
+    """Raise UserError when `folder` holds anything that its manifest does not list as a image.
 
     Returns what the manifest says of each file that is still there; nothing when the folder is
     empty or absent.
@@ -65,16 +65,16 @@ def refuse_foreign(folder: str) -> dict[str, Entry]:
     foreign = [name for name in files if name not in ours]
     if foreign:
         raise UserError(
-            f"{folder}: holds {foreign[0]}, which is not a generated picture; choose another --out"
+            f"{folder}: holds {foreign[0]}, which is not a generated image; choose another --out"
         )
     return {name: entry for name, entry in entries.items() if name in files}
 
 
 def _entries(folder: str) -> dict[str, Entry]:
-    """A manifest's pictures by file name; nothing when it is some other program's manifest."""
+    """A manifest's images by file name; nothing when it is some other program's manifest."""
     try:
         tree = json.loads(storage.read_bytes(storage.join(folder, MANIFEST)))
-        return {entry.pop("file"): entry for entry in tree["pictures"]}
+        return {entry.pop("file"): entry for entry in tree["images"]}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -107,17 +107,17 @@ def _slug(prompt: str) -> str:
 
 
 def _grid(entries: dict[str, Entry], shown: dict[str, Image.Image]) -> Image.Image:
-    """A row, or more where they are many, for the pictures of one prompt by the same settings."""
+    """A row, or more where they are many, for the images of one prompt by the same settings."""
     rows: dict[tuple[str, ...], list[Image.Image]] = {}
     for name, entry in entries.items():
         key = tuple(str(entry.get(part, "unknown")) for part in ("prompt", *SETTINGS))
         rows.setdefault(key, []).append(shown[name])
     lines, captions = [], []
     differing = [i for i, values in enumerate(zip(*rows, strict=True)) if i and len({*values}) > 1]
-    for key, pictures in rows.items():
+    for key, images in rows.items():
         notes = ", ".join(f"{SETTINGS[i - 1]} {key[i]}" for i in differing)
-        for start in range(0, len(pictures), ACROSS):
-            lines.append(pictures[start : start + ACROSS])
+        for start in range(0, len(images), ACROSS):
+            lines.append(images[start : start + ACROSS])
             captions.append([f"{key[0]} ({notes})" if notes else key[0]] if not start else [""])
     return grid(lines, captions=captions)
 
@@ -125,13 +125,13 @@ def _grid(entries: dict[str, Entry], shown: dict[str, Image.Image]) -> Image.Ima
 def _read(folder: str, name: str) -> Image.Image:
     path = storage.join(folder, name)
     try:
-        with Image.open(io.BytesIO(storage.read_bytes(path))) as picture:
-            return picture.convert("RGB")
+        with Image.open(io.BytesIO(storage.read_bytes(path))) as image:
+            return image.convert("RGB")
     except (UnidentifiedImageError, OSError):
-        raise UserError(f"{path}: is not a whole picture; remove it") from None
+        raise UserError(f"{path}: is not a whole image; remove it") from None
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: figures in a table, pictures inside the file."""
+"""One self-contained HTML page: figures in a table, images inside the file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ td + td { font-variant-numeric: tabular-nums } img { max-width: 100% } footer { 
 """
 
 
-def page(title: str, figures: dict[str, Any], pictures: dict[str, Image.Image]) -> str:
-    """HTML text; `figures` and `pictures` are shown in their order, under their names."""
+def page(title: str, figures: dict[str, Any], images: dict[str, Image.Image]) -> str:
+    """HTML text; `figures` and `images` are shown in their order, under their names."""
     rows = "\n".join(f"<tr><td>{_text(k)}</td><td>{_text(v)}</td></tr>" for k, v in figures.items())
     sections = "\n".join(
-        f'<h2>{_text(name)}</h2>\n<img alt="{_text(name)}" src="{_data_uri(picture)}">'
-        for name, picture in pictures.items()
+        f'<h2>{_text(name)}</h2>\n<img alt="{_text(name)}" src="{_data_uri(image)}">'
+        for name, image in images.items()
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     made = f"Python {platform.python_version()}, torch {torch.__version__}, report made on {device}"
@@ -40,7 +40,7 @@ def _text(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _data_uri(picture: Image.Image) -> str:
+def _data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

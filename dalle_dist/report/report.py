@@ -14,13 +14,13 @@ from torch import Tensor
 from dalle_dist.checkpoint.release import Release, load_release
 from dalle_dist.config import Config
 from dalle_dist.data import storage
+from dalle_dist.data.images import grid, to_image
 from dalle_dist.data.loader import ImageDataset, TokenDataset
-from dalle_dist.data.pictures import grid, to_image
 from dalle_dist.generate.generator import Generator
 from dalle_dist.metrics.captions import caption_losses
 from dalle_dist.metrics.reconstruction import psnr, share_in_use
+from dalle_dist.report.images import Row, curves, table
 from dalle_dist.report.page import page
-from dalle_dist.report.pictures import Row, curves, table
 
 CAPTIONS, SAMPLES, RECONSTRUCTIONS = 24, 4, 24
 DVAE_PANELS = ({"nll": "reconstruction, nats/dim"}, {"kl": "KL, nats/dim"}, {"psnr": "PSNR, dB"})
@@ -33,7 +33,7 @@ TRAIN_PANELS = (
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out pictures, in the order of their token shards."""
+    """The held-out images, in the order of their token shards."""
 
     captions: list[str]
     images_BCHW: Tensor  # floats in [0, 1]
@@ -65,7 +65,7 @@ def write_report(config: Config) -> None:
     figures = measure(config, generator, held_out, tokens["train"])
     rows = draw(generator, held_out, config.seed)
     title = f"{config.name}: {len(rows)} captions the model never saw, {SAMPLES} samples each"
-    pictures = {
+    images = {
         "Captions it never saw": table(rows, title),
         "Reconstructions by the dVAE: originals above, through the codes below": _pairs(
             held_out, generator
@@ -73,7 +73,7 @@ def write_report(config: Config) -> None:
         "Training the transformer": curves(_log(config.paths.run), TRAIN_PANELS),
         "Training the dVAE": curves(_log(config.paths.dvae_run), DVAE_PANELS),
     }
-    _write(config, figures, pictures)
+    _write(config, figures, images)
 
 
 def measure(
@@ -84,8 +84,8 @@ def measure(
     losses = caption_losses(generator.model, held_out.text_BT, held_out.codes_BN, seed=config.seed)
     quality_B = psnr(held_out.images_BCHW, held_out.reconstructed(generator))
     return {
-        "held-out pictures": len(held_out.captions),
-        "PSNR of the dVAE, dB (mean over pictures)": round(quality_B.mean().item(), 2),
+        "held-out images": len(held_out.captions),
+        "PSNR of the dVAE, dB (mean over images)": round(quality_B.mean().item(), 2),
         "share of codes in use": round(share_in_use(codes, config.transformer.codebook_size), 3),
         "image loss, right caption, nats/token": round(losses.right, 3),
         "image loss, captions shuffled, nats/token": round(losses.shuffled, 3),
@@ -123,7 +123,7 @@ def _tokens(config: Config, part: str, release: Release) -> TokenDataset:
 def _held_out(config: Config, tokens: TokenDataset, size: int) -> HeldOut:
     folder = storage.join(config.paths.images, "held-out")
     images = ImageDataset(folder, None, size, None, config.seed)
-    # A corrupt picture has no tokens, so the two are matched by key.
+    # A corrupt image has no tokens, so the two are matched by key.
     by_key = {sample.key: sample for sample in map(images.read, range(len(images))) if sample}
     samples = [by_key[tokens.key(i)] for i in range(len(tokens))]
     pairs = [tokens[i] for i in range(len(tokens))]
@@ -136,13 +136,13 @@ def _held_out(config: Config, tokens: TokenDataset, size: int) -> HeldOut:
 
 
 def _pairs(held_out: HeldOut, generator: Generator) -> Image.Image:
-    originals = [to_image(picture) for picture in held_out.images_BCHW[:RECONSTRUCTIONS]]
-    pictures = held_out.reconstructed(generator)[:RECONSTRUCTIONS]
+    originals = [to_image(image) for image in held_out.images_BCHW[:RECONSTRUCTIONS]]
+    images = held_out.reconstructed(generator)[:RECONSTRUCTIONS]
     half = len(originals) // 2 or 1
     rows = []
     for start in range(0, len(originals), half):
         rows.append(originals[start : start + half])
-        rows.append([to_image(picture) for picture in pictures[start : start + half]])
+        rows.append([to_image(image) for image in images[start : start + half]])
     return grid(rows)
 
 
@@ -151,20 +151,20 @@ def _log(run: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _write(config: Config, figures: dict[str, Any], pictures: dict[str, Image.Image]) -> None:
+def _write(config: Config, figures: dict[str, Any], images: dict[str, Image.Image]) -> None:
     run = config.paths.run
     storage.write_bytes(
         storage.join(run, "figures.json"), json.dumps(figures, indent=2).encode() + b"\n"
     )
-    html = page(f"dalle-dist: {config.name}", figures, pictures)
+    html = page(f"dalle-dist: {config.name}", figures, images)
     storage.write_bytes(storage.join(run, "report.html"), html.encode())
-    storage.write_bytes(storage.join(run, "report.png"), _png(next(iter(pictures.values()))))
+    storage.write_bytes(storage.join(run, "report.png"), _png(next(iter(images.values()))))
     for name, value in figures.items():
         print(f"{name:45} {value}")
     print(storage.join(run, "report.html"))
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()

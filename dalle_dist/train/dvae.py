@@ -16,9 +16,9 @@ from torch import Tensor
 from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.data.augment import Augmentation
+from dalle_dist.data.images import grid, to_image
 from dalle_dist.data.loader import ImageBatch, ImageDataset, batches, collate_images
 from dalle_dist.data.order import SampleOrder
-from dalle_dist.data.pictures import grid, to_image
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.dvae.model import DVAE

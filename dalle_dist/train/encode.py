@@ -63,14 +63,14 @@ def _encode_part(config: Config, tokenizer: ImageTokenizer, part: str) -> None:
     with ShardWriter(out, "tokens", meta) as writer:
         for start in tqdm(range(0, len(dataset), BATCH), desc=f"encode {part}", unit="batch"):
             _write_batch(dataset, range(start, min(start + BATCH, len(dataset))), tokenizer, writer)
-    skipped = f", {dataset.corrupt} corrupt pictures skipped" if dataset.corrupt else ""
-    print(f"{out}: {ShardIndex.load(out).samples} pictures{skipped}")
+    skipped = f", {dataset.corrupt} corrupt images skipped" if dataset.corrupt else ""
+    print(f"{out}: {ShardIndex.load(out).samples} images{skipped}")
 
 
 def _write_batch(
     dataset: ImageDataset, indices: range, tokenizer: ImageTokenizer, writer: ShardWriter
 ) -> None:
-    # A corrupt picture's substitute is encoded in its own turn, under its own key.
+    # A corrupt image's substitute is encoded in its own turn, under its own key.
     samples = [s for s in (dataset.read(i) for i in indices) if s is not None]
     if not samples:
         return

@@ -124,16 +124,16 @@ class Run:
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
-    def image(self, step: int, name: str, picture: Image.Image) -> None:
-        """samples/step-00001000-NAME.png, and the same picture to TensorBoard."""
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """samples/step-00001000-NAME.png, and the same image to TensorBoard."""
         if not self.main:
             return
         import numpy as np
 
         path = self.folder / "samples" / f"step-{step:08d}-{name}.png"
         path.parent.mkdir(exist_ok=True)
-        picture.save(path)
-        pixels_HWC = np.asarray(picture.convert("RGB"))
+        image.save(path)
+        pixels_HWC = np.asarray(image.convert("RGB"))
         self._tensorboard.add_image(name, pixels_HWC, step, dataformats="HWC")
 
     def progress(self, total: int, start: int, unit: str = "step") -> tqdm:
@@ -174,7 +174,7 @@ class Run:
 
 
 def working_copy(path: str, ranks: Ranks) -> Path:
-    """Local folder of a run; a remote one is downloaded by each machine's first rank."""
+    """Local folder of a run; a remote one is downloaded by each node's first rank."""
     if not storage.is_remote(path):
         return Path(path)
     cache = Path(os.environ.get("DALLE_DIST_CACHE", Path.home() / ".cache" / "dalle-dist"))
@@ -213,7 +213,7 @@ def _download(path: str, local: Path) -> None:
     for name in storage.list_files(path):
         target = local / name
         # Checkpoints never change once written, and their hashes are checked when they are read;
-        # any other file may have been written by another machine since.
+        # any other file may have been written by another node since.
         if not (name.startswith("checkpoints/") and target.exists()):
             storage.write_bytes(str(target), storage.read_bytes(storage.join(path, name)))
 

@@ -91,7 +91,7 @@ def test_release_holds_the_average_and_can_be_used(saved, stage, tmp_path):
     ("key", "other"), [("mask_variant: paper", "clamp"), ("masks: paper", "causal")]
 )
 def test_weights_are_not_used_under_other_masks(saved, tmp_path, key, other):
-    """No tensor's shape would tell; the pictures would only be worse."""
+    """No tensor's shape would tell; the images would only be worse."""
     out = tmp_path / "release"
     convert(str(saved[1][0]), str(out))
     text = (out / "config.yaml").read_text()

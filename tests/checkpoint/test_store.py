@@ -107,7 +107,7 @@ def test_all_ranks_write_into_one_checkpoint_and_agree_on_it(tmp_path):
 
 def _save_apart(ranks, folder):
     """Machines with folders of their own; the writer would wait for the other rank."""
-    own = folder / f"machine-{ranks.rank}"
+    own = folder / f"node-{ranks.rank}"
     with pytest.raises(CheckpointError) as caught:
         store.save(own, 7, lambda partial: ranks.barrier(), ranks, 2)
     latest = store.latest(own, ranks)
@@ -115,9 +115,9 @@ def _save_apart(ranks, folder):
 
 
 def test_ranks_that_do_not_share_the_folder_are_told_so_before_anything_is_written(tmp_path):
-    (tmp_path / "machine-1" / "step-00000003").mkdir(parents=True)
+    (tmp_path / "node-1" / "step-00000003").mkdir(parents=True)
     for message, latest, left in run_distributed(_save_apart, 2, tmp_path):
         assert "rank 1: it does not see the folder that rank 0 made" in message
         assert "\n" not in message
         assert latest is None
-        assert left == ["machine-0", "machine-1", "step-00000003"]
+        assert left == ["node-0", "node-1", "step-00000003"]

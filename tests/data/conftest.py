@@ -34,8 +34,8 @@ def bucket(s3_server, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def picture():
-    """picture(colour, size, format) -> the bytes of a plain picture."""
+def image():
+    """image(channel, size, format) -> the bytes of a plain image."""
 
     def make(colour="red", size=(8, 8), format_="PNG", mode="RGB"):
         buffer = io.BytesIO()

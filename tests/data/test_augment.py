@@ -25,16 +25,16 @@ def test_any_picture_becomes_a_square_of_the_size(size):
 
 def test_the_seed_decides_and_nothing_else():
     augment = Augmentation(32, 9 / 8, 12 / 8, True)
-    pictures = [augment(_ramp(100, 80), str(seed)).tobytes() for seed in range(20)]
-    assert pictures == [augment(_ramp(100, 80), str(seed)).tobytes() for seed in range(20)]
-    assert len(set(pictures)) == 20
+    images = [augment(_ramp(100, 80), str(seed)).tobytes() for seed in range(20)]
+    assert images == [augment(_ramp(100, 80), str(seed)).tobytes() for seed in range(20)]
+    assert len(set(images)) == 20
 
 
 def test_half_of_the_pictures_are_flipped_and_none_without_flip():
     for flip, share in ((True, 0.5), (False, 0.0)):
         augment = Augmentation(32, 9 / 8, 12 / 8, flip)
-        pictures = [np.asarray(augment(_ramp(100, 80), str(s))).astype(int) for s in range(400)]
-        flipped = np.mean([pixels[0, 0, 0] > pixels[0, -1, 0] for pixels in pictures])
+        images = [np.asarray(augment(_ramp(100, 80), str(s))).astype(int) for s in range(400)]
+        flipped = np.mean([pixels[0, 0, 0] > pixels[0, -1, 0] for pixels in images])
         assert abs(flipped - share) <= 4 * (share * (1 - share) / 400) ** 0.5
 
 
@@ -59,8 +59,8 @@ def test_a_picture_between_the_bounds_is_never_enlarged():
 
 def test_a_picture_of_the_final_size_still_moves():
     augment = Augmentation(32, 1.0, 1.2, False)
-    pictures = {augment(_ramp(32, 32), str(seed)).tobytes() for seed in range(50)}
-    assert len(pictures) > 20
+    images = {augment(_ramp(32, 32), str(seed)).tobytes() for seed in range(50)}
+    assert len(images) > 20
 
 
 def test_the_centre_is_the_centre():
@@ -71,12 +71,12 @@ def test_the_centre_is_the_centre():
     assert halved[0, :, 0].tolist() == [2 * i + 1 for i in range(20)]  # mean, rounded up
 
 
-def test_transparent_pictures_lie_on_white_and_damaged_ones_are_none(picture):
-    clear = picture((0, 0, 0, 0), mode="RGBA")
+def test_transparent_pictures_lie_on_white_and_damaged_ones_are_none(image):
+    clear = image((0, 0, 0, 0), mode="RGBA")
     assert decode(clear).getpixel((0, 0)) == (255, 255, 255)
-    assert decode(picture(128, mode="L")).getpixel((0, 0)) == (128, 128, 128)
+    assert decode(image(128, mode="L")).getpixel((0, 0)) == (128, 128, 128)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     buffer = io.BytesIO()
     noise.save(buffer, format="PNG")
-    for damaged in (b"", b"not a picture", buffer.getvalue()[:5000]):
+    for damaged in (b"", b"not a image", buffer.getvalue()[:5000]):
         assert decode(damaged) is None

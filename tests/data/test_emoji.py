@@ -70,10 +70,10 @@ def test_build_writes_pictures_on_white_with_their_names(tmp_path, monkeypatch, 
         assert (about["width"], about["height"]) == (24, 24)
         assert "".join(chr(int(c[2:], 16)) for c in about["codepoints"]) == about["emoji"]
         assert Emoji(about["emoji"], sample["txt"].decode()) in some
-    pictures = [decode(sample["png"]) for sample in samples]
-    assert {picture.size for picture in pictures} == {(24, 24)}
-    assert all(picture.getpixel((0, 0)) == (255, 255, 255) for picture in pictures)
-    assert all(min(low for low, _ in picture.getextrema()) < 250 for picture in pictures)
+    images = [decode(sample["png"]) for sample in samples]
+    assert {image.size for image in images} == {(24, 24)}
+    assert all(image.getpixel((0, 0)) == (255, 255, 255) for image in images)
+    assert all(min(low for low, _ in image.getextrema()) < 250 for image in images)
 
 
 def test_sequences_are_joined_or_left_out(monkeypatch):

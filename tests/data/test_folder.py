@@ -10,13 +10,13 @@ from dalle_dist.data.shards import ShardSet
 from dalle_dist.errors import DataError
 
 
-def _fill(folder, picture, count=20):
+def _fill(folder, image, count=20):
     for i in range(count):
         name, format_ = (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"))[i % 3]
         storage.write_bytes(
-            storage.join(str(folder), f"{i:02d}.{name}"), picture(size=(40, 20), format_=format_)
+            storage.join(str(folder), f"{i:02d}.{name}"), image(size=(40, 20), format_=format_)
         )
-        storage.write_bytes(storage.join(str(folder), f"{i:02d}.txt"), f"picture {i}\n".encode())
+        storage.write_bytes(storage.join(str(folder), f"{i:02d}.txt"), f"image {i}\n".encode())
     return str(folder)
 
 
@@ -28,19 +28,19 @@ def _samples(out):
     return found
 
 
-def test_every_picture_lands_in_one_part_with_its_caption(tmp_path, picture, capsys):
-    build_folder(_fill(tmp_path / "in", picture), str(tmp_path / "out"), None, 0, 0.3)
+def test_every_picture_lands_in_one_part_with_its_caption(tmp_path, image, capsys):
+    build_folder(_fill(tmp_path / "in", image), str(tmp_path / "out"), None, 0, 0.3)
     found = _samples(tmp_path / "out")
     assert found["train"].keys() | found["held-out"].keys() == {f"{i:02d}" for i in range(20)}
     assert not found["train"].keys() & found["held-out"].keys()
     for key, sample in (found["train"] | found["held-out"]).items():
-        assert sample["txt"].decode() == f"picture {int(key)}"
+        assert sample["txt"].decode() == f"image {int(key)}"
         assert decode_sample(sample).size == (40, 20)
-    assert f"{len(found['train'])} pictures to train on" in capsys.readouterr().out
+    assert f"{len(found['train'])} images to train on" in capsys.readouterr().out
 
 
-def test_the_split_depends_on_seed_and_name_alone(tmp_path, picture):
-    folder = _fill(tmp_path / "in", picture)
+def test_the_split_depends_on_seed_and_name_alone(tmp_path, image):
+    folder = _fill(tmp_path / "in", image)
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
         if out == "b":
             (tmp_path / "in" / "00.png").unlink()
@@ -49,15 +49,15 @@ def test_the_split_depends_on_seed_and_name_alone(tmp_path, picture):
     assert a == b != c
 
 
-def test_small_folders_hold_out_one(tmp_path, picture):
-    build_folder(_fill(tmp_path / "in", picture, 3), str(tmp_path / "out"), None, 0, 0.001)
+def test_small_folders_hold_out_one(tmp_path, image):
+    build_folder(_fill(tmp_path / "in", image, 3), str(tmp_path / "out"), None, 0, 0.001)
     found = _samples(tmp_path / "out")
     assert (len(found["train"]), len(found["held-out"])) == (2, 1)
 
 
-def test_pictures_are_shrunk_on_their_shorter_side_and_never_enlarged(tmp_path, picture):
-    folder = _fill(tmp_path / "in", picture, 4)
-    storage.write_bytes(storage.join(folder, "small.png"), picture(size=(6, 9)))
+def test_pictures_are_shrunk_on_their_shorter_side_and_never_enlarged(tmp_path, image):
+    folder = _fill(tmp_path / "in", image, 4)
+    storage.write_bytes(storage.join(folder, "small.png"), image(size=(6, 9)))
     storage.write_bytes(storage.join(folder, "small.txt"), b"small")
     build_folder(folder, str(tmp_path / "out"), 10, 0, 0.3)
     found = _samples(tmp_path / "out")
@@ -71,12 +71,12 @@ def test_pictures_are_shrunk_on_their_shorter_side_and_never_enlarged(tmp_path, 
     }
 
 
-def test_what_cannot_be_used_is_named_counted_and_skipped(tmp_path, picture, capsys):
-    folder = _fill(tmp_path / "in", picture)
-    (tmp_path / "in" / "03.png").write_bytes(b"not a picture")
+def test_what_cannot_be_used_is_named_counted_and_skipped(tmp_path, image, capsys):
+    folder = _fill(tmp_path / "in", image)
+    (tmp_path / "in" / "03.png").write_bytes(b"not a image")
     (tmp_path / "in" / "04.txt").write_text(" \n")
     (tmp_path / "in" / "05.txt").unlink()
-    (tmp_path / "in" / "06.webp").write_bytes(picture())  # beside 06.png, with the same name
+    (tmp_path / "in" / "06.webp").write_bytes(image())  # beside 06.png, with the same name
     build_folder(folder, str(tmp_path / "out"), None, 0, 0.3)
     found = _samples(tmp_path / "out")
     assert len(found["train"]) + len(found["held-out"]) == 17
@@ -85,23 +85,23 @@ def test_what_cannot_be_used_is_named_counted_and_skipped(tmp_path, picture, cap
         "skipped 03.png: cannot be decoded",
         "skipped 04.jpg: no caption",
         "skipped 05.webp: no caption",
-        "skipped 06.webp: another picture has this name",
+        "skipped 06.webp: another image has this name",
         "1 skipped: cannot be decoded",
         "2 skipped: no caption",
-        "1 skipped: another picture has this name",
+        "1 skipped: another image has this name",
     ):
         assert line in printed
 
 
-def test_nothing_usable_is_fatal_and_leaves_nothing(tmp_path, picture):
-    folder = _fill(tmp_path / "in", picture, 5)
+def test_nothing_usable_is_fatal_and_leaves_nothing(tmp_path, image):
+    folder = _fill(tmp_path / "in", image, 5)
     for path in (tmp_path / "in").iterdir():
         if path.suffix != ".txt":
-            path.write_bytes(b"not a picture")
-    with pytest.raises(DataError, match=r"0 pictures can be used.*5 skipped: cannot be decoded"):
+            path.write_bytes(b"not a image")
+    with pytest.raises(DataError, match=r"0 images can be used.*5 skipped: cannot be decoded"):
         build_folder(folder, str(tmp_path / "out"), None, 0, 0.3)
-    (tmp_path / "in" / "00.png").write_bytes(picture())
-    with pytest.raises(DataError, match="1 pictures can be used"):
+    (tmp_path / "in" / "00.png").write_bytes(image())
+    with pytest.raises(DataError, match="1 images can be used"):
         build_folder(folder, str(tmp_path / "out"), None, 0, 0.3)
     assert storage.list_files(str(tmp_path / "out")) == []
 
@@ -110,32 +110,32 @@ def test_nothing_usable_is_fatal_and_leaves_nothing(tmp_path, picture):
     ("held_out", "size", "message"),
     [(0.0, None, "held-out 0.0"), (1.0, None, "held-out 1.0"), (0.3, 0, "--size 0")],
 )
-def test_senseless_options_are_refused(tmp_path, picture, held_out, size, message):
+def test_senseless_options_are_refused(tmp_path, image, held_out, size, message):
     with pytest.raises(DataError, match=message):
-        build_folder(_fill(tmp_path / "in", picture), str(tmp_path / "out"), size, 0, held_out)
+        build_folder(_fill(tmp_path / "in", image), str(tmp_path / "out"), size, 0, held_out)
 
 
-def test_missing_and_empty_folders_and_used_outputs_are_refused(tmp_path, picture):
+def test_missing_and_empty_folders_and_used_outputs_are_refused(tmp_path, image):
     (tmp_path / "empty").mkdir()
-    for folder, message in (("empty", "no pictures"), ("absent", "no such folder")):
+    for folder, message in (("empty", "no images"), ("absent", "no such folder")):
         with pytest.raises(DataError, match=message):
             build_folder(str(tmp_path / folder), str(tmp_path / "out"), None, 0, 0.3)
-    folder = _fill(tmp_path / "in", picture)
+    folder = _fill(tmp_path / "in", image)
     build_folder(folder, str(tmp_path / "out"), None, 0, 0.3)
     with pytest.raises(DataError, match="in use"):
         build_folder(folder, str(tmp_path / "out"), None, 0, 0.3)
 
 
-def test_sub_folders_are_part_of_the_key(tmp_path, picture):
-    folder = _fill(tmp_path / "in" / "a.b", picture, 3)
+def test_sub_folders_are_part_of_the_key(tmp_path, image):
+    folder = _fill(tmp_path / "in" / "a.b", image, 3)
     build_folder(str(tmp_path / "in"), str(tmp_path / "out"), None, 0, 0.3)
     found = _samples(tmp_path / "out")
     assert folder.endswith("a.b")
     assert found["train"].keys() | found["held-out"].keys() == {"a_b__00", "a_b__01", "a_b__02"}
 
 
-def test_turned_photographs_stand_upright(tmp_path, picture):
-    folder = _fill(tmp_path / "in", picture, 3)
+def test_turned_photographs_stand_upright(tmp_path, image):
+    folder = _fill(tmp_path / "in", image, 3)
     photograph, exif = Image.new("RGB", (30, 20)), Image.Exif()
     exif[0x0112] = 6  # orientation: to be turned by 90 degrees
     buffer = io.BytesIO()
@@ -146,8 +146,8 @@ def test_turned_photographs_stand_upright(tmp_path, picture):
     assert decode_sample((found["train"] | found["held-out"])["01"]).size == (20, 30)
 
 
-def test_from_bucket_to_bucket(bucket, picture):
-    folder = _fill(storage.join(bucket, "in"), picture, 6)
+def test_from_bucket_to_bucket(bucket, image):
+    folder = _fill(storage.join(bucket, "in"), image, 6)
     build_folder(folder, storage.join(bucket, "out"), None, 0, 0.3)
     found = _samples(storage.join(bucket, "out"))
     assert found["train"].keys() | found["held-out"].keys() == {f"{i:02d}" for i in range(6)}

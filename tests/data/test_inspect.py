@@ -6,16 +6,16 @@ from dalle_dist.data.shards import ShardWriter
 from dalle_dist.errors import DataError
 
 
-def _write(folder, picture):
+def _write(folder, image):
     with ShardWriter(str(folder), "images", {}, samples_per_shard=4) as writer:
         for i in range(6):
-            data = b"not a picture" if i == 5 else picture(size=(8 + i // 4, 8))
+            data = b"not a image" if i == 5 else image(size=(8 + i // 4, 8))
             writer.write(f"{i}", {"png": data, "txt": b"" if i == 0 else b"two words"})
 
 
-def test_counts_sizes_and_captions_are_printed_for_both_parts(tmp_path, picture, capsys):
+def test_counts_sizes_and_captions_are_printed_for_both_parts(tmp_path, image, capsys):
     for part in ("train", "held-out"):
-        _write(tmp_path / part, picture)
+        _write(tmp_path / part, image)
     inspect(str(tmp_path), None)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     size = sum(p.stat().st_size for p in (tmp_path / "train").glob("*.tar"))
@@ -24,25 +24,25 @@ def test_counts_sizes_and_captions_are_printed_for_both_parts(tmp_path, picture,
         "caption characters min 0, median 9, max 9",
         "caption words min 0, median 2, max 2",
         "empty captions 1",
-        "8x8 4 pictures",
-        "9x8 1 pictures",
-        "cannot be decoded 1 pictures",
+        "8x8 4 images",
+        "9x8 1 images",
+        "cannot be decoded 1 images",
     ]
     assert lines[len(lines) // 2].startswith(f"{tmp_path}/held-out: 6 images")
 
 
-def test_the_contact_sheet_shows_what_can_be_decoded(tmp_path, picture, capsys):
-    _write(tmp_path / "s", picture)
+def test_the_contact_sheet_shows_what_can_be_decoded(tmp_path, image, capsys):
+    _write(tmp_path / "s", image)
     inspect(str(tmp_path / "s"), tmp_path / "new" / "sheet.png")
-    assert "contact sheet of 5 pictures" in capsys.readouterr().out
+    assert "contact sheet of 5 images" in capsys.readouterr().out
     with Image.open(tmp_path / "new" / "sheet.png") as sheet:
         colours = {colour: n for n, colour in sheet.getcolors()}
     assert colours[(255, 0, 0)] == 5 * 96 * 96
     assert colours[(0, 0, 0)] > 50  # captions
 
 
-def test_damage_is_noticed(tmp_path, picture):
-    _write(tmp_path / "s", picture)
+def test_damage_is_noticed(tmp_path, image):
+    _write(tmp_path / "s", image)
     path = tmp_path / "s" / "00001.tar"
     data = bytearray(path.read_bytes())
     data[520] ^= 1

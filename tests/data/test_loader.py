@@ -22,10 +22,10 @@ from dalle_dist.text_tokenizer.bpe import PAD, train_tokenizer
 N, GRID = 23, 2
 
 
-def _write_images(folder, picture, corrupt=()):
+def _write_images(folder, image, corrupt=()):
     with ShardWriter(str(folder), "images", {}, samples_per_shard=5) as writer:
         for i in range(N):
-            data = b"not a picture" if i in corrupt else picture((i, 0, 0))
+            data = b"not a image" if i in corrupt else image((i, 0, 0))
             writer.write(f"{i:03d}", {"png": data, "txt": f"number {i}".encode()})
     return str(folder)
 
@@ -68,8 +68,8 @@ def _positions(dataset, rank, world, micro, workers=0, start=0, updates=5):
     ]
 
 
-def test_the_union_over_ranks_is_the_same_for_every_number_of_ranks(tmp_path, picture):
-    dataset = ImageDataset(_write_images(tmp_path / "s", picture), _order(), 8, None, 0)
+def test_the_union_over_ranks_is_the_same_for_every_number_of_ranks(tmp_path, image):
+    dataset = ImageDataset(_write_images(tmp_path / "s", image), _order(), 8, None, 0)
     for world, micro in ((1, 8), (1, 2), (2, 4), (2, 2), (4, 1), (8, 1)):
         ranks = [_positions(dataset, rank, world, micro) for rank in range(world)]
         for update in range(5):
@@ -77,9 +77,9 @@ def test_the_union_over_ranks_is_the_same_for_every_number_of_ranks(tmp_path, pi
             assert union == list(range(8 * update, 8 * update + 8)), (world, micro)
 
 
-def test_micro_batches_of_different_world_sizes_hold_the_same_samples(tmp_path, picture):
+def test_micro_batches_of_different_world_sizes_hold_the_same_samples(tmp_path, image):
     """Stretch a of one rank with micro-batch 4 is that of two ranks with micro-batch 2."""
-    dataset = ImageDataset(_write_images(tmp_path / "s", picture), _order(), 8, None, 0)
+    dataset = ImageDataset(_write_images(tmp_path / "s", image), _order(), 8, None, 0)
     one = _positions(dataset, 0, 1, 4)
     two = [_positions(dataset, rank, 2, 2) for rank in (0, 1)]
     for update in range(5):
@@ -87,9 +87,9 @@ def test_micro_batches_of_different_world_sizes_hold_the_same_samples(tmp_path, 
         assert one[update] == [p for part in joined for p in part]
 
 
-def test_workers_and_restarts_change_nothing(tmp_path, picture):
+def test_workers_and_restarts_change_nothing(tmp_path, image):
     augment = Augmentation(8, 1.1, 1.5, True)
-    folder = _write_images(tmp_path / "s", picture)
+    folder = _write_images(tmp_path / "s", image)
 
     def stream(workers, start):
         return batches(
@@ -113,14 +113,14 @@ def test_workers_and_restarts_change_nothing(tmp_path, picture):
             assert torch.equal(a.image_BCHW, other.image_BCHW)
 
 
-def test_a_batch_that_cannot_be_split_is_refused(tmp_path, picture):
-    dataset = ImageDataset(_write_images(tmp_path / "s", picture), _order(), 8, None, 0)
+def test_a_batch_that_cannot_be_split_is_refused(tmp_path, image):
+    dataset = ImageDataset(_write_images(tmp_path / "s", image), _order(), 8, None, 0)
     with pytest.raises(ConfigError, match="8 is not a multiple of 3 ranks x micro-batch 1"):
         _positions(dataset, 0, 3, 1)
 
 
-def test_pictures_come_in_the_orders_sequence_with_their_captions(tmp_path, picture):
-    dataset = ImageDataset(_write_images(tmp_path / "s", picture), _order(), 8, None, 0)
+def test_pictures_come_in_the_orders_sequence_with_their_captions(tmp_path, image):
+    dataset = ImageDataset(_write_images(tmp_path / "s", image), _order(), 8, None, 0)
     plain = ImageDataset(str(tmp_path / "s"), None, 8, None, 0)
     for position in (0, 5, N, 2 * N + 1):
         index = _order().at(position)[1]
@@ -133,8 +133,8 @@ def test_pictures_come_in_the_orders_sequence_with_their_captions(tmp_path, pict
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_pictures_are_counted_named_once_and_replaced(tmp_path, picture, workers):
-    dataset = ImageDataset(_write_images(tmp_path / "s", picture, (3, 4)), None, 8, None, 0)
+def test_corrupt_pictures_are_counted_named_once_and_replaced(tmp_path, image, workers):
+    dataset = ImageDataset(_write_images(tmp_path / "s", image, (3, 4)), None, 8, None, 0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if workers:
@@ -150,11 +150,11 @@ def test_corrupt_pictures_are_counted_named_once_and_replaced(tmp_path, picture,
         ]
 
 
-def test_nothing_but_corrupt_pictures_is_fatal(tmp_path, picture):
-    dataset = ImageDataset(_write_images(tmp_path / "s", picture, range(N)), None, 8, None, 0)
+def test_nothing_but_corrupt_pictures_is_fatal(tmp_path, image):
+    dataset = ImageDataset(_write_images(tmp_path / "s", image, range(N)), None, 8, None, 0)
     with (
         pytest.warns(UserWarning, match="cannot be decoded"),
-        pytest.raises(DataError, match="none of 23 pictures can be decoded"),
+        pytest.raises(DataError, match="none of 23 images can be decoded"),
     ):
         dataset[0]
 

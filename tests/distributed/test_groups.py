@@ -12,8 +12,8 @@ def _describe(ranks, local_world_size):
     members = [dist.get_process_group_ranks(g) for g in (found.shard, found.replica)]
     total = torch.tensor([1 << ranks.rank])
     dist.all_reduce(total, group=found.replica)
-    places = (found.machine, found.local, found.machines, found.local_world_size)
-    return *members, *places, int(total)
+    numbers = (found.machine, found.shard_rank, found.machines, found.local_world_size)
+    return *members, *numbers, int(total)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_shard_groups_are_machines_and_replica_groups_cross_them(world, local_wo
 
 
 def test_host_names_make_machines_in_any_order_of_ranks():
-    """mpirun may deal ranks out to machines in turn."""
+    """mpirun may deal ranks out to nodes in turn."""
     assert groups.members(["b", "a", "b", "a"]) == [[0, 2], [1, 3]]
     assert groups.members(["b", "a", "b", "a"], local_world_size=2) == [[0, 1], [2, 3]]
 

@@ -150,7 +150,7 @@ def test_ranks_share_their_cores_unless_the_user_chose(monkeypatch, launcher, ch
 
 @pytest.fixture
 def no_gpu(monkeypatch):
-    """A machine of which torch sees no GPU, and nothing in the environment that promises one."""
+    """A node of which torch sees no GPU, and nothing in the environment that promises one."""
     for name in (*GPU_GRANTS, "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

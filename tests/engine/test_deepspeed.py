@@ -100,7 +100,7 @@ def cells(stage):
 
 
 def machines(ranks, stage):
-    """Two machines of two ranks."""
+    """Two nodes of two ranks."""
     return {
         (between, p): course(ranks, stage, between, f"train.precision={p}", steps=3)
         for between, p in cells(stage)

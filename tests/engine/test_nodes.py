@@ -1,4 +1,4 @@
-"""ZeRO inside each machine and means between them; processes are the ranks."""
+"""ZeRO inside each node and means between them; processes are the ranks."""
 
 import contextlib
 import hashlib
@@ -33,7 +33,7 @@ BATCH = 24  # divides among 2, 3 and 4 ranks, once and in four parts
 
 
 def config_on(ranks, stage, between, *overrides, size=2, parts=1):
-    """`size` ranks to a machine, `parts` micro-batches; matrices are 64 wide and more."""
+    """`size` ranks to a node, `parts` micro-batches; matrices are 64 wide and more."""
     return config_of(
         stage, f"train.batch_size={BATCH}",
         f"train.micro_batch={BATCH // ranks.world // parts}",
@@ -74,7 +74,7 @@ def course(ranks, stage, between, *overrides, steps=6, **layout):
 
 
 def courses(ranks, stage):
-    """Two machines of two ranks."""
+    """Two nodes of two ranks."""
     found = {
         (between, precision): course(ranks, stage, between, f"train.precision={precision}")
         for between in ("zero", "dense", "powersgd")
@@ -138,7 +138,7 @@ def layouts(ranks, size):
     ]
 
 
-@pytest.mark.parametrize(("machines", "size"), [(3, 1), pytest.param(4, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("nodes", "size"), [(3, 1), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_machines_of_one_rank(machines, size):
     found = run_distributed(layouts, machines * size, size)
     zero, dense, once, twice = (run["curve"] for run in found[0])
@@ -158,7 +158,7 @@ def clipped(ranks, between):
 
 @pytest.mark.slow
 def test_clipping_takes_the_norm_of_what_came_out_of_the_compression():
-    """The mean of three gradients clipped to 0.01 is at most 0.271 of that, on a whole machine."""
+    """The mean of three gradients clipped to 0.01 is at most 0.271 of that, on a whole node."""
     for between in ("dense", "powersgd"):
         ranks = run_distributed(clipped, 4, between)
         assert min(ranks[0][0]) > 0.05
@@ -261,14 +261,14 @@ def resumed(folder, stage, forget, *overrides, before=3, after=2):
     ],
 )
 def test_saved_on_three_machines_and_gone_on_with_on_two(tmp_path, stage, overrides, close):
-    """PowerSGD's output depends on the machines' mean error alone, and that is what is saved."""
+    """PowerSGD's output depends on the nodes' mean error alone, and that is what is saved."""
     found, ahead = resumed(tmp_path, stage, False, *overrides)
     assert np.allclose(found, ahead, rtol=close)
 
 
 @pytest.mark.slow
 def test_saved_on_two_machines_of_two_ranks_and_gone_on_with_on_one(tmp_path):
-    """One machine sends nothing; two are like it in the step that empties their buffers."""
+    """One node sends nothing; two are like it in the step that empties their buffers."""
     overrides = "train.precision=fp32", "parallel.local_world_size=2", "parallel.dense_every=4"
     found, ahead = resumed(tmp_path, 3, False, *overrides, before=4)
     assert np.allclose(found[0], ahead[0], rtol=1e-5)
@@ -311,7 +311,7 @@ def test_what_cannot_be_compressed_is_refused_in_one_line(overrides, stage, said
 
 
 def diverged(ranks, folder):
-    """One bit of one weight differs on one machine."""
+    """One bit of one weight differs on one node."""
     engine = build_on(ranks, 2, "dense", "train.precision=fp32")
     engine.save(folder)
     if ranks.rank == 2:

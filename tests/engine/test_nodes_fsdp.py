@@ -1,4 +1,4 @@
-"""The same transformer under DeepSpeed and under FSDP2, PowerSGD between the machines of both."""
+"""The same transformer under DeepSpeed and under FSDP2, PowerSGD between the nodes of both."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ from tests.engine.test_nodes import build_on, config_on
 
 # A large eps: with a small one the first steps are the signs of gradients that rounding decides.
 PLAIN = ("train.precision=fp32", "train.clip=0", "train.eps=1e-2")
-# Of a machine of two: every stage then cuts each matrix in two, as FSDP2 does.
+# Of a node of two: every stage then cuts each matrix in two, as FSDP2 does.
 OF_MACHINE = ("parallel.rank_of=node", "parallel.rank=16")
 UPDATES, LR = 4, 3e-2
 
@@ -81,7 +81,7 @@ class ByFSDP2:
         (loss * self.groups.nodes).backward()
 
     def hook(self, flat):
-        """The machine's sums of all parameters' rows, one after the other and filled up."""
+        """The node's sums of all parameters' rows, one after the other and filled up."""
         fragments, at = [], 0
         for name, shape in self.shapes.items():
             rows = -(-shape[0] // 2)
@@ -120,7 +120,7 @@ def fsdp2():
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_and_fsdp2_give_the_same_parameters(fsdp2, stage):
-    """A rank that is a machine's total is divided among the same shards under every stage."""
+    """A rank that is a node's total is divided among the same shards under every stage."""
     found = run_distributed(by_deepspeed, 4, stage)[0]
     start = dict(model_of(config_of(stage, "train.micro_batch=8", *PLAIN)).named_parameters())
     assert found.keys() == fsdp2[0].keys() == start.keys()

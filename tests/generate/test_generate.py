@@ -145,7 +145,7 @@ def test_a_prompt_too_long_is_cut_with_a_warning():
     generator = build()
     with pytest.warns(UserWarning, match="cut to 6 tokens: a red heart, a blue car"):
         drawn = generator.generate("a red heart, a blue car")
-    assert [picture.prompt for picture in drawn] == ["a red heart, a blue car"]
+    assert [image.prompt for image in drawn] == ["a red heart, a blue car"]
 
 
 def names(folder, *but):
@@ -153,7 +153,7 @@ def names(folder, *but):
 
 
 def manifest(folder):
-    return json.loads((folder / "manifest.json").read_text())["pictures"]
+    return json.loads((folder / "manifest.json").read_text())["images"]
 
 
 def test_outputs_are_pictures_a_grid_and_a_manifest(tmp_path):
@@ -254,7 +254,7 @@ def test_names_keep_letters_of_any_script_and_fit_file_systems(tmp_path, prompts
 
 def test_a_file_system_without_unicode_gets_what_it_can_write(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs.sys, "getfilesystemencoding", lambda: "latin-1")
-    drawn = [picture for prompt in ("猫 cat é", "犬") for picture in build().generate(prompt)]
+    drawn = [image for prompt in ("猫 cat é", "犬") for image in build().generate(prompt)]
     write_outputs(drawn, str(tmp_path), fingerprint="")
     files = [entry["file"] for entry in manifest(tmp_path)]
     assert files[0].startswith("cat-é-00-") and files[1].startswith("prompt-00-")
@@ -278,7 +278,7 @@ def test_pictures_that_were_removed_or_made_by_an_earlier_version(tmp_path):
     first, second = manifest(tmp_path)
     (tmp_path / first["file"]).unlink()
     old = {"file": second["file"], "prompt": "a red heart", "seed": 5, "model": "x"}
-    (tmp_path / "manifest.json").write_text(json.dumps({"pictures": [first, old]}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"images": [first, old]}))
     write_outputs(generator.generate("a blue car"), str(tmp_path), fingerprint="")
     entries = manifest(tmp_path)
     assert entries[0] == old and [e["prompt"] for e in entries] == ["a red heart", "a blue car"]
@@ -290,7 +290,7 @@ def test_a_damaged_earlier_picture_is_named_before_anything_is_written(tmp_path)
     (file,) = [entry["file"] for entry in manifest(tmp_path)]
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:60])
     before = names(tmp_path)
-    with pytest.raises(UserError, match=f"{file}: is not a whole picture; remove it"):
+    with pytest.raises(UserError, match=f"{file}: is not a whole image; remove it"):
         write_outputs(generator.generate("a blue car"), str(tmp_path), fingerprint="")
     assert names(tmp_path) == before
 
@@ -309,7 +309,7 @@ def test_a_damaged_earlier_picture_is_named_before_anything_is_written(tmp_path)
 def test_a_foreign_folder_is_not_written_to(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     drawn = build().generate("a red heart")
-    with pytest.raises(UserError, match=f"holds {name}, which is not a generated picture"):
+    with pytest.raises(UserError, match=f"holds {name}, which is not a generated image"):
         write_outputs(drawn, str(tmp_path), fingerprint="")
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == content
@@ -333,7 +333,7 @@ def test_a_file_beside_own_pictures_is_foreign(tmp_path):
         ({"prefix_codes": torch.zeros(3, 17).long()}, r"\(3, 17\) is not \[3, up to 16\]"),
         ({"prefix_codes": torch.zeros(2, 4).long()}, r"\(2, 4\) is not \[3, up to 16\]"),
         ({"prefix_codes": torch.zeros(3, 4)}, r"prefix_codes: dtype torch\.float32 is not int64"),
-        # One past the codebook is the start of the picture, which the embedding would take.
+        # One past the codebook is the start of the image, which the embedding would take.
         ({"prefix_codes": torch.full((3, 4), 20)}, "from 20 to 20 are not in 0 to 19"),
     ],
 )

@@ -44,7 +44,7 @@ def reduce(sgd, named, start):
 
 
 def _directly(ranks, local_world_size):
-    """Plain autograd; gradients averaged over the machine; own rows by PowerSGD; rows gathered."""
+    """Plain autograd; gradients averaged over the node; own rows by PowerSGD; rows gathered."""
     groups = node_groups(ranks, local_world_size)
     sgd, model = PowerSGD(groups.replica, **OPTIONS), Net()
     for step in range(STEPS):
@@ -65,7 +65,7 @@ def _directly(ranks, local_world_size):
 
 
 def _by_fsdp2(ranks, local_world_size):
-    """The hook gets the machine's sum of all parameters' rows in one flat buffer."""
+    """The hook gets the node's sum of all parameters' rows in one flat buffer."""
     groups = node_groups(ranks, local_world_size)
     sgd, model = PowerSGD(groups.replica, **OPTIONS), Net()
     mesh = DeviceMesh.from_group(groups.shard, "cpu")
@@ -91,7 +91,7 @@ def _by_fsdp2(ranks, local_world_size):
 
 
 def _by_ddp(ranks, local_world_size):
-    """DDP's hook gets whole gradients: a machine of one rank."""
+    """DDP's hook gets whole gradients: a node of one rank."""
     assert local_world_size == 1
     groups = node_groups(ranks, local_world_size)
     sgd, net = PowerSGD(groups.replica, **OPTIONS), Net()

@@ -1,4 +1,4 @@
-"""The Triton kernels on any machine: interpreted, and compiled for GPUs that need not be there.
+"""The Triton kernels on any node: interpreted, and compiled for GPUs that need not be there.
 
 The interpreter is chosen by the environment before the kernels are decorated, so its tests run in
 a process of their own.

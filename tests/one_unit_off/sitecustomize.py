@@ -1,7 +1,7 @@
 """Every Python process that finds this file has a fp32 square root that is one unit off.
 
 MKL's is, for a sixth of all arguments, on AMD's processors. With this folder on PYTHONPATH the
-tests show on any machine that nothing rests on it (`make test-one-unit-off`).
+tests show on any node that nothing rests on it (`make test-one-unit-off`).
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Plots of what a real run logs: fp16 with scales, PowerSGD between two machines of one rank."""
+"""Plots of what a real run logs: fp16 with scales, PowerSGD between two nodes of one rank."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def gone_on_with(ranks, folder):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """On two machines; then a copy of its line of log, gone on with on one."""
+    """On two nodes; then a copy of its line of log, gone on with on one."""
     folder = tmp_path_factory.mktemp("plots")
     make(folder)
     return folder, run_distributed(trained, 2, folder)[0]
@@ -58,8 +58,8 @@ def test_plots_are_pictures_with_lines_in_them(run, what, capsys):
     assert main(["plot", what, path]) == 0
     out = capsys.readouterr().out.strip()
     assert out == f"{path}/plots/{what}.png"
-    picture = Image.open(out).convert("RGB")
-    assert picture.width > 800 and len(set(picture.resize((200, 100)).getdata())) > 50
+    image = Image.open(out).convert("RGB")
+    assert image.width > 800 and len(set(image.resize((200, 100)).getdata())) > 50
 
 
 def test_tensorboard_has_them_too(run):

@@ -1,4 +1,4 @@
-"""The road a user walks, on a few pictures: data, tokenizer, both stages, pictures, report."""
+"""The road a user walks, on a few images: data, tokenizer, both stages, images, report."""
 
 import json
 import re
@@ -42,8 +42,8 @@ def draw(folder):
             (pen.ellipse if shape == "ball" else pen.rectangle)(box, fill=colour)
             image.save(folder / f"{colour}-{shape}.png")
             (folder / f"{colour}-{shape}.txt").write_text(f"a {colour} {shape}\n")
-    (folder / "broken.jpg").write_bytes(b"no picture")
-    (folder / "broken.txt").write_text("a broken picture")
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "broken.txt").write_text("a broken image")
 
 
 def _walk(ranks, folder, setting):
@@ -58,8 +58,8 @@ def _walk(ranks, folder, setting):
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("road")
-    draw(folder / "pictures")
-    build = ["data", "build", str(folder / "pictures"), str(folder / "images")]
+    draw(folder / "images")
+    build = ["data", "build", str(folder / "images"), str(folder / "images")]
     assert main([*build, "--held-out", "0.3"]) == 0
     names = ("images", "tokens", "tokenizer", "dvae_run", "run")
     places = dict(zip(names, ("images", "tokens", "tokenizer.json", "dvae", "run"), strict=True))
@@ -74,24 +74,24 @@ def test_the_road_ends_in_a_report(walked):
     assert len(re.findall(r'src="data:image/png;base64,', text)) == 4
     assert not re.findall(r'(?:src|href)="(?!data:)', text), "the page must be self-contained"
     figures = json.loads((walked / "run/figures.json").read_text())
-    assert figures["held-out pictures"] >= 2
-    assert 3 < figures["PSNR of the dVAE, dB (mean over pictures)"] < 60
+    assert figures["held-out images"] >= 2
+    assert 3 < figures["PSNR of the dVAE, dB (mean over images)"] < 60
     assert 0 < figures["share of codes in use"] <= 1
     gain = figures["what the caption is worth, nats/token"]
     right = figures["image loss, right caption, nats/token"]
     shuffled = figures["image loss, captions shuffled, nats/token"]
     assert gain == pytest.approx(shuffled - right, abs=2e-3)
-    picture = Image.open(walked / "run/report.png").convert("L")
-    assert picture.width > 800 and picture.getextrema()[0] < 100
+    image = Image.open(walked / "run/report.png").convert("L")
+    assert image.width > 800 and image.getextrema()[0] < 100
 
 
 def test_prompts_become_pictures(walked):
     names = sorted(path.name for path in (walked / "drawn").iterdir())
     assert names[-2:] == ["grid.png", "manifest.json"] and len(names) == 6
-    pictures = json.loads((walked / "drawn/manifest.json").read_text())["pictures"]
+    images = json.loads((walked / "drawn/manifest.json").read_text())["images"]
     model = load_release(str(walked / "run/release")).fingerprint
-    assert {entry["model"] for entry in pictures} == {model}
-    assert Image.open(walked / "drawn" / pictures[0]["file"]).size == (16, 16)
+    assert {entry["model"] for entry in images} == {model}
+    assert Image.open(walked / "drawn" / images[0]["file"]).size == (16, 16)
 
 
 def test_three_lines_of_python_draw_the_same(walked):
@@ -120,7 +120,7 @@ def test_a_run_folder_holds_what_it_promises(walked):
 
 
 class Biased:
-    """Predicts pictures perfectly when the caption's first token is the picture's first code."""
+    """Predicts images perfectly when the caption's first token is the image's first code."""
 
     def __call__(self, text_BT, codes_BN):
         right = (text_BT[:, 0] == codes_BN[:, 0]).sum()

@@ -1,6 +1,6 @@
-"""A run whose every path is on S3 (moto's HTTP server): trained on one machine, gone on on another.
+"""A run whose every path is on S3 (moto's HTTP server): trained on one node, gone on on another.
 
-A machine is its cache folder.
+A node is its cache folder.
 """
 
 import dataclasses

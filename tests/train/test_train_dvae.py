@@ -1,4 +1,4 @@
-"""Stage 1 as a user runs it, on a handful of pictures."""
+"""Stage 1 as a user runs it, on a handful of images."""
 
 import io
 import json
@@ -237,7 +237,7 @@ def test_noise_is_each_samples_own_and_standard_gumbel():
 def test_encode_writes_the_argmax_codes_once(trained, capsys):
     assert main(["encode", *arguments(trained)]) == 0
     out = capsys.readouterr().out
-    assert "23 pictures, 1 corrupt pictures skipped" in out
+    assert "23 images, 1 corrupt images skipped" in out
     tokenizer = DVAETokenizer.load(str(trained / "dvae/release"))
     tokens = ShardSet(str(trained / "tokens/train"), "tokens")
     assert tokens.index.meta["image_tokenizer"] == tokenizer.fingerprint

@@ -1,10 +1,10 @@
-"""Grids: where pictures and captions lie. Pictures are coloured, so what is dark is text."""
+"""Grids: where images and captions lie. Images are coloured, so what is dark is text."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_dist.data.pictures import GAP, LEAST_WIDTH, LINES, _pixels, grid, wrapped
+from dalle_dist.data.images import GAP, LEAST_WIDTH, LINES, _pixels, grid, wrapped
 
 LONG = "a very long prompt that goes on and on, " * 5
 
@@ -48,7 +48,7 @@ def test_a_rows_caption_lies_above_it_and_hides_nothing():
     assert top >= 3 * 11 and second - bottom >= 11 + GAP
     assert len(text_columns(canvas, top)) > 200
     pixels = np.asarray(canvas)
-    assert (pixels[top - 2 : top] == 255).all()  # letters do not touch the picture
+    assert (pixels[top - 2 : top] == 255).all()  # letters do not touch the image
     assert (pixels[second - 1] == 255).all() and (pixels[bottom : bottom + GAP] == 255).all()
 
 
@@ -65,7 +65,7 @@ def test_a_single_pictures_caption_has_room_to_be_read():
 
 
 def test_captions_are_one_for_the_row_or_one_for_each_picture():
-    with pytest.raises(ValueError, match="captions: 2 for a row of 3 pictures"):
+    with pytest.raises(ValueError, match="captions: 2 for a row of 3 images"):
         grid(red(1, 3), captions=[["a", "b"]])
 
 

@@ -1,4 +1,4 @@
-"""Tensors to pictures, and pictures to grids with captions."""
+"""Tensors to images, and images to grids with captions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-GAP = 6  # pixels between pictures
+GAP = 6  # pixels between images
 LINES = 3  # of a caption, at most
 TEXT, LEADING = 11, 14  # pixels: size of a caption's letters, and from line to line
-BELOW = 3  # pixels between a caption and its picture
-LEAST_WIDTH = 240  # pixels of a grid with captions: that of a single picture is read as well
+BELOW = 3  # pixels between a caption and its image
+LEAST_WIDTH = 240  # pixels of a grid with captions: that of a single image is read as well
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def to_image(picture_CHW: Tensor) -> Image.Image:
-    """Floats in [0, 1] (clamped) to an RGB picture."""
-    pixels_HWC = (picture_CHW.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+def to_image(image_CHW: Tensor) -> Image.Image:
+    """Floats in [0, 1] (clamped) to an RGB image."""
+    pixels_HWC = (image_CHW.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     return Image.fromarray(pixels_HWC.cpu().numpy())
 
 
@@ -30,13 +30,13 @@ def grid(
     cell: int = 96,
     captions: Sequence[Sequence[str]] = (),
 ) -> Image.Image:
-    """Rows of pictures, each fitted into a square of `cell` pixels, on white.
+    """Rows of images, each fitted into a square of `cell` pixels, on white.
 
-    `captions` are for each row either one, over its whole width, or one per picture. They stand
-    above the pictures, in at most three lines; an empty one is left out.
+    `captions` are for each row either one, over its whole width, or one per image. They stand
+    above the images, in at most three lines; an empty one is left out.
 
     Raises:
-        ValueError: neither one caption for a row nor one per picture.
+        ValueError: neither one caption for a row nor one per image.
     """
     step = cell + GAP
     width = max(len(row) for row in rows) * step + GAP
@@ -51,14 +51,14 @@ def grid(
     for row, head, top in zip(rows, heads, tops, strict=True):
         for j, lines in enumerate(head):
             _write(draw, lines, GAP + j * step, y + top)
-        for j, picture in enumerate(row):
-            canvas.paste(fit(picture, cell), (GAP + j * step, y + top))
+        for j, image in enumerate(row):
+            canvas.paste(fit(image, cell), (GAP + j * step, y + top))
         y += top + step
     return canvas
 
 
-def fit(picture: Image.Image, cell: int) -> Image.Image:
-    return picture.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
+def fit(image: Image.Image, cell: int) -> Image.Image:
+    return image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
 
 
 def wrapped(text: str, width: int) -> list[str]:
@@ -82,9 +82,9 @@ def wrapped(text: str, width: int) -> list[str]:
 def _head(
     row: Sequence[Image.Image], texts: Sequence[str], cell: int, width: int
 ) -> list[list[str]]:
-    """The lines above each picture; above the first alone where one caption is for the row."""
+    """The lines above each image; above the first alone where one caption is for the row."""
     if len(texts) not in (1, len(row)):
-        raise ValueError(f"captions: {len(texts)} for a row of {len(row)} pictures")
+        raise ValueError(f"captions: {len(texts)} for a row of {len(row)} images")
     return [wrapped(text, width - 2 * GAP if len(texts) == 1 else cell) for text in texts]
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a report: the table of captions with what was drawn, and curves."""
+"""Images of a report: the table of captions with what was drawn, and curves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dalle_dist.data.pictures import GAP, fit
+from dalle_dist.data.images import GAP, fit
 
 CELL, CAPTION = 96, 190  # pixels
 
@@ -22,7 +22,7 @@ class Row:
 
 
 def table(rows: Sequence[Row], title: str, columns: int = 2) -> Image.Image:
-    """All rows in `columns` columns: caption, the true picture, then the samples."""
+    """All rows in `columns` columns: caption, the true image, then the samples."""
     shown = 1 + max(len(row.samples) for row in rows)
     width = CAPTION + shown * (CELL + GAP) + 4 * GAP
     lines = -(-len(rows) // columns)
@@ -37,9 +37,9 @@ def table(rows: Sequence[Row], title: str, columns: int = 2) -> Image.Image:
         left, top = (i // lines) * width, 64 + (i % lines) * (CELL + GAP)
         text = "\n".join(textwrap.wrap(row.caption, 24)[:4])
         draw.multiline_text((left + GAP, top + CELL // 4), text, fill="black", font=font)
-        for j, picture in enumerate([row.true, *row.samples]):
+        for j, image in enumerate([row.true, *row.samples]):
             at = left + CAPTION + GAP + j * (CELL + GAP) + (2 * GAP if j else 0)
-            canvas.paste(fit(picture, CELL), (at, top))
+            canvas.paste(fit(image, CELL), (at, top))
     return canvas
 
 
