@@ -128,3 +128,11 @@ def test_words_are_spelled_as_codespell_knows_them():
         ["codespell", *tracked()], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_glossary_is_in_alphabetical_order():
+    rows = (ROOT / "CONTRIBUTING.md").read_text().partition("## Glossary")[2].split("\n| ")[2:]
+    terms = [row.partition(" |")[0] for row in rows]
+    words = [term for term in terms if term[0].isalpha()]
+    assert len(words) > 50
+    assert words == sorted(words, key=str.casefold)
