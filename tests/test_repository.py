@@ -1,4 +1,4 @@
-"""What holds for the repository's files beside the code: hooks, hosted CI, pages, licence, sizes."""
+"""What holds for the files beside the code: hooks, hosted CI, pages, licence, sizes."""
 
 import hashlib
 import os
