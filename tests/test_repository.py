@@ -35,7 +35,7 @@ def pinned(package):
     return re.search(rf"^{package}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
 
 
-def test_hooks_are_those_that_contributing_names_each_at_a_version():
+def test_hooks_are_the_promised_ones_each_at_a_version():
     assert set(hooks()) == HOOKS
     for repo, _ in hooks().values():
         assert repo["repo"] == "local" or re.fullmatch(r"v\d+\.\d+\.\d+", repo["rev"])
