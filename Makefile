@@ -1,9 +1,9 @@
-# make demo   a machine learns to draw from text: 14 to 20 minutes on 2 cores, ends with runs/demo/report.html
+# make demo   a model learns to generate images from text: 14 to 20 minutes on 2 cores, ends with runs/demo/report.html
 # make docs   docs/config.md, from the config's fields
 # make test   all quick tests            make check   lint, format, types
 # make test-one-unit-off   the same, as on a processor with another square root
 # make test-slow   the slower proofs     make bench   the figures in benchmarks/results
-# make test-deepspeed-matrix   what is asked of DeepSpeed, under each version of distributed/versions.py
+# make test-deepspeed-matrix   what is asked of DeepSpeed, under each version of engine/deepspeed/versions.py
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +24,7 @@ SET := paths.images=$(DATA) paths.tokens=$(DATA)-tokens paths.tokenizer=$(DATA)/
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.html
-	@echo "Open $(RUN)/report.html; the table of drawn pictures is $(RUN)/report.png"
+	@echo "Open $(RUN)/report.html; the table of generated images is $(RUN)/report.png"
 
 $(RUN)/report.html: $(RUN)/release/config.yaml
 	$(BIN)/dalle-dist report $(PRESET) $(SET)
@@ -44,7 +44,7 @@ $(DATA)/tokenizer.json: $(DATA)/held-out/index.json
 $(DATA)/held-out/index.json: $(VENV)/ready
 	$(BIN)/dalle-dist data emoji $(DATA) --size 64
 
-# The same road in a few minutes: it proves the road, its pictures are poor.
+# The same stages in a few minutes: it proves that they run, its images are poor.
 demo-short:
 	$(MAKE) demo RUN=runs/demo-short DATA=data/emoji-short \
 	  EXTRA="dvae_train.steps=60 dvae_train.eval_every=60 train.steps=40 train.warmup=10 train.eval_every=40 train.sample_every=40"
@@ -69,7 +69,7 @@ OLD_DEEPSPEEDS := 0.18.9 0.17.5
 
 test-deepspeed-matrix: $(VENV)/ready $(OLD_DEEPSPEEDS:%=build/deepspeed-%)
 	set -e; for folder in "" $(OLD_DEEPSPEEDS:%=build/deepspeed-%); do \
-	  PYTHONPATH=$$folder $(BIN)/python -m pytest -q tests/distributed/test_deepspeed.py; done
+	  PYTHONPATH=$$folder $(BIN)/python -m pytest -q tests/engine/test_deepspeed.py; done
 
 build/deepspeed-%: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target $@ deepspeed==$*

@@ -14,10 +14,13 @@ setup(
     # Read, not imported: the version is stated once, and setting up needs nothing of the package.
     version=re.search(r'^__version__ = "(.+)"$', INIT.read_text(), re.MULTILINE)[1],
     description="Train DALL-E from a laptop's CPU to a cluster, with the same commands",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=[*find_packages(include=["dalle_dist", "dalle_dist.*"]), *DATA],
     package_dir=DATA,
     package_data={
+        "dalle_dist": ["py.typed"],
         "dalle_dist.presets": ["*.yaml"],
         "dalle_dist.slurm": ["*.sbatch", "*.sh"],
     },

@@ -26,7 +26,7 @@ if [ "$after" = finished ]; then
   echo "$verb: finished"
   exit "$status"
 elif [ "$after" != "$before" ]; then
-  echo "$verb: status $status, saved at update $after, not finished; requeueing job $SLURM_JOB_ID"
+  echo "$verb: status $status, saved at step $after, not finished; requeueing job $SLURM_JOB_ID"
   scontrol requeue "$SLURM_JOB_ID"
 else
   # Requeueing a job that saved nothing would only burn the queue in a loop.

@@ -1,7 +1,7 @@
-"""`progress.py VERB PRESET [key=value ...]` prints how far a run is: finished, none, or an update.
+"""`progress.py VERB PRESET [key=value ...]` prints how far a run is: finished, none, or a step.
 
 Asked of our own storage and config, since a run may lie on S3, and the release of a run that was
-asked for more updates is not its end.
+asked for more steps is not its end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dalle_dist.errors import UserError
 
 
 def progress(verb: str, preset: str, *overrides: str) -> str:
-    """Update of the newest checkpoint, "none", or "finished" when the release is of the last one.
+    """Step of the newest checkpoint, "none", or "finished" when the release is of the last one.
 
     Raises UserError: no such preset, a wrong override, or a storage that does not answer.
     """

@@ -22,7 +22,7 @@ SHIPPED = {
     "slurm": "dalle_dist/slurm",
     "kernels/dalle_kernels": "dalle_kernels",
 }
-SUFFIXES = (".json", ".py", ".sbatch", ".sh", ".yaml")
+SUFFIXES = (".json", ".py", ".sbatch", ".sh", ".typed", ".yaml")
 STAGES = [
     ["data", "build", "images", "data"],
     ["data", "inspect", "data", "--contact-sheet", "sheet.png"],
@@ -98,6 +98,9 @@ def test_the_wheels_hold_every_file_and_draw(venv, elsewhere):
         for file in files:
             installed = places[0].parents[1] / target / file.relative_to(ROOT / folder)
             assert installed.read_bytes() == file.read_bytes()
+    for package in ("dalle_dist", "dalle_kernels"):
+        (licence,) = places[0].parents[1].glob(f"{package}-*.dist-info/licenses/LICENSE")
+        assert licence.read_bytes() == (ROOT / "LICENSE").read_bytes()
     assert run(venv, elsewhere, "dalle-dist", "--version").startswith("dalle-dist ")
     for arguments in STAGES:
         run(venv, elsewhere, "dalle-dist", *arguments)
