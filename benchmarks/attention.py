@@ -1,8 +1,8 @@
 """Attention under the row, column and conv masks against dense, masked and FlexAttention.
 
 Every contender is first compared with fp64; then all are timed in turn, and ratios are taken round
-by round. On a GPU attention_gpu.py takes over. On a CPU: fp32, batch 2, the heads and states of the
-training benchmark. FlexAttention has no backward on CPUs, and needs a C++ compiler there.
+by round. On a GPU attention_gpu.py takes over. On a CPU: fp32, batch 2, the heads and positions of
+the training benchmark. FlexAttention has no backward on CPUs, and needs a C++ compiler there.
 
 The floor on a CPU is the masks' exact pairs, 4 D products and sums each in the forward pass and
 10 D in the backward one, at the speed of torch's matrix product measured in the same run.

@@ -1,10 +1,10 @@
-"""The attention benchmark on a GPU: bf16, batch 8, 62 heads of 64, 256 + 1,024 states.
+"""The attention benchmark on a GPU: bf16, batch 8, 62 heads of 64, 256 + 1,024 positions.
 
 Forward and backward passes by CUDA events, each after a write that empties the L2 cache and lasts
 until the call is queued. Then one layer of the paper's width, and a training step of a few, ours
 against the same model with dense attention: at that width attention is a small part of either.
 
-Shape suffixes: B batch, N states, W width, H heads, D head width; 3 is query, key, value.
+Shape suffixes: B batch, N positions, W width, H heads, D head width; 3 is query, key, value.
 """
 
 from __future__ import annotations

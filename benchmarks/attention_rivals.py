@@ -120,7 +120,7 @@ def flex(
     # Past its limit of recompilations torch would go on without compiling, and say so in passing.
     dynamo_config.recompile_limit, dynamo_config.fail_on_recompile_limit_hit = 64, True
     device, trains = qkv_BN3HD.device, qkv_BN3HD.is_cuda
-    order, back = (index.to(device) for index in band_order(mask))
+    order, raster = (index.to(device) for index in band_order(mask))
     compiled = torch.compile(flex_attention, dynamic=False, mode=how.mode)
     allowed = mask_table(mask, order) if how.table else mask_mod(mask)
     blocks = create_block_mask(allowed, None, None, len(order), len(order), device, how.block)
@@ -129,13 +129,13 @@ def flex(
         return compiled(*qkv, block_mask=blocks)
 
     def moved(*qkv: Tensor) -> Tensor:
-        return _Moved.apply(attend(*(_Moved.apply(x, order, back) for x in qkv)), back, order)
+        return _Moved.apply(attend(*(_Moved.apply(x, order, raster) for x in qkv)), raster, order)
 
     inputs, grad = _head_major(qkv_BN3HD, grad_BNHD)
     inputs = tuple(x.requires_grad_(trains) for x in inputs)
     there = tuple(x.detach()[:, :, order].requires_grad_(trains) for x in inputs)
     yield Contender(
-        name, "Flex", mask, attend, there, grad[:, :, order], lambda x: x[..., back, :], trains
+        name, "Flex", mask, attend, there, grad[:, :, order], lambda x: x[..., raster, :], trains
     )
     if mask.rule.by_column:
         yield Contender(

@@ -1,4 +1,8 @@
-"""What the benchmarks share: the model they measure, timing, and CSV rows that say where."""
+"""What the benchmarks share: the model they measure, timing, and CSV rows that say where.
+
+Columns of a row: `median`, `low` and `high` of `runs` timed rounds, in `unit`; `case` is what was
+measured, `metric` of it. Rows of 2026-11-25 and before call an optimizer step an update.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +84,7 @@ def benchmark_config(smoke: bool) -> Config:
 
 
 def benchmark_model(config: Config) -> Transformer:
-    """The transformer with unembeddings that are not zero, so that every gradient flows."""
+    """The transformer with unembeddings that are not zero, so that no gradient is zero."""
     torch.manual_seed(0)
     model = Transformer(config)
     for head in (model.text_unembedding, model.image_unembedding):

@@ -23,10 +23,11 @@ from benchmarks import common
 from benchmarks.common import Measured
 from dalle_dist.config import Config, load
 from dalle_dist.distributed import launch
+from dalle_dist.gradients.piece import Piece
 from dalle_dist.gradients.powersgd.algorithm import PowerSGD
 from dalle_dist.gradients.powersgd.orthogonal import gaussian_RN, orthonormal_BMR
 
-MACHINE, RANK = 8, 112
+LOCAL_WORLD_SIZE, RANK = 8, 112
 HOOKS: dict[str, dict[str, bool] | None] = {
     "ours": None,
     "torch hook": {},
@@ -75,7 +76,7 @@ def main() -> None:
 
 def blocks(width: int) -> dict[str, list[tuple[int, int]]]:
     """Shards of an attention and of an MLP resblock, cut along dim 0; `down` lies as [4d, d]."""
-    rows = width // MACHINE
+    rows = width // LOCAL_WORLD_SIZE
     return {"attention": [(rows, width)] * 4, "MLP": [(4 * rows, width)] * 2}
 
 
@@ -139,7 +140,7 @@ def ours(
 ) -> tuple[Callable[[], None], list[Tensor], PowerSGD]:
     sgd = PowerSGD(dist.group.WORLD, blocks=1, rank=rank, device=device)
     values = Bucket(gradient(shapes, device), shapes).gradients()
-    shards = [Shard(f"w{i}", value, 0) for i, value in enumerate(values)]
+    shards = [Piece(f"w{i}", 0, value, block=0) for i, value in enumerate(values)]
 
     def run() -> None:
         sgd.reduce(shards)
@@ -175,7 +176,7 @@ def check_ours(shapes: list[tuple[int, int]], rank: int, device: torch.device) -
     run, values, sgd = ours(shapes, rank, device)
     given = [value.clone() for value in values]
     run()
-    errors = [sgd.state()["errors"][f"w{i}@0"].to(device) for i in range(len(shapes))]
+    errors = [sgd.errors()[f"w{i}@0"] for i in range(len(shapes))]
     q = gaussian_RN(0, "w0@0", rank, shapes[0][1]).to(device).double().T
     basis, _ = torch.linalg.qr(given[0].double() @ q)
     _require("our output", values[0], basis @ (basis.T @ given[0].double()))

@@ -1,6 +1,6 @@
-"""Training over a thin wire between two machines: updates per second, bytes, loss; and rivals'.
+"""Training over a slow network between two nodes: steps per second, bytes, loss; and rivals'.
 
-Two network namespaces stand for the machines, `tc tbf` for the wire, gloo for the network library,
+Two network namespaces stand for the nodes, `tc tbf` for the network, gloo for its library,
 captions and codes in token shards for the data. PowerSGD's rank leaves out what the paper's does
 (86%). Needs root and iproute2; elsewhere it says so and measures nothing. Some 20 minutes.
 """
@@ -29,12 +29,12 @@ from dalle_dist.config import Config, from_dict, to_dict
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.text_tokenizer.bpe import train_tokenizer
 
-RATES = (1000, 100)  # Mbit/s; the first is where losses are compared, which no wire changes
-TRAINED = 40  # updates on the first wire; the mean loss of the ...
+RATES = (1000, 100)  # Mbit/s; the first is where losses are compared, which no rate changes
+TRAINED = 40  # steps at the first rate; the mean loss of the ...
 LAST = 10  # ... last ones is compared
-WARM_UP = TORCH_START + 1  # updates that no rate counts; torch's first compressed one makes its Q
+WARM_UP = TORCH_START + 1  # steps that no rate counts; torch's first compressed one makes its Q
 LIMIT = 400.0  # seconds that one contender may take
-COLOURS = ("red", "green", "blue", "black")
+COLORS = ("red", "green", "blue", "black")
 THINGS = ("heart", "car", "house", "tree")
 NOISE = 0.1  # share of codes that the caption does not decide: the loss has a floor above 0
 
@@ -46,12 +46,12 @@ class Contender:
     name: str
     parallel: dict[str, Any] = field(default_factory=dict)
     hook: str = ""  # of torch's DDP; empty: our engine
-    trained: bool = True  # whether its loss is compared, after more updates than it takes to time
+    trained: bool = True  # whether its loss is compared, after more steps than it takes to time
 
 
-def ours(wire: str, trained: bool = True) -> Contender:
-    parallel = {"between_nodes": "powersgd", "comm_dtype": wire}
-    return Contender(f"ours, {wire}", parallel, trained=trained)
+def ours(comm_dtype: str, trained: bool = True) -> Contender:
+    parallel = {"between_nodes": "powersgd", "comm_dtype": comm_dtype}
+    return Contender(f"ours, {comm_dtype}", parallel, trained=trained)
 
 
 DENSE = Contender("dense all-reduce", {"between_nodes": "dense"})
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def wire_config(smoke: bool, folder: Path) -> Config:
-    """16 layers of width 512, 50 million values in matrices; few tokens, for the wire's sake."""
+    """16 layers of width 512, 50 million values in matrices; few tokens: sending takes the time."""
     shape = {"width": 64, "heads": 1, "layers": 2} if smoke else {
         "width": 512, "heads": 8, "layers": 16,
     }  # fmt: skip
@@ -107,15 +107,19 @@ def wire_config(smoke: bool, folder: Path) -> Config:
 
 
 def write_inputs(config: Config) -> None:
-    """A tokenizer, and shards whose captions decide most codes: colour above, thing below."""
-    captions = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
+    """A tokenizer, and shards whose captions decide most codes: color above, thing below."""
+    captions = [f"{color} {thing}" for color in COLORS for thing in THINGS]
     train_tokenizer(captions, config.tokenizer.vocab_size).save(config.paths.tokenizer)
     grid, random = config.dvae.grid, np.random.default_rng(0)
-    meta = {"dvae": "none", "grid": grid, "codebook_size": config.transformer.codebook_size}
+    meta = {
+        "image_tokenizer": "none",
+        "grid": grid,
+        "codebook_size": config.transformer.codebook_size,
+    }
     with ShardWriter(f"{config.paths.tokens}/train", "tokens", meta, 256) as writer:
         for number in range(64 * len(captions)):
-            colour, thing = divmod(number % len(captions), len(THINGS))
-            codes = np.repeat(np.array([colour, 4 + thing], np.uint16), grid * grid // 2)
+            color, thing = divmod(number % len(captions), len(THINGS))
+            codes = np.repeat(np.array([color, 4 + thing], np.uint16), grid * grid // 2)
             free = random.random(codes.shape) < NOISE
             codes[free] = random.integers(0, config.transformer.codebook_size, int(free.sum()))
             buffer = io.BytesIO()
@@ -131,27 +135,27 @@ def measure(config: Config, options: argparse.Namespace, folder: Path) -> Result
     for rate in RATES[:1] if options.smoke else RATES:
         for contender in CONTENDERS:
             long = contender.trained and rate == RATES[0] and not options.smoke
-            updates = max(short, TRAINED) if long else short
-            found = run(contender, config, rate, updates, max(1, options.threads // 2), folder)
+            steps = max(short, TRAINED) if long else short
+            found = run(contender, config, rate, steps, max(1, options.threads // 2), folder)
             results[rate, contender.name] = found
             seconds = statistics.median(found[0].seconds[WARM_UP:])
-            print(f"{rate} Mbit/s, {contender.name}: {seconds:.3g} s per update", flush=True)
+            print(f"{rate} Mbit/s, {contender.name}: {seconds:.3g} s per step", flush=True)
     return results
 
 
 def run(
-    contender: Contender, config: Config, rate: int, updates: int, threads: int, folder: Path
+    contender: Contender, config: Config, rate: int, steps: int, threads: int, folder: Path
 ) -> list[Outcome]:
     tree = to_dict(config)
     tree["parallel"] |= contender.parallel
-    job = {"config": tree, "hook": contender.hook, "updates": updates, "threads": threads}
+    job = {"config": tree, "hook": contender.hook, "steps": steps, "threads": threads}
     job["out"] = str(folder / "rank{rank}.json")
     (folder / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "benchmarks.wire_rank", str(folder / "job.json")]
-    per_machine = config.parallel.local_world_size
+    local_world_size = config.parallel.local_world_size
     with thin_wire.ThinWire(rate) as wire:
-        wire.run(command, per_machine, LIMIT)
-    ranks = range(2 * per_machine)
+        wire.run(command, local_world_size, LIMIT)
+    ranks = range(2 * local_world_size)
     return [Outcome(**json.loads((folder / f"rank{r}.json").read_text())) for r in ranks]
 
 
@@ -169,7 +173,7 @@ def check(results: Results) -> None:
             raise SystemExit(f"{where}: the first loss is {first.losses[0]}, dense's is {start}")
         other = results[RATES[0], name][0].losses[: len(first.losses)]
         if not np.allclose(first.losses, other, rtol=1e-3):
-            raise SystemExit(f"{where}: losses depend on the wire")
+            raise SystemExit(f"{where}: losses depend on the rate")
 
 
 def figures(results: Results) -> list[Measured]:
@@ -186,21 +190,21 @@ def _at_rate(rate: int, found: Mapping[str, Sequence[Outcome]]) -> list[Measured
     dense = found[DENSE.name]
     for name, ranks in found.items():
         times = ranks[0].seconds[WARM_UP:]
-        rows.append(Measured(name, f"updates at {rate} Mbit/s", "1/s", [1 / t for t in times]))
+        rows.append(Measured(name, f"steps at {rate} Mbit/s", "1/s", [1 / t for t in times]))
         speed = [statistics.median(dense[0].seconds[WARM_UP:]) / t for t in times]
         rows.append(Measured(name, f"speed at {rate} Mbit/s", "x dense", speed))
         processor = ranks[0].cpu_seconds[WARM_UP:]
         rows.append(Measured(name, f"processor time at {rate} Mbit/s", "s", processor))
     for name, ranks in found.items():
         sent = _sent(ranks)
-        rows.append(Measured(name, f"sent per update at {rate} Mbit/s", "MB", sent))
+        rows.append(Measured(name, f"sent per step at {rate} Mbit/s", "MB", sent))
         share = statistics.median(sent) / statistics.median(_sent(dense))
         rows.append(Measured(name, f"bytes at {rate} Mbit/s", "% of dense", [100 * share]))
     return rows
 
 
 def _sent(ranks: Sequence[Outcome]) -> list[float]:
-    """Megabytes of each counted update in both directions together."""
+    """Megabytes of each counted step in both directions together."""
     ends = [ranks[0].sent_bytes[WARM_UP:], ranks[-1].sent_bytes[WARM_UP:]]
     return [sum(pair) / 1e6 for pair in zip(*ends, strict=True)]
 
@@ -210,7 +214,7 @@ def _losses(trained: Mapping[str, Sequence[float]]) -> list[Measured]:
     rows = []
     for name, losses in trained.items():
         last = losses[-LAST:]
-        metric = f"loss, updates {len(losses) - len(last) + 1} to {len(losses)}"
+        metric = f"loss, steps {len(losses) - len(last) + 1} to {len(losses)}"
         rows.append(Measured(name, metric, "nats", last))
         excess = 100 * (statistics.mean(last) / dense - 1)
         rows.append(Measured(name, "mean of them over dense's", "%", [excess]))

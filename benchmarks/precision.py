@@ -1,11 +1,11 @@
 """fp16 with a gradient scale per resblock against one loss scale and fp32, on narrow deep models.
 
 "d64-l64" shows what underflows: as deep as the 12B model, its embeddings starting at that model's
-deviation. It learns little in its 120 updates, and two fp32 runs of it end apart. "d64-l24" learns
-more, so that losses can be compared. All runs of a model share data and updates; they part after a
-few in fp32, with scales as high as those updates' gradients allow: the rules need thousands.
+deviation. It learns little in its 120 steps, and two fp32 runs of it end apart. "d64-l24" learns
+more, so that losses can be compared. All runs of a model share data and steps; they part after a
+few in fp32, with scales as high as those steps' gradients allow: the rules need thousands.
 
-The rival is the field's dynamic loss scale: x 2 after GOOD_UPDATES, / 2 and no update after a bad
+The rival is the field's dynamic loss scale: x 2 after GOOD_STEPS, / 2 and no step after a bad
 one. It comes in two forms: every gradient in fp16, as in engines that cast all parameters, and one
 with fp32 outside the matrices, as ours. Underflow is counted on a batch held out, at the run's own
 weights: entries of the matrices' gradients that are zero in fp16 and not in fp32.
@@ -30,27 +30,27 @@ from benchmarks.common import Measured
 from benchmarks.precision_curves import Curve, means
 from dalle_dist.config import Config, from_dict
 from dalle_dist.optim.adamw import AdamW
-from dalle_dist.optim.groups import param_groups
+from dalle_dist.optim.groups import param_groups, resblock_matrices
 from dalle_dist.precision.scales import HIGH, WINDOW, BlockScales
 from dalle_dist.transformer.blocks import attach_scales, resblocks
 from dalle_dist.transformer.model import Transformer
 
-GOOD_UPDATES = 25  # custom is 1000 or 2000; short windows suit short runs, and the rival
+GOOD_STEPS = 25  # custom is 1000 or 2000; short windows suit short runs, and the rival
 HEADROOM = 5.0  # log2
 WIDTH_12B = 3968
-KINDS = 8  # colours, and things
+KINDS = 8  # colors, and things
 WORST = 8  # resblocks
 CUT = f"underflow, worst {WORST} resblocks"
-NOISE = 0.1  # share of codes that are drawn at random
+NOISE = 0.1  # share of codes that are random
 
 
 @dataclass(frozen=True)
 class Plan:
     config: Config
-    pictures: tuple[str, ...]
+    plots: tuple[str, ...]
     embedding_width: int  # of the model whose embeddings' deviation these start with
-    shared: int  # updates in fp32 before the runs part
-    updates: int
+    shared: int  # steps in fp32 before the runs part
+    steps: int
     probe_every: int
     held_out: int  # batches
     settle: int  # batches
@@ -65,8 +65,8 @@ class GlobalScale(BlockScales):
 
     def update(self, bad_K: Any) -> None:
         self._good = 0 if any(bad_K) else self._good + 1
-        step = -1.0 if any(bad_K) else float(self._good % self._window == 0)
-        self._logs = [log + step for log in self._logs]
+        change = -1.0 if any(bad_K) else float(self._good % self._window == 0)
+        self._logs = [log + change for log in self._logs]
         self._publish()
 
 
@@ -88,7 +88,7 @@ def main() -> None:
         common.report("precision", plan.config, figures(seeds), options)
         folder = options.out.parent if options.out else precision_plots.DOCS
         if options.out or not options.smoke:
-            precision_plots.draw(plan.pictures, seeds[0], plan.shared, folder)
+            precision_plots.draw(plan.plots, seeds[0], plan.shared, folder)
 
 
 def plans(smoke: bool) -> list[Plan]:
@@ -131,7 +131,7 @@ def compare(plan: Plan, seed: int) -> dict[str, Curve]:
     fp32 = Run(model, Scheme("fp32"), plan, first)
     fp32.train(1, plan.shared)
     saved = copy.deepcopy((model.state_dict(), fp32.optimizer.state_dict()))
-    fp32.train(plan.shared + 1, plan.updates)
+    fp32.train(plan.shared + 1, plan.steps)
     found = {"fp32": first}
     for scheme in schemes(len(resblocks(model))):
         model.load_state_dict(saved[0])
@@ -142,7 +142,7 @@ def compare(plan: Plan, seed: int) -> dict[str, Curve]:
             run.settle()
         if scheme.nudged:
             run.nudge()
-        run.train(plan.shared + 1, plan.updates)
+        run.train(plan.shared + 1, plan.steps)
         print(f"{scheme.name}: held-out loss {curve.held_out:.4f}, fp32 {first.held_out:.4f}")
     return found
 
@@ -159,7 +159,7 @@ def figures(seeds: list[dict[str, Curve]]) -> list[Measured]:
         rows.append(Measured(name, "held-out loss / fp32's", "x", against))
         if name == "fp32, nudged":
             continue
-        rows.append(Measured(name, "updates skipped", "", [float(c.skipped) for c in curves]))
+        rows.append(Measured(name, "steps skipped", "", [float(c.skipped) for c in curves]))
         if not all(c.underflow for c in curves):
             print(f"{name}: every probe overflowed; its underflow is not known")
             continue
@@ -200,8 +200,8 @@ def make_model(plan: Plan) -> Transformer:
 
 def schemes(blocks: int) -> Iterator[Scheme]:
     yield Scheme("fp32, nudged", nudged=True)
-    yield Scheme("global, all fp16", GlobalScale(blocks, GOOD_UPDATES), everything=True)
-    yield Scheme("global", GlobalScale(blocks, GOOD_UPDATES))
+    yield Scheme("global, all fp16", GlobalScale(blocks, GOOD_STEPS), everything=True)
+    yield Scheme("global", GlobalScale(blocks, GOOD_STEPS))
     yield Scheme("per resblock", BlockScales(blocks, replicas=1))
     yield Scheme("per resblock, 16-bit moments", BlockScales(blocks, replicas=1), moments="16-bit")
 
@@ -215,7 +215,7 @@ class Run:
         inside = {id(p) for block in self._blocks for p in block.parameters()}
         self._rest = [p for p in model.parameters() if id(p) not in inside]
         train = plan.config.train
-        groups = param_groups(model, train.weight_decay, scheme.moments)
+        groups = param_groups(model, resblock_matrices, train.weight_decay, scheme.moments)
         self.optimizer = AdamW(
             groups, betas=(train.beta1, train.beta2), variance_clip=train.variance_clip
         )
@@ -233,19 +233,19 @@ class Run:
         self.optimizer.load_state_dict(state)
 
     def settle(self) -> None:
-        """The highest powers of two at which no shared update's gradients overflow.
+        """The highest powers of two at which no shared step's gradients overflow.
 
         Ours HEADROOM lower: gradients grow from here on, and the rule lowers a scale by sqrt(2) in
-        125 updates. The rival adapts at once.
+        125 steps. The rival adapts at once.
         """
         scales, blocks, last = self._scheme.scales, len(self._blocks), self._plan.shared
         log2_K = [HIGH + HEADROOM] * blocks
-        for update in range(last + 1 - self._plan.settle, last + 1):
+        for step in range(last + 1 - self._plan.settle, last + 1):
             bad_K = [True]
             while any(bad_K):
                 state = {"log2": log2_K, "since_cut": [WINDOW] * blocks, "overflows": [0] * blocks}
                 scales.load_state_dict(state)
-                self._backward(update, self._plan.config.train.batch_size)
+                self._backward(step, self._plan.config.train.batch_size)
                 *bad_K, rest = self._unscale()
                 if isinstance(scales, GlobalScale):
                     bad_K = [rest or any(bad_K)] * blocks
@@ -261,19 +261,19 @@ class Run:
     def train(self, first: int, last: int) -> None:
         """Updates `first` to `last`, then the held-out loss."""
         scales, every = self._scheme.scales, self._plan.probe_every
-        for update in range(first, last + 1):
-            self._curve.losses[update] = self._update(update)
+        for step in range(first, last + 1):
+            self._curve.losses[step] = self._step(step)
             if scales is not None:
-                self._curve.scales[update] = scales.values
-                if update % every == 0:
+                self._curve.scales[step] = scales.values
+                if step % every == 0:
                     self._probe()
         with torch.no_grad():
             losses = [self._loss(-1 - n, 64).item() for n in range(self._plan.held_out)]
         self._curve.held_out = statistics.fmean(losses)
 
-    def _update(self, update: int) -> float:
+    def _step(self, step: int) -> float:
         train, scheme = self._plan.config.train, self._scheme
-        loss = self._backward(update, train.batch_size)
+        loss = self._backward(step, train.batch_size)
         bad_K1 = self._unscale()
         if scheme.scales is not None:
             scheme.scales.update(bad_K1 if isinstance(scheme.scales, GlobalScale) else bad_K1[:-1])
@@ -281,7 +281,7 @@ class Run:
             self._curve.skipped += 1
             return loss
         nn.utils.clip_grad_norm_(self._model.parameters(), train.clip)
-        warm, left = update / train.warmup, 1 - update / (self._plan.updates + 1)
+        warm, left = step / train.warmup, 1 - step / (self._plan.steps + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = train.lr * min(1, warm, 2 * left)
         self.optimizer.step()
@@ -316,15 +316,15 @@ class Run:
         else:
             attach_scales(self._model, scales, torch.float16)
 
-    def _backward(self, update: int, batch: int) -> float:
+    def _backward(self, step: int, batch: int) -> float:
         self._model.zero_grad()
-        loss = self._loss(update, batch)
+        loss = self._loss(step, batch)
         loss.backward()
         return loss.item()
 
-    def _loss(self, update: int, batch: int) -> Tensor:
+    def _loss(self, step: int, batch: int) -> Tensor:
         config = self._plan.config
-        return self._model(*make_batch(config, update, batch)).total(config.train.text_loss)
+        return self._model(*make_batch(config, step, batch)).total(config.train.text_loss)
 
     def _unscale(self) -> list[bool]:
         """Gradients to true units; which resblocks', and whether the others', are not finite."""
@@ -352,20 +352,20 @@ class Run:
         return bad
 
 
-def make_batch(config: Config, update: int, batch: int) -> tuple[Tensor, Tensor]:
-    """Captions "colour thing" and codes: the colour's above, the thing's below, some at random.
+def make_batch(config: Config, step: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Captions "color thing" and codes: the color's above, the thing's below, some at random.
 
-    The same for the same update; negative ones are held out.
+    The same for the same step; negative ones are held out.
     """
-    draw = torch.Generator().manual_seed(2**20 + update)
-    colour_B1, thing_B1 = torch.randint(KINDS, (2, batch, 1), generator=draw)
+    generator = torch.Generator().manual_seed(2**20 + step)
+    color_B1, thing_B1 = torch.randint(KINDS, (2, batch, 1), generator=generator)
     text_BT = torch.zeros(batch, config.transformer.text_tokens, dtype=torch.long)
-    text_BT[:, :2] = torch.cat([2 + colour_B1, 2 + KINDS + thing_B1], dim=1)
+    text_BT[:, :2] = torch.cat([2 + color_B1, 2 + KINDS + thing_B1], dim=1)
     half = config.transformer.image_tokens // 2
-    codes_BN = torch.cat([colour_B1.repeat(1, half), KINDS + thing_B1.repeat(1, half)], dim=1)
-    noisy_BN = torch.rand(codes_BN.shape, generator=draw) < NOISE
-    drawn_BN = torch.randint(2 * KINDS, codes_BN.shape, generator=draw)
-    return text_BT, torch.where(noisy_BN, drawn_BN, codes_BN)
+    codes_BN = torch.cat([color_B1.repeat(1, half), KINDS + thing_B1.repeat(1, half)], dim=1)
+    noisy_BN = torch.rand(codes_BN.shape, generator=generator) < NOISE
+    random_BN = torch.randint(2 * KINDS, codes_BN.shape, generator=generator)
+    return text_BT, torch.where(noisy_BN, random_BN, codes_BN)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from dalle_dist.distributed import launch
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.transformer.layout import counted_text_targets
+from dalle_dist.transformer.loss import weighted
 from dalle_dist.transformer.training import LossTransformer
 
 PRECISIONS = ("bf16", "fp16")
-CLOSE = 0.02  # of the losses of both after as many updates
+CLOSE = 0.02  # of the losses of both after as many steps
 
 
 def main() -> None:
@@ -70,22 +71,22 @@ def cost_config(smoke: bool, precision: str) -> Config:
 
 
 def step(config: Config, ranks: Ranks) -> Callable[[], float]:
-    """One update on the same batch each time; returns the loss, which waits for the device."""
+    """One step on the same batch each time; returns the loss, which waits for the device."""
     torch.manual_seed(0)
-    engine = build_engine(LossTransformer(config), config, ranks)
+    engine = build_engine(LossTransformer(config), config.train, ranks, seed=config.seed)
     text_BT, codes_BN = (t.to(ranks.device) for t in common.random_batch(config, 8))
     texts, images = int(counted_text_targets(text_BT).sum()), codes_BN.numel()
 
-    def update() -> float:
+    def run() -> float:
         text, _, image, _ = engine(text_BT, codes_BN)
-        loss = text / texts / 8 + 7 * image / images / 8
+        loss = weighted(text / texts, image / images, config.train.text_loss)
         engine.backward(loss)
         engine.step(config.train.lr)
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
         return float(loss.detach())
 
-    return update
+    return run
 
 
 def check(losses: dict[str, list[float]]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Curve:
-    """What was recorded of a run: by update, and by probe and resblock."""
+    """What was recorded of a run: by step, and by probe and resblock."""
 
     losses: dict[int, float] = field(default_factory=dict)
     scales: dict[int, list[float]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The pictures of docs/precision.md, from the curves that precision.py recorded."""
+"""The figures of docs/precision.md, from the curves that precision.py recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parents[1] / "docs"
-SMOOTHING = 10  # updates
+SMOOTHING = 10  # steps
 
 
 def draw(names: Sequence[str], curves: dict[str, Curve], shared: int, folder: Path) -> None:
@@ -39,7 +39,7 @@ def _loss(curves: dict[str, Curve], shared: int) -> Figure:
         means = [statistics.fmean(losses[max(0, end - SMOOTHING) : end]) for end in ends]
         axes.plot(list(curve.losses), means, label=name, linewidth=1)
     axes.axvline(shared, color="grey", linestyle=":", linewidth=1)
-    axes.set_xlabel("update (all in fp32 up to the dotted line)")
+    axes.set_xlabel("step (all in fp32 up to the dotted line)")
     axes.set_ylabel(f"loss, nats, mean of {SMOOTHING}")
     axes.legend(fontsize=8)
     return figure
@@ -50,9 +50,9 @@ def _scales(curves: dict[str, Curve]) -> Figure:
     axes = figure.subplots()
     shown = curves["per resblock"].scales
     draw_scales(axes, list(shown), list(shown.values()))
-    for name, colour in (("global", "orange"), ("global, all fp16", "red")):
+    for name, color in (("global", "orange"), ("global, all fp16", "red")):
         rival = curves[name].scales
-        axes.plot(list(rival), [scales[0] for scales in rival.values()], color=colour, label=name)
+        axes.plot(list(rival), [scales[0] for scales in rival.values()], color=color, label=name)
     axes.legend(fontsize=8)
     return figure
 

@@ -1,6 +1,6 @@
 """The other side of the benchmarks: a plain dense-causal model, and DALLE-pytorch.
 
-Shape suffixes: B batch, T text, N image, S = T + N states, W width, H heads, D head width.
+Shape suffixes: B batch, T text, N image, S = T + N positions, W width, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class PlainTransformer(nn.Module):
 
     def forward(self, text_BT: Tensor, codes_BN: Tensor) -> Tensor:
         """The mean loss, an eighth of it text."""
-        x_BSW = self.states(text_BT, codes_BN[:, :-1])
+        x_BSW = self.features(text_BT, codes_BN[:, :-1])
         text_logits = self.text_head(x_BSW[:, : self.text_tokens])
         image_logits = self.image_head(x_BSW[:, self.text_tokens :])
         text = F.cross_entropy(text_logits.flatten(0, 1), text_BT.flatten())
@@ -64,10 +64,10 @@ class PlainTransformer(nn.Module):
         return text / 8 + image * 7 / 8
 
     def next_logits(self, text_BT: Tensor, codes_Bn: Tensor) -> Tensor:
-        """Logits of the code after `codes_Bn`, all states computed anew."""
-        return self.image_head(self.states(text_BT, codes_Bn)[:, -1])
+        """Logits of the code after `codes_Bn`, all positions computed anew."""
+        return self.image_head(self.features(text_BT, codes_Bn)[:, -1])
 
-    def states(self, text_BT: Tensor, codes_Bn: Tensor) -> Tensor:
+    def features(self, text_BT: Tensor, codes_Bn: Tensor) -> Tensor:
         start_B1 = torch.ones_like(text_BT[:, :1])
         text_BTW = self.text(torch.cat([start_B1, text_BT[:, :-1]], dim=1))
         start_B1 = torch.full_like(start_B1, self.image.num_embeddings - 1)

@@ -1,6 +1,6 @@
-"""Drawing one image's tokens with the cache: images per minute, and the cost of a step by position.
+"""Sampling one image's tokens with the cache: images per minute, and time of a step by position.
 
-Without a cache every token costs a pass over all states before it. The plain dense-causal model
+Without a cache every token costs a pass over all positions before it. The plain dense-causal model
 stands for that: passes are timed at a few positions, and the rest of the image is interpolated
 between them. The training benchmark's model, batch 1, on the CPU.
 """
@@ -54,19 +54,19 @@ def check(model: Transformer, text_BT: Tensor, codes_BN: Tensor) -> None:
     expected_BNK = model.logits(text_BT, codes_BN)[1]
     caches = model.prefill(text_BT, [1])
     held_B = torch.full_like(codes_BN[:, 0], model.image_embedding.start)
-    for state in range(codes_BN.shape[1]):
-        logits_BK = model.step(held_B, caches, state)
-        torch.testing.assert_close(logits_BK, expected_BNK[:, state], rtol=1e-3, atol=1e-4)
-        held_B = codes_BN[:, state]
+    for position in range(codes_BN.shape[1]):
+        logits_BK = model.step(held_B, caches, position)
+        torch.testing.assert_close(logits_BK, expected_BNK[:, position], rtol=1e-3, atol=1e-4)
+        held_B = codes_BN[:, position]
 
 
 @torch.no_grad()
 def step_seconds(model: Transformer, text_BT: Tensor, codes_BN: Tensor) -> list[float]:
     """Seconds of each cached step, in order of position."""
     caches, times = model.prefill(text_BT, [1]), []
-    for state in range(codes_BN.shape[1]):
-        held_B = codes_BN[:, state]
-        times.append(common.seconds(partial(model.step, held_B, caches, state)))
+    for position in range(codes_BN.shape[1]):
+        held_B = codes_BN[:, position]
+        times.append(common.seconds(partial(model.step, held_B, caches, position)))
     return times
 
 

@@ -1,4 +1,4 @@
-"""Two network namespaces with a shaped cable between them: two machines, as far as TCP can tell."""
+"""Two network namespaces with a link of limited rate between them: two nodes, as TCP sees it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _numbers = itertools.count()
 
 
 def missing() -> str | None:
-    """Why there can be no such wire here, or None."""
+    """Why there can be no such link here, or None."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "network namespaces need root on Linux"
     if not (shutil.which("ip") and shutil.which("tc")):
@@ -45,19 +45,19 @@ class ThinWire:
     def __init__(self, megabits: int) -> None:
         self._megabits = megabits
         stem = f"thin{os.getpid()}n{next(_numbers)}"
-        self.machines = (f"{stem}a", f"{stem}b")
+        self.nodes = (f"{stem}a", f"{stem}b")
 
     def __enter__(self) -> ThinWire:
-        first, second = self.machines
+        first, second = self.nodes
         try:
-            for machine in self.machines:
-                _run("ip", "netns", "add", machine)
+            for node in self.nodes:
+                _run("ip", "netns", "add", node)
             _run(
                 *("ip", "link", "add", INTERFACE, "netns", first, "type", "veth"),
                 *("peer", "name", INTERFACE, "netns", second),
             )
-            for machine, address in zip(self.machines, _ADDRESSES, strict=True):
-                self._set_up(machine, address)
+            for node, address in zip(self.nodes, _ADDRESSES, strict=True):
+                self._set_up(node, address)
         except BaseException:
             self._remove()
             raise
@@ -71,13 +71,13 @@ class ThinWire:
     ) -> None:
         self._remove()
 
-    def run(self, command: Sequence[str], per_machine: int, seconds: float) -> None:
-        """`command` as a rank `per_machine` times in each namespace, until all have ended.
+    def run(self, command: Sequence[str], per_node: int, seconds: float) -> None:
+        """`command` as a rank `per_node` times in each namespace, until all have ended.
 
         Raises:
             RuntimeError: a rank fails, or they take longer than `seconds`; all are dead by then.
         """
-        world = 2 * per_machine
+        world = 2 * per_node
         ranks = [self._start(command, rank, world) for rank in range(world)]
         deadline = time.monotonic() + seconds
         try:
@@ -98,7 +98,7 @@ class ThinWire:
             raise RuntimeError(f"rank {failed[0]} ended with {ranks[failed[0]].returncode}")
 
     def _start(self, command: Sequence[str], rank: int, world: int) -> subprocess.Popen[bytes]:
-        machine, local = divmod(rank, world // 2)
+        node, local = divmod(rank, world // 2)
         environment = os.environ | {
             "RANK": str(rank),
             "LOCAL_RANK": str(local),
@@ -109,23 +109,23 @@ class ThinWire:
             "GLOO_SOCKET_IFNAME": INTERFACE,
             "DS_ACCELERATOR": "cpu",
         }
-        inside = ("ip", "netns", "exec", self.machines[machine], *command)
+        inside = ("ip", "netns", "exec", self.nodes[node], *command)
         # A session of its own, so that what a rank has started dies with it.
         return subprocess.Popen(inside, env=environment, start_new_session=True)
 
-    def _set_up(self, machine: str, address: str) -> None:
-        _run("ip", "-n", machine, "addr", "add", f"{address}/24", "dev", INTERFACE)
+    def _set_up(self, node: str, address: str) -> None:
+        _run("ip", "-n", node, "addr", "add", f"{address}/24", "dev", INTERFACE)
         for interface in ("lo", INTERFACE):
-            _run("ip", "-n", machine, "link", "set", interface, "up")
+            _run("ip", "-n", node, "link", "set", interface, "up")
         _run(
-            *("tc", "-n", machine, "qdisc", "add", "dev", INTERFACE, "root", "tbf"),
+            *("tc", "-n", node, "qdisc", "add", "dev", INTERFACE, "root", "tbf"),
             *("rate", f"{self._megabits}mbit", "burst", "256kb", "latency", "100ms"),
         )
 
     def _remove(self) -> None:
-        """The cable goes with its ends."""
-        for machine in self.machines:
-            subprocess.run(["ip", "netns", "del", machine], capture_output=True)
+        """The link goes with its ends."""
+        for node in self.nodes:
+            subprocess.run(["ip", "netns", "del", node], capture_output=True)
 
 
 def _run(*command: str) -> None:

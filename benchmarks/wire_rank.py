@@ -1,4 +1,4 @@
-"""One rank of one contender of powersgd_wire.py: trains, and tells what each update took.
+"""One rank of one contender of powersgd_wire.py: trains, and tells what each step took.
 
 `python -m benchmarks.wire_rank JOB.json`, in the environment that a launcher would set. The same
 loader, loss, optimizer and schedule for all; what differs is who averages the gradients, and how.
@@ -32,26 +32,27 @@ from dalle_dist.distributed import launch
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.optim.adamw import AdamW
-from dalle_dist.optim.groups import param_groups
-from dalle_dist.optim.schedule import Schedule
+from dalle_dist.optim.groups import param_groups, resblock_matrices
+from dalle_dist.optim.schedule import PlateauSchedule
 from dalle_dist.text_tokenizer.bpe import Tokenizer
 from dalle_dist.transformer.layout import counted_text_targets
+from dalle_dist.transformer.loss import weighted
 from dalle_dist.transformer.training import LossTransformer
 
-# torch's hook wants at least two updates without compression, while DDP rebuilds its buckets.
+# torch's hook wants at least two steps without compression, while DDP rebuilds its buckets.
 TORCH_START = 2
 SINGLE_BUCKET_MB = 1 << 14
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one rank. Lists have one number per update."""
+    """Of one rank. Lists have one number per step."""
 
     seconds: list[float]
     cpu_seconds: list[float]  # of this process, gloo's threads among it
-    sent_bytes: list[int]  # by this machine's end of the wire, headers and all
+    sent_bytes: list[int]  # by this node's network interface, headers and all
     losses: list[float]  # of the whole batch
-    weights: str  # digest of all parameters after the last update
+    weights: str  # digest of all parameters after the last step
 
 
 class Trainer(Protocol):
@@ -85,7 +86,7 @@ class Replicated:
         else:
             self._model.register_comm_hook(None, default_hooks.fp16_compress_hook)
         self._optimizer = AdamW(
-            param_groups(model, train.weight_decay, train.moments),
+            param_groups(model, resblock_matrices, train.weight_decay, train.moments),
             betas=(train.beta1, train.beta2),
             eps=train.eps,
             variance_clip=train.variance_clip,
@@ -116,45 +117,44 @@ def main() -> None:
     if job["hook"]:
         trainer = Replicated(model, config, ranks, job["hook"])
     else:
-        trainer = build_engine(model, config, ranks)
-    outcome = train(trainer, model, config, ranks, job["updates"])
+        trainer = build_engine(
+            model, config.train, ranks, parallel=config.parallel, seed=config.seed
+        )
+    outcome = train(trainer, model, config, ranks, job["steps"])
     Path(job["out"].format(rank=ranks.rank)).write_text(json.dumps(asdict(outcome)))
     launch.shutdown()
 
 
-def train(
-    trainer: Trainer, model: nn.Module, config: Config, ranks: Ranks, updates: int
-) -> Outcome:
-    update, stream = updater(trainer, config, ranks), token_batches(config, ranks)
-    schedule, losses = Schedule(config.train), []
+def train(trainer: Trainer, model: nn.Module, config: Config, ranks: Ranks, steps: int) -> Outcome:
+    step, stream = stepper(trainer, config, ranks), token_batches(config, ranks)
+    schedule, losses = PlateauSchedule(config.train), []
     seconds, processor, sent = [], [], []
-    for number in range(1, updates + 1):
+    for number in range(1, steps + 1):
         dist.barrier()
         before, busy, start = int(SENT_BYTES.read_text()), time.process_time(), time.perf_counter()
-        losses.append(update(*next(stream), schedule.rate(number)))
+        losses.append(step(*next(stream), schedule.rate(number)))
         seconds.append(time.perf_counter() - start)
         processor.append(time.process_time() - busy)
-        dist.barrier()  # else the other machine's last packets would count as the next update's
+        dist.barrier()  # else the other node's last packets would count as the next step's
         sent.append(int(SENT_BYTES.read_text()) - before)
     return Outcome(seconds, processor, sent, losses, digest(model))
 
 
-def updater(
+def stepper(
     trainer: Trainer, config: Config, ranks: Ranks
 ) -> Callable[[Tensor, Tensor, float], float]:
-    """One update by one micro-batch per rank; returns the loss of the whole batch."""
+    """One step by one micro-batch per rank; returns the loss of the whole batch."""
     images = config.train.batch_size * config.transformer.image_tokens
-    share = config.train.text_loss
 
-    def update(text_BT: Tensor, codes_BN: Tensor, lr: float) -> float:
+    def step(text_BT: Tensor, codes_BN: Tensor, lr: float) -> float:
         texts = ranks.sum([float(counted_text_targets(text_BT).sum())])[0]
         text, _, image, _ = trainer(text_BT, codes_BN)
-        loss = share * text / texts + (1 - share) * image / images
+        loss = weighted(text / texts, image / images, config.train.text_loss)
         trainer.backward(loss)
         trainer.step(lr)
         return ranks.sum([loss.item()])[0]
 
-    return update
+    return step
 
 
 def token_batches(config: Config, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
@@ -167,7 +167,7 @@ def token_batches(config: Config, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor
         config.transformer.text_tokens,
         dropout=0.0,
         seed=config.seed,
-        dvae_fingerprint=index.meta["dvae"],
+        fingerprint=index.meta["image_tokenizer"],
         grid=config.transformer.image_grid,
     )
     return batches(

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MAY_BE_ZERO = {
-    "updates skipped",
+    "steps skipped",
     "gradient underflow, worst resblock",
     "gradient underflow, all resblocks",
 }
@@ -33,7 +33,7 @@ MAY_BE_ZERO = {
         ("powersgd_math", {"layer shards", "ours, layer", "share of a step's FLOP"}),
         ("precision_cost", {"training step", "step time"}),
         ("busy_machine", {"quiet", "beside one busy process"}),
-        ("precision", {"held-out loss", "held-out loss / fp32's", "updates skipped"}),
+        ("precision", {"held-out loss", "held-out loss / fp32's", "steps skipped"}),
     ],
 )
 def test_smoke_writes_rows(tmp_path, name, metrics):
@@ -156,7 +156,8 @@ def test_a_lossy_powersgd_is_not_timed(monkeypatch):
     import torch
 
     from benchmarks import powersgd_math
-    from dalle_dist.gradients.powersgd import factors, launch
+    from dalle_dist.distributed import launch
+    from dalle_dist.gradients.powersgd import factors
 
     device = launch.init().device
     powersgd_math.check_ours([(32, 256)] * 2, 8, device)
@@ -250,12 +251,12 @@ Path(sys.argv[1]).write_text(f"{int(counter.read_text()) - before} {time.perf_co
 def test_a_thin_wire_is_thin_and_counts(thin_wire, tmp_path):
     with thin_wire.ThinWire(20) as wire:
         wire.run([sys.executable, "-c", SENDER, str(tmp_path / "out")], 1, 30)
-        assert all(machine in namespaces() for machine in wire.machines)
+        assert all(node in namespaces() for node in wire.nodes)
     count, seconds = map(float, (tmp_path / "out").read_text().split())
     # Each of the 2,000 packets has 42 bytes of headers; up to 256 kB go out at once.
     assert 2_084_000 <= count <= 2_090_000
     assert (2_084_000 - 256_000) * 8 / 20e6 * 0.98 < seconds < 3
-    assert not any(machine in namespaces() for machine in wire.machines)
+    assert not any(node in namespaces() for node in wire.nodes)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ def test_a_failed_run_leaves_nothing(thin_wire, program, message):
     with pytest.raises(RuntimeError, match=message), thin_wire.ThinWire(100) as wire:
         wire.run([sys.executable, "-c", program], 1, 2)
     assert time.monotonic() - start < 10
-    assert not any(machine in namespaces() for machine in wire.machines)
+    assert not any(node in namespaces() for node in wire.nodes)
     listed = subprocess.run(["pgrep", "-f", "^sleep 67.125"], capture_output=True, text=True).stdout
     assert not listed, "what a rank has started outlives it"
 
@@ -325,7 +326,7 @@ def test_contenders_that_train_another_model_are_refused(monkeypatch):
         "weights": ({"weights": "b"}, "weights or losses differ"),
         "finite": ({"losses": [3.0, float("nan"), 2.0, 1.5, 1.0]}, "not finite"),
         "first": ({"losses": [3.1, 2.5, 2.0, 1.5, 1.0]}, "first loss"),
-        "wire": ({"losses": [3.0, 2.5, 2.2, 1.5, 1.0]}, "depend on the wire"),
+        "wire": ({"losses": [3.0, 2.5, 2.2, 1.5, 1.0]}, "depend on the rate"),
     }
     for changes, reason in wrong.values():
         with pytest.raises(SystemExit, match=f"ours, bf16 at {slow}.*{reason}"):
@@ -373,7 +374,7 @@ def test_powersgd_wire_smoke(thin_wire, tmp_path):
     sent = {
         row["case"]: float(row["low"])
         for row in rows_of(out)
-        if row["metric"] == "sent per update at 1000 Mbit/s"
+        if row["metric"] == "sent per step at 1000 Mbit/s"
     }
     dense = sent["dense all-reduce"]
     assert 0.48 < sent["DDP, fp16"] / dense < 0.55
