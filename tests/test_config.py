@@ -191,3 +191,15 @@ def test_both_stages_share_their_fields_and_each_has_its_defaults():
     one, two = DVAETrainConfig(), DVAETrainConfig()
     assert (one.micro_batch, one.ema_every, one.zero_stage, one.sample_every) == (0, 1, 0, 5_000)
     assert one.deepspeed == {} and one.deepspeed is not two.deepspeed
+
+
+def test_each_choice_of_the_config_is_known_to_the_code_that_obeys_it():
+    from dalle_kernels.masks import variants
+
+    from dalle_dist import choices
+    from dalle_dist.gradients.mean import _DTYPES
+    from dalle_dist.optim.adamw import MOMENTS
+
+    assert set(choices.values(choices.MaskVariant)) == set(variants())
+    assert set(choices.values(choices.Moments)) == set(MOMENTS)
+    assert set(choices.values(choices.CommDtype)) - set(_DTYPES) == {"1-6-9"}

@@ -12,7 +12,7 @@ import dalle_dist
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["dalle_kernels"],
-    ["errors", "config", "presets"],
+    ["errors", "choices", "config", "presets"],
     ["data.storage", "distributed"],
     ["checkpoint.formats"],
     ["text_tokenizer"],
@@ -35,7 +35,7 @@ FLOORS = [
     ["__main__"],
 ]
 # What happens to gradients is a matter of torch alone.
-GRADIENTS_MAY_USE = ("errors", "distributed", "precision", "gradients")
+GRADIENTS_MAY_USE = ("errors", "choices", "distributed", "precision", "gradients")
 FRONT_PAGE, VERSION = ROOT / "dalle_dist/__init__.py", "dalle_dist.__version__"
 PACKAGE = sorted((ROOT / "dalle_dist").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))

@@ -6,8 +6,15 @@ Sources are sections of the paper (arXiv 2102.12092); "ours" is a choice of this
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from dalle_dist.choices import (
+    BetweenNodes,
+    CommDtype,
+    ErrorDtype,
+    MaskPattern,
+    MaskVariant,
+    RankOf,
+)
 from dalle_dist.config.options import option
 
 HEAD_DIM = 64  # width of an attention head (paper B.1)
@@ -158,12 +165,12 @@ class TransformerConfig:
         source="paper B.1",
         at_least=1,
     )
-    mask_variant: Literal["paper", "clamp", "torus", "dalle-pytorch"] = option(
+    mask_variant: MaskVariant = option(
         "paper",
         "variant of the attention masks where the paper's text and other programs differ: what "
         "column and convolutional attention see at the edges of the image",
     )
-    masks: Literal["paper", "causal"] = option(
+    masks: MaskPattern = option(
         "paper",
         "paper = row, column, row, row, ... attention and convolutional in the last layer; "
         "causal = dense causal attention in all layers",
@@ -185,7 +192,7 @@ class TransformerConfig:
 class ParallelConfig:
     """How nodes work together in stage 2. Inside a node, ZeRO shards by train.zero_stage."""
 
-    between_nodes: Literal["zero", "dense", "powersgd"] = option(
+    between_nodes: BetweenNodes = option(
         "zero",
         "zero = ZeRO over all ranks; dense and powersgd = ZeRO inside each node, and between nodes "
         "the mean of the gradients, whole or compressed by PowerSGD",
@@ -201,13 +208,13 @@ class ParallelConfig:
         source="paper Table 1",
         at_least=1,
     )
-    rank_of: Literal["node", "shard"] = option(
+    rank_of: RankOf = option(
         "node",
         "what parallel.rank counts: node = the sum over the shards of a matrix, which is cut by "
         "rows into one for each rank of a node; shard = each shard, which is a matrix under ZeRO 1 "
         "and 2 and a rank's part of it under ZeRO 3",
     )
-    comm_dtype: Literal["fp32", "bf16", "fp16", "1-6-9"] = option(
+    comm_dtype: CommDtype = option(
         "bf16",
         "communication dtype: number format in which PowerSGD's factors P and Q go between nodes; "
         "1-6-9 = sign, exponent and mantissa bits of the paper's 16-bit format",
@@ -219,7 +226,7 @@ class ParallelConfig:
     q_scale: float = option(
         1.0, "factor on Q before it is cast to parallel.comm_dtype", above=0, source="ours"
     )
-    error_dtype: Literal["fp32", "1-6-9"] = option(
+    error_dtype: ErrorDtype = option(
         "fp32",
         "number format of PowerSGD's error buffers",
         source="ours; 1-6-9: paper E",

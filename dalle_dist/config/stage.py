@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from dalle_dist.choices import Moments, OptimizerBackend, Skip, ZeROStage
 from dalle_dist.config.options import inherited, option, required
 
 
@@ -37,7 +38,7 @@ class StageConfig:
         "steps between two folds into the moving average", unit="steps", at_least=1
     )
     precision: Literal["auto", "fp16", "bf16", "fp32"] = required("number format of training")
-    zero_stage: Literal[0, 1, 2, 3] = required(
+    zero_stage: ZeROStage = required(
         "ZeRO stage: what DeepSpeed shards over ranks; 0 = nothing, 1 = optimizer state, "
         "2 = gradients too, 3 = parameters too"
     )
@@ -55,13 +56,13 @@ class StageConfig:
     save_every: int = required("steps between two checkpoints", unit="steps", at_least=1)
     keep: int = required("newest checkpoints that are kept", unit="checkpoints", at_least=1)
     wandb: bool = required("log to Weights & Biases too")
-    skip: Literal["step", "block"] = option(
+    skip: Skip = option(
         "step",
         "fp16, and means between nodes: what a resblock with gradients that are not finite loses: "
         "the whole optimizer step, or its own part of it",
         source="paper 2.4",
     )
-    moments: Literal["fp32", "16-bit"] = option(
+    moments: Moments = option(
         "fp32",
         "number format of AdamW's moments of the parameters with weight decay; all others are fp32",
         source="ours; 16-bit: paper D",
@@ -71,7 +72,7 @@ class StageConfig:
         "largest second moment, clipped before AdamW uses it; 0 = not clipped",
         at_least=0,
     )
-    optimizer: Literal["auto", "torch", "triton", "apex"] = option(
+    optimizer: OptimizerBackend = option(
         "auto",
         "AdamW by torch's operations, in one Triton pass, or by NVIDIA's apex, which also brings "
         "its layer norm; auto = triton on GPUs, torch on CPUs",

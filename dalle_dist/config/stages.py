@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from dalle_dist.choices import ZeROStage
 from dalle_dist.config.options import option
 from dalle_dist.config.stage import StageConfig, shared
 
@@ -69,7 +70,7 @@ class DVAETrainConfig(StageConfig):
     precision: Literal["auto", "fp32", "bf16"] = option(
         "auto", "auto = bf16 autocast where the hardware computes in bf16, else fp32"
     )
-    zero_stage: Literal[0, 1, 2, 3] = shared("zero_stage", 0)
+    zero_stage: ZeROStage = shared("zero_stage", 0)
     deepspeed: dict[str, Any] = shared("deepspeed", {})
     augment: bool = option(
         True, "crop at random, and mirror if flip says so", source="paper Listing 1"
@@ -153,7 +154,7 @@ class TrainConfig(StageConfig):
         "compute the activations of a resblock again in the backward pass, to save memory",
         source="paper 2.4",
     )
-    zero_stage: Literal[0, 1, 2, 3] = shared("zero_stage", 2)
+    zero_stage: ZeROStage = shared("zero_stage", 2)
     deepspeed: dict[str, Any] = shared("deepspeed", {})
     log_every: int = shared("log_every", 10)
     eval_every: int = shared("eval_every", 1_000)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from dalle_dist.choices import Skip
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.gradients.finite import nonfinite_blocks
 from dalle_dist.gradients.node_mean import NodeMean
 from dalle_dist.gradients.piece import Block, Piece
 from dalle_dist.gradients.resblocks import Resblocks
 from dalle_dist.gradients.scaling import BlockScaling, Telemetry
-
-Skip = Literal["step", "block"]
 
 
 @dataclass(frozen=True)

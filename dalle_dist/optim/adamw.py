@@ -11,12 +11,12 @@ from dalle_kernels.adamw import Hyperparameters, adamw_
 from dalle_kernels.devices import triton_missing
 from torch import Tensor
 
+from dalle_dist.choices import OptimizerBackend, values
 from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.optim import apex
 
 MOMENTS = {"fp32": torch.float32, "16-bit": torch.uint16}
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
-IMPLEMENTATIONS = ("auto", "torch", "triton", "apex")
 
 
 class AdamW(torch.optim.Optimizer):
@@ -59,10 +59,8 @@ class AdamW(torch.optim.Optimizer):
         variance_clip: float = 0.0,
         implementation: str = "auto",
     ) -> None:
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"implementation: {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}"
-            )
+        if implementation not in (known := values(OptimizerBackend)):
+            raise ValueError(f"implementation: {implementation!r} is not one of {', '.join(known)}")
         self.skip, self.frozen = False, ()
         self.implementation = implementation
         self._apex = apex.FusedUpdate() if implementation == "apex" else None

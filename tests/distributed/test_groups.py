@@ -12,7 +12,7 @@ def _describe(ranks, local_world_size):
     members = [dist.get_process_group_ranks(g) for g in (found.shard, found.replica)]
     total = torch.tensor([1 << ranks.rank])
     dist.all_reduce(total, group=found.replica)
-    numbers = (found.machine, found.shard_rank, found.machines, found.local_world_size)
+    numbers = (found.node, found.shard_rank, found.nodes, found.local_world_size)
     return *members, *numbers, int(total)
 
 

@@ -33,11 +33,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_dist.choices import CommDtype, ErrorDtype, values
 from dalle_dist.errors import ConfigError
 from dalle_dist.gradients.finite import agree
-from dalle_dist.gradients.mean import FORMATS, bytes_per_value
+from dalle_dist.gradients.mean import bytes_per_value
 from dalle_dist.gradients.piece import Block, Piece
-from dalle_dist.gradients.powersgd.error_feedback import FORMATS as ERROR_FORMATS
 from dalle_dist.gradients.powersgd.factors import (
     Factored,
     GroupedMean,
@@ -56,10 +56,10 @@ SKETCH = 8
 class PowerSGDOptions:
     """How PowerSGD sends and what it keeps; the keys of the config's section `parallel`.
 
-    comm_dtype   number format of P and Q between nodes, one of `mean.FORMATS`
+    comm_dtype   number format of P and Q between nodes
     p_scale, q_scale   what P and Q are multiplied by, to lie well in a 16-bit format. P stays
                  scaled: the 1e-6 of the orthogonalisation is added to the scaled P
-    error_dtype  number format of the error buffers, one of `error_feedback.FORMATS`
+    error_dtype  number format of the error buffers
     warm_start   take the last Q', its columns scaled to those of a Gaussian, for the next Q
     start_step   average without compression before this step
     dense_every  at each step that it divides, average gradient + error without compression, which
@@ -69,16 +69,19 @@ class PowerSGDOptions:
         ConfigError: a value out of its range.
     """
 
-    comm_dtype: str = "fp32"
+    comm_dtype: CommDtype = "fp32"
     p_scale: float = 1.0
     q_scale: float = 1.0
-    error_dtype: str = "fp32"
+    error_dtype: ErrorDtype = "fp32"
     warm_start: bool = False
     start_step: int = 0
     dense_every: int = 0
 
     def __post_init__(self) -> None:
-        for name, formats in (("comm_dtype", FORMATS), ("error_dtype", ERROR_FORMATS)):
+        for name, formats in (
+            ("comm_dtype", values(CommDtype)),
+            ("error_dtype", values(ErrorDtype)),
+        ):
             if getattr(self, name) not in formats:
                 raise ConfigError(
                     f"parallel.{name}: '{getattr(self, name)}' is not one of {', '.join(formats)}"

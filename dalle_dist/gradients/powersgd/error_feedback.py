@@ -11,9 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dalle_dist.choices import ErrorDtype
 from dalle_dist.gradients.mean import decode, encode
-
-FORMATS = ("fp32", "1-6-9")
 
 
 class ErrorBuffer(Protocol):
@@ -38,8 +37,8 @@ class ErrorBuffer(Protocol):
         """Replace the error."""
 
 
-def error_buffer(dtype: str, like: Tensor) -> ErrorBuffer:
-    """An empty buffer for shards like this one, kept as `dtype` (one of FORMATS)."""
+def error_buffer(dtype: ErrorDtype, like: Tensor) -> ErrorBuffer:
+    """An empty buffer for shards like this one, kept as `dtype`."""
     return _CodedBuffer(like) if dtype == "1-6-9" else _Fp32Buffer(like)
 
 

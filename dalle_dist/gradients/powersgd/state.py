@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_dist.choices import ErrorDtype
 from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.gradients.mean import launch_mean
 from dalle_dist.gradients.piece import Piece
@@ -26,7 +27,7 @@ class PowerSGDState:
         group: dist.ProcessGroup,
         rank: int | None,
         seed: int,
-        error_dtype: str,
+        error_dtype: ErrorDtype,
         warm_start: bool,
     ) -> None:
         self.step = 0
