@@ -336,7 +336,7 @@ def _plot(options: argparse.Namespace) -> None:
 
 
 def _slurm(options: argparse.Namespace) -> None:
-    from dalle_dist.distributed.shipped import write_slurm
+    from dalle_dist.distributed.slurm_scripts import write_slurm
 
     print("\n".join(write_slurm(options.folder)))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dalle_dist.cli import main
-from dalle_dist.distributed import shipped
+from dalle_dist.distributed import slurm_scripts
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ["job.sh", "progress.py", "train.sbatch", "train_dvae.sbatch"]
@@ -45,7 +45,7 @@ def test_slurm_refuses_a_file_for_a_folder(capsys):
 @pytest.mark.parametrize("script", ["train", "train_dvae"])
 def test_scripts_in_any_folder_find_their_neighbours(script, tmp_path):
     """As on a node: sbatch runs a copy from another place, in the folder of submission."""
-    assert shipped.write_slurm("my cluster/scripts/")
+    assert slurm_scripts.write_slurm("my cluster/scripts/")
     copy = tmp_path / "spool"
     copy.write_text(Path("my cluster/scripts", f"{script}.sbatch").read_text())
     environment = {"PATH": "/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path)}
