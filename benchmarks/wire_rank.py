@@ -165,7 +165,7 @@ def token_batches(config: Config, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor
         SampleOrder(config.seed, [s.samples for s in index.shards], config.data.shuffle_shards),
         Tokenizer.load(config.paths.tokenizer),
         config.transformer.text_tokens,
-        dropout=0.0,
+        bpe_dropout=0.0,
         seed=config.seed,
         fingerprint=index.meta["image_tokenizer"],
         grid=config.transformer.image_grid,

@@ -213,7 +213,7 @@ def _add_convert(verbs: argparse._SubParsersAction) -> None:
 
 
 def _add_plot(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser("plot", help="what a run logged for each resblock, as a image")
+    verb = verbs.add_parser("plot", help="what a run logged for each resblock, as an image")
     verb.add_argument(
         "what", choices=("scales", "compression"), help="gradient scales (fp16), or PowerSGD's loss"
     )

@@ -1,4 +1,4 @@
-"""Help for tests: hardware marks that skip themselves, and real processes as ranks."""
+"""Help for tests: real processes as ranks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,6 @@ import torch
 import torch.distributed as dist
 
 from dalle_dist.distributed import launch
-
-requires_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-requires_multi_gpu = pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason="needs two CUDA GPUs or more"
-)
-
-
-def requires_capability(major: int, minor: int = 0) -> pytest.MarkDecorator:
-    """Skip where the GPU is older than compute capability major.minor, or absent."""
-    found = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    reason = f"needs a GPU of compute capability {major}.{minor}, found {found[0]}.{found[1]}"
-    return pytest.mark.skipif(found < (major, minor), reason=reason)
 
 
 def run_distributed(

@@ -74,7 +74,7 @@ def test_overrides_convert_types():
         ("transformer.conv_kernel=4", "transformer.conv_kernel: 4 is not odd"),
         ("train.micro_batch=7", "train.batch_size: 64 is not a multiple of train.micro_batch 7"),
         ("train.ema=1", r"train.ema: 1.0 is not at least 0, below 1"),
-        ("tokenizer.dropout=1", r"tokenizer.dropout: 1.0 is not at least 0, below 1"),
+        ("tokenizer.bpe_dropout=1", r"tokenizer.bpe_dropout: 1.0 is not at least 0, below 1"),
         ("train.steps=0", "train.steps: 0 is not at least 1"),
         ("dvae_train.crop_min=0.5", r"dvae_train.crop_min: 0.5 is not at least 1"),
     ],
@@ -197,7 +197,7 @@ def test_each_choice_of_the_config_is_known_to_the_code_that_obeys_it():
     from dalle_kernels.masks import variants
 
     from dalle_dist import choices
-    from dalle_dist.gradients.mean import _DTYPES
+    from dalle_dist.gradients.all_reduce import _DTYPES
     from dalle_dist.optim.adamw import MOMENTS
 
     assert set(choices.values(choices.MaskVariant)) == set(variants())

@@ -150,3 +150,16 @@ def test_tracked_files_name_no_machine():
         and pattern.search((ROOT / name).read_text())
     ]
     assert not found
+
+
+# The field's standard terms are in the glossary of CONTRIBUTING.md.
+OLD_WORDS = re.compile(r"\b(dialects?|own_line|mend|take_in|machine_groups|node_size|fragments?)\b")
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+def test_words_are_those_of_the_glossary(path):
+    allowed = "lp_fragment_address", "get_hp_fragment", "get_lp_grad_fragment", "fragment_address"
+    text = path.read_text()
+    for name in allowed:
+        text = text.replace(name, "")
+    assert not OLD_WORDS.findall(text.replace("tensor_fragment", ""))

@@ -60,7 +60,7 @@ class TokenizerConfig:
         source="paper 2.2",
         at_least=3,
     )
-    dropout: float = option(
+    bpe_dropout: float = option(
         0.1,
         "BPE dropout: probability of leaving out a merge, in training only",
         source="paper 2.2",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from dalle_dist.choices import Moments, OptimizerBackend, Skip, ZeROStage
+from dalle_dist.choices import AdamWBackend, Moments, Skip, ZeROStage
 from dalle_dist.config.options import inherited, option, required
 
 
@@ -72,7 +72,7 @@ class StageConfig:
         "largest second moment, clipped before AdamW uses it; 0 = not clipped",
         at_least=0,
     )
-    optimizer: OptimizerBackend = option(
+    adamw_backend: AdamWBackend = option(
         "auto",
         "AdamW by torch's operations, in one Triton pass, or by NVIDIA's apex, which also brings "
         "its layer norm; auto = triton on GPUs, torch on CPUs",

@@ -12,7 +12,7 @@ from PIL import Image
 class Augmentation:
     """The dVAE's augmentation (paper, Listing 1), with its bounds as multiples of `size`.
 
-    A image no larger than the lower bound is enlarged into the bounds, so that its crop moves
+    An image no larger than the lower bound is enlarged into the bounds, so that its crop moves
     too; in the paper, where images are larger, it would stay as it is.
     """
 
@@ -36,7 +36,7 @@ class Augmentation:
 
 
 def centre(image: Image.Image, size: int) -> Image.Image:
-    """The centred square of a image, area-averaged to size x size."""
+    """The centred square of an image, area-averaged to size x size."""
     square = _crop(image, min(image.size), 0.5, 0.5)
     return _resize(square, size)
 

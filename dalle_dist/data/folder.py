@@ -101,7 +101,7 @@ def _samples(
 
 
 def _sample(root: Path, path: Path, size: int | None, keys: set[str]) -> Sample | str:
-    """Key and files of a image, or why there are none."""
+    """Key and files of an image, or why there are none."""
     key = _key(root, path)
     if key in keys:
         return "another image has this name"

@@ -1,6 +1,6 @@
 """Samples in an order that depends on (seed, position) alone, and the batches made of them.
 
-Shape suffixes: B batch, C channel channels, H and W pixels, T text positions, N image tokens.
+Shape suffixes: B batch, C colour channels, H and W pixels, T text positions, N image tokens.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Marks:
 class ImageDataset(Dataset):
     """Images of a folder of image shards; with an order, by position in the endless stream.
 
-    A image that cannot be decoded is counted, named once in a warning, and replaced by the next
+    An image that cannot be decoded is counted, named once in a warning, and replaced by the next
     readable one. Raises DataError when none can be decoded.
     """
 
@@ -144,13 +144,13 @@ class TokenDataset(Dataset):
         order: SampleOrder | None,
         tokenizer: TextTokenizer,
         text_tokens: int,
-        dropout: float,
+        bpe_dropout: float,
         seed: int,
         fingerprint: str,
         grid: int,
     ) -> None:
         self.shards, self.order, self.tokenizer = ShardSet(folder, "tokens"), order, tokenizer
-        self.text_tokens, self.dropout, self.seed = text_tokens, dropout, seed
+        self.text_tokens, self.bpe_dropout, self.seed = text_tokens, bpe_dropout, seed
         meta = self.shards.index.meta
         for name, wanted in (("image_tokenizer", fingerprint), ("grid", grid)):
             if meta.get(name) != wanted:
@@ -176,7 +176,7 @@ class TokenDataset(Dataset):
         files = self.shards.read(index)
         caption = files.get("txt", b"").decode(errors="replace")
         ids, _ = self.tokenizer.encode_padded(
-            caption, self.text_tokens, dropout=self.dropout, seed=f"{self.seed} {epoch} {index}"
+            caption, self.text_tokens, dropout=self.bpe_dropout, seed=f"{self.seed} {epoch} {index}"
         )
         codes_N = np.load(io.BytesIO(files["npy"]), allow_pickle=False).astype(np.int64)
         return torch.tensor(ids), torch.from_numpy(codes_N)

@@ -14,7 +14,7 @@ _NO_GPU = ("", "-1", "NoDevFiles")
 
 
 @dataclass(frozen=True)
-class Place:
+class LaunchInfo:
     """One process among its peers, as its launcher tells it."""
 
     launcher: str  # single | deepspeed | torchrun | srun | mpirun
@@ -26,8 +26,8 @@ class Place:
     port: int = 0
 
 
-def read_environment(environ: Mapping[str, str]) -> Place:
-    """The launcher's environment variables to a Place.
+def read_environment(environ: Mapping[str, str]) -> LaunchInfo:
+    """The launcher's environment variables to a LaunchInfo.
 
     mpirun is looked for before srun: inside a Slurm allocation its processes see both.
     Raises ConfigError when the variables of `torchrun` or `deepspeed` are incomplete.
@@ -35,14 +35,14 @@ def read_environment(environ: Mapping[str, str]) -> Place:
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _from_rendezvous(environ)
     if "OMPI_COMM_WORLD_SIZE" in environ:
-        return _place(environ, "mpirun", "OMPI_COMM_WORLD_", ("RANK", "LOCAL_RANK", "SIZE"))
+        return _info(environ, "mpirun", "OMPI_COMM_WORLD_", ("RANK", "LOCAL_RANK", "SIZE"))
     tasks = environ.get("SLURM_STEP_NUM_TASKS")
     if "PMI_SIZE" in environ and environ["PMI_SIZE"] != tasks:
-        return Place("mpirun", rank=int(environ["PMI_RANK"]), world=int(environ["PMI_SIZE"]))
+        return LaunchInfo("mpirun", rank=int(environ["PMI_RANK"]), world=int(environ["PMI_SIZE"]))
     # sbatch sets SLURM_PROCID and SLURM_NTASKS for the batch script too; only srun makes a step.
     if tasks is not None and "SLURM_PROCID" in environ:
         return _from_slurm(environ)
-    return Place("single")
+    return LaunchInfo("single")
 
 
 def gpu_grant(environ: Mapping[str, str]) -> str | None:
@@ -65,7 +65,7 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", match.group()) if match else nodelist
 
 
-def _from_rendezvous(environ: Mapping[str, str]) -> Place:
+def _from_rendezvous(environ: Mapping[str, str]) -> LaunchInfo:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in environ]
     if missing:
@@ -74,7 +74,7 @@ def _from_rendezvous(environ: Mapping[str, str]) -> Place:
             "torchrun, deepspeed, srun or mpirun, or unset them for a single process"
         )
     world = int(environ["WORLD_SIZE"])
-    return Place(
+    return LaunchInfo(
         launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed",
         rank=int(environ["RANK"]),
         local_rank=int(environ["LOCAL_RANK"]),
@@ -85,17 +85,17 @@ def _from_rendezvous(environ: Mapping[str, str]) -> Place:
     )
 
 
-def _place(
+def _info(
     environ: Mapping[str, str], launcher: str, prefix: str, names: tuple[str, str, str]
-) -> Place:
+) -> LaunchInfo:
     rank, local_rank, world = (int(environ[prefix + name]) for name in names)
     local_world = int(environ.get(f"{prefix}LOCAL_SIZE", 1))
-    return Place(launcher, rank, local_rank, world, local_world)
+    return LaunchInfo(launcher, rank, local_rank, world, local_world)
 
 
-def _from_slurm(environ: Mapping[str, str]) -> Place:
+def _from_slurm(environ: Mapping[str, str]) -> LaunchInfo:
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST") or "127.0.0.1"
-    return Place(
+    return LaunchInfo(
         launcher="srun",
         rank=int(environ["SLURM_PROCID"]),
         local_rank=int(environ["SLURM_LOCALID"]),

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from dalle_dist.distributed.ending import Ending
-from dalle_dist.distributed.environment import Place, gpu_grant, read_environment
+from dalle_dist.distributed.environment import LaunchInfo, gpu_grant, read_environment
 from dalle_dist.errors import ConfigError, UserError
 
 T = TypeVar("T")
@@ -120,25 +120,22 @@ def init() -> Ranks:
     global _ranks, _ending
     if _ranks is not None and dist.is_initialized():
         return _ranks
-    place = read_environment(os.environ)
-    if place.launcher == "mpirun":
-        place = _meet_by_mpi(place)
-    store = _meet(place)
-    if place.world > 1:
-        _ending = Ending(store, place.world)  # now others can be told if what follows fails
-    device = device_of(place.local_rank)
-    _export(place, device)
-    _join(place, device, store)
-    _ranks = Ranks(place.rank, place.local_rank, place.world, place.launcher, device)
+    info = read_environment(os.environ)
+    if info.launcher == "mpirun":
+        info = _meet_by_mpi(info)
+    store = _meet(info)
+    if info.world > 1:
+        _ending = Ending(store, info.world)  # now others can be told if what follows fails
+    device = device_of(info.local_rank)
+    _export(info, device)
+    _join(info, device, store)
+    _ranks = Ranks(info.rank, info.local_rank, info.world, info.launcher, device)
     _share_cpus(_ranks)
     return _ranks
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one.
-
-    Else the interpreter's end takes the group's threads apart, and now and then aborts.
-    """
+    """Destroy the process group, if there is one: interpreter shutdown can race its threads."""
     global _ranks, _ending
     _ranks = _ending = None
     if dist.is_initialized():
@@ -150,19 +147,19 @@ def ending() -> Ending | None:
     return _ending
 
 
-def _meet_by_mpi(place: Place) -> Place:
+def _meet_by_mpi(info: LaunchInfo) -> LaunchInfo:
     try:
         from mpi4py import MPI
     except ImportError as error:
         raise ConfigError(f"mpirun needs mpi4py, which cannot be imported: {error}") from None
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
-    one_machine = node.Get_size() == world.Get_size()
-    address = "127.0.0.1" if one_machine else socket.getfqdn()
-    meeting = (os.environ.get("MASTER_ADDR", address), free_port()) if place.rank == 0 else None
+    one_node = node.Get_size() == world.Get_size()
+    address = "127.0.0.1" if one_node else socket.getfqdn()
+    meeting = (os.environ.get("MASTER_ADDR", address), free_port()) if info.rank == 0 else None
     address, port = world.bcast(meeting, root=0)
-    return Place(
-        place.launcher, world.Get_rank(), node.Get_rank(), world.Get_size(), node.Get_size(),
+    return LaunchInfo(
+        info.launcher, world.Get_rank(), node.Get_rank(), world.Get_size(), node.Get_size(),
         address, port,
     )  # fmt: skip
 
@@ -207,31 +204,31 @@ def _refuse_unseen_gpu() -> None:
     )
 
 
-def _export(place: Place, device: torch.device) -> None:
+def _export(info: LaunchInfo, device: torch.device) -> None:
     """What DeepSpeed reads from the environment, whoever launched us."""
-    os.environ["LOCAL_RANK"] = str(place.local_rank)
-    os.environ["LOCAL_SIZE"] = str(place.local_world)
+    os.environ["LOCAL_RANK"] = str(info.local_rank)
+    os.environ["LOCAL_SIZE"] = str(info.local_world)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-def _meet(place: Place) -> Any:
+def _meet(info: LaunchInfo) -> Any:
     """The store of key-value pairs that all ranks see."""
-    if place.launcher == "single":
+    if info.launcher == "single":
         return dist.HashStore()
-    where = f"tcp://{place.address}:{place.port}"
-    store, *_ = next(dist.rendezvous(where, place.rank, place.world, timeout=TIMEOUT))
+    where = f"tcp://{info.address}:{info.port}"
+    store, *_ = next(dist.rendezvous(where, info.rank, info.world, timeout=TIMEOUT))
     return store
 
 
-def _join(place: Place, device: torch.device, store: Any) -> None:
+def _join(info: LaunchInfo, device: torch.device, store: Any) -> None:
     if dist.is_initialized():
         return
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("ranks", store),
-        rank=place.rank,
-        world_size=place.world,
+        rank=info.rank,
+        world_size=info.world,
         timeout=TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )

@@ -1,6 +1,6 @@
-"""Discrete VAE: a image to a grid of codes and back (paper A.1; shapes as in the released one).
+"""Discrete VAE: an image to a grid of codes and back (paper A.1; shapes as in the released one).
 
-Shape suffixes: B batch, C channel channels, H and W pixels, K codebook entries, G codes per side,
+Shape suffixes: B batch, C colour channels, H and W pixels, K codebook entries, G codes per side,
 S the six output maps (mu for RGB, then ln b for RGB), F feature channels, Y and X any height and
 width.
 """

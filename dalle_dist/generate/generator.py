@@ -42,7 +42,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A image and all that it depends on, the model apart.
+    """An image and all that it depends on, the model apart.
 
     `generate(prompt, n=index + 1, seed=seed, ...)[index]` draws it again.
     """
@@ -98,7 +98,7 @@ class Generator:
     ) -> list[GeneratedImage]:
         """`n` images per prompt, prompt by prompt.
 
-        A image depends on (seed, prompt, its index), not on what is generated beside it. Prompts
+        An image depends on (seed, prompt, its index), not on what is generated beside it. Prompts
         longer than the text block are cut, with a warning.
 
         Raises:

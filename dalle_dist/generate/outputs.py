@@ -30,7 +30,7 @@ Entry = dict[str, Any]
 def write_outputs(images: Sequence[GeneratedImage], folder: str, *, fingerprint: str) -> None:
     """PROMPT-INDEX-DIGEST.png ..., grid.png (a row per prompt) and manifest.json, last.
 
-    The digest is of all that a image depends on: prompt, index, seed, model and sampling. So a
+    The digest is of all that an image depends on: prompt, index, seed, model and sampling. So a
     call that is repeated replaces its own images and no others; grid and manifest show those of
     all calls, earlier ones first. A folder that holds anything else is refused.
 
@@ -54,7 +54,7 @@ def write_outputs(images: Sequence[GeneratedImage], folder: str, *, fingerprint:
 
 
 def refuse_foreign(folder: str) -> dict[str, Entry]:
-    """Raise UserError when `folder` holds anything that its manifest does not list as a image.
+    """Raise UserError when `folder` holds anything that its manifest does not list as an image.
 
     Returns what the manifest says of each file that is still there; nothing when the folder is
     empty or absent.

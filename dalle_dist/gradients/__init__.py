@@ -6,7 +6,7 @@ resblocks.py    which resblock each parameter belongs to
 finite.py       which resblocks have a gradient that is not finite, agreed over all ranks
 scaling.py      fp16: a gradient scale per resblock (paper 2.4)
 node_mean.py    the mean between nodes, dense or by PowerSGD (paper 2.5)
-mean.py         an all-reduce in fp32, bf16, fp16 or 1-6-9
+all_reduce.py   the all-reduce of a mean, in a communication dtype: fp32, bf16, fp16 or 1-6-9
 powersgd/       low-rank compression with error feedback (paper E)
 
 Only torch and torch.distributed are used here: nothing of DeepSpeed, of the config or of the model.

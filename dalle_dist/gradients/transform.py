@@ -54,7 +54,11 @@ class GradientTransform:
 
     @property
     def active(self) -> bool:
-        """Whether there is anything to do: else gradients need not even be looked for."""
+        """Whether there is anything to do; False for bf16 and fp32 without means between nodes.
+
+        Then `skip` has no effect: DeepSpeed's gradients go to the optimizer as they are, and a
+        loss or norm that is not finite ends the run (`train/loop.py`).
+        """
         return self.scaling is not None or self.node_mean is not None
 
     def apply(self, gradients: Sequence[Piece], copies: int, measure: bool) -> SkipDecision:

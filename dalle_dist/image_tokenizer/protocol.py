@@ -2,7 +2,7 @@
 
 A new kind is a file with such a class and one entry in `registry.py`.
 
-Shape suffixes: B batch, C channel channels, H and W pixels, N image tokens in raster order.
+Shape suffixes: B batch, C colour channels, H and W pixels, N image tokens in raster order.
 """
 
 from __future__ import annotations

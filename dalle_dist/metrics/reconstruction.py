@@ -16,7 +16,7 @@ def psnr(images_BCHW: Tensor, reconstructed_BCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(dvae: DVAE, images_BCHW: Tensor, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """(codes_BGG, pictures_BCHW) of images in [0, 1] through the likeliest codes."""
+    """(codes_BGG, images_BCHW) of images in [0, 1] through the likeliest codes."""
     codes = [dvae.codes(batch) for batch in images_BCHW.split(batch_size)]
     return torch.cat(codes), torch.cat([dvae.decode(batch) for batch in codes])
 

@@ -1,6 +1,8 @@
 """Validation measures of stage 2 by name, the values of the config's `train.metrics`.
 
-A new one is a function here, or in a file of its own, and one entry in METRICS.
+A new one is a function here, or in a file of its own, and one entry in METRICS. A forward pass of
+the engine gives the sums and counts of both losses; what needs logits extends
+`transformer/training.py`.
 """
 
 from __future__ import annotations

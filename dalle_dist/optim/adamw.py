@@ -11,7 +11,7 @@ from dalle_kernels.adamw import Hyperparameters, adamw_
 from dalle_kernels.devices import triton_missing
 from torch import Tensor
 
-from dalle_dist.choices import OptimizerBackend, values
+from dalle_dist.choices import AdamWBackend, values
 from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.optim import apex
 
@@ -59,7 +59,7 @@ class AdamW(torch.optim.Optimizer):
         variance_clip: float = 0.0,
         implementation: str = "auto",
     ) -> None:
-        if implementation not in (known := values(OptimizerBackend)):
+        if implementation not in (known := values(AdamWBackend)):
             raise ValueError(f"implementation: {implementation!r} is not one of {', '.join(known)}")
         self.skip, self.frozen = False, ()
         self.implementation = implementation

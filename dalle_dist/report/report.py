@@ -21,6 +21,7 @@ from dalle_dist.metrics.captions import caption_losses
 from dalle_dist.metrics.reconstruction import psnr, share_in_use
 from dalle_dist.report.images import Row, curves, table
 from dalle_dist.report.page import page
+from dalle_dist.train.run import read_log
 
 CAPTIONS, SAMPLES, RECONSTRUCTIONS = 24, 4, 24
 DVAE_PANELS = ({"nll": "reconstruction, nats/dim"}, {"kl": "KL, nats/dim"}, {"psnr": "PSNR, dB"})
@@ -41,7 +42,7 @@ class HeldOut:
     codes_BN: Tensor
 
     def reconstructed(self, generator: Generator) -> Tensor:
-        """What the dVAE makes of its own codes: pictures_BCHW."""
+        """What the dVAE makes of its own codes: images_BCHW."""
         return torch.cat([generator.image_tokenizer.decode(p) for p in self.codes_BN.split(64)])
 
 
@@ -70,8 +71,8 @@ def write_report(config: Config) -> None:
         "Reconstructions by the dVAE: originals above, through the codes below": _pairs(
             held_out, generator
         ),
-        "Training the transformer": curves(_log(config.paths.run), TRAIN_PANELS),
-        "Training the dVAE": curves(_log(config.paths.dvae_run), DVAE_PANELS),
+        "Training the transformer": curves(read_log(config.paths.run), TRAIN_PANELS),
+        "Training the dVAE": curves(read_log(config.paths.dvae_run), DVAE_PANELS),
     }
     _write(config, figures, images)
 
@@ -144,11 +145,6 @@ def _pairs(held_out: HeldOut, generator: Generator) -> Image.Image:
         rows.append(originals[start : start + half])
         rows.append([to_image(image) for image in images[start : start + half]])
     return grid(rows)
-
-
-def _log(run: str) -> list[dict[str, float]]:
-    text = storage.read_bytes(storage.join(run, "log.jsonl")).decode()
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def _write(config: Config, figures: dict[str, Any], images: dict[str, Image.Image]) -> None:

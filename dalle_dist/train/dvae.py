@@ -61,7 +61,8 @@ class DVAEStage(Stage):
             )
         self.train_set = _dataset(config, "train", augmentation)
         self.held_out = _dataset(config, "held-out", None)
-        self.fingerprints = {"computation": "bf16 autocast" if self._bf16 else "fp32"}
+        self.precision = "bf16 autocast, fp32 weights" if self._bf16 else "fp32"
+        self.fingerprints = {}
         # Images for the first biases, and the proof that there are some that can be read.
         self._first_BCHW = _stack(self.train_set, 256)
 
@@ -141,7 +142,7 @@ class DVAEStage(Stage):
         return {
             "model": f"dVAE of {parameters:,} parameters: {shape.image_size} x {shape.image_size} "
             f"pixels to {shape.grid} x {shape.grid} codes out of {shape.codebook_size:,}",
-            "precision": "bf16 autocast, fp32 weights" if self._bf16 else "fp32",
+            "precision": self.precision,
             "sharding": f"ZeRO-{self.settings.zero_stage}",
             "schedule": dvae_schedule(self.config.dvae_train),
             "warning": unfinished(self.config.dvae_train),

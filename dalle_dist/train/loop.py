@@ -89,6 +89,7 @@ class _Loop:
             self.engine,
             stage.ema(),
             self.schedule,
+            stage.precision,
         )
         self._saved = -1  # the step that was saved last
         self._busy, self._counted = 0.0, 0  # seconds in steps since the last log line, and how many

@@ -183,9 +183,10 @@ def working_copy(path: str, ranks: Ranks) -> Path:
     return local
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Lines of a run's log.jsonl, in order: numbers, and lists of them by resblock."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def read_log(run: str | Path) -> list[dict[str, Any]]:
+    """Lines of a run's log.jsonl, local or remote, in order: numbers, and lists by resblock."""
+    text = storage.read_bytes(storage.join(str(run), "log.jsonl")).decode()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def saved_config(folder: Path) -> dict[str, Any]:

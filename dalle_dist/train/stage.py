@@ -40,6 +40,7 @@ class Stage(ABC):
     sections      sections of the config that a resumed run must not change
     config        of the run
     settings      this stage's section of it
+    precision     in which the model computes
     run_path      the run's folder
     data_path     folder of the shards
     fingerprints  of what the model was trained with, by name: must be the same in a resumed run
@@ -50,6 +51,7 @@ class Stage(ABC):
     sections: ClassVar[tuple[str, ...]]
     config: Config
     settings: StageConfig
+    precision: str
     run_path: str
     data_path: str
     fingerprints: Mapping[str, str]

@@ -43,6 +43,7 @@ class TrainingState:
         kind: which stage it is; a checkpoint of another one is refused.
         sections: sections of the config that a resumed run keeps.
         fingerprints: of what the model was trained with, by name.
+        precision: in which the model computes, if `settings` do not say it.
     """
 
     def __init__(
@@ -56,10 +57,12 @@ class TrainingState:
         engine: Engine,
         ema: EMA,
         schedule: Stateful,
+        precision: str = "",
     ) -> None:
         self.kind, self.config, self.settings = kind, config, settings
         self.ranks, self.engine, self.ema, self.schedule = ranks, engine, ema, schedule
         self.sections, self.fingerprints = sections, dict(fingerprints)
+        self.precision = precision or settings.precision
         self.step = 0  # finished
 
     def save(self, checkpoints: Path) -> Path:
@@ -130,7 +133,7 @@ class TrainingState:
         return {
             "ranks": self.engine.shard_world,
             "zero_stage": self.engine.zero_stage,
-            "precision": self.settings.precision,
+            "precision": self.precision,
             "moments": self.settings.moments,
             "between_nodes": self.config.parallel.between_nodes,
         }
@@ -145,12 +148,14 @@ class TrainingState:
         ours, theirs = to_dict(self.config), yaml.safe_load((checkpoint / CONFIG).read_text())
         lines = [line for s in self.sections for line in difference(theirs[s], ours[s], f"{s}.")]
         if lines:
-            raise ConfigError(f"{checkpoint}: cannot go on with another shape: {'; '.join(lines)}")
+            raise ConfigError(
+                f"{checkpoint}: these keys must be as in the checkpoint: {'; '.join(lines)}"
+            )
         lines = difference(saved["made_by"], self._made_by())
         if lines:
             raise CheckpointError(
-                f"{checkpoint}: DeepSpeed's state was written otherwise: {'; '.join(lines)}; start "
-                "with the same number of ranks (of a node, where ZeRO stays inside each), ZeRO "
+                f"{checkpoint}: DeepSpeed's state was written with other settings: "
+                f"{'; '.join(lines)}; start with the same number of ranks (of a node, where ZeRO stays inside each), ZeRO "
                 "stage, precision and moments"
             )
 

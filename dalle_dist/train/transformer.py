@@ -50,6 +50,7 @@ class TransformerStage(Stage):
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.settings = config, config.train
+        self.precision = config.train.precision
         self.run_path, self.data_path = config.paths.run, config.paths.tokens
         deepspeed_config(config.train, ranks.world)
         check(config.train.metrics)
@@ -66,7 +67,7 @@ class TransformerStage(Stage):
             config.image_tokenizer.kind, image_tokenizer_folder(config), device
         )
         self._refuse_other_codes()
-        self.train_set = self._dataset("train", config.tokenizer.dropout)
+        self.train_set = self._dataset("train", config.tokenizer.bpe_dropout)
         self.held_out = self._dataset("held-out", 0.0)
         self.fingerprints = {
             "tokenizer": self.tokenizer.fingerprint,
@@ -85,7 +86,7 @@ class TransformerStage(Stage):
                     f"{image_tokenizer_folder(self.config)} has {given}"
                 )
 
-    def _dataset(self, part: str, dropout: float) -> TokenDataset:
+    def _dataset(self, part: str, bpe_dropout: float) -> TokenDataset:
         config, order = self.config, None
         folder = storage.join(config.paths.tokens, part)
         if part == "train":
@@ -96,7 +97,7 @@ class TransformerStage(Stage):
             order,
             self.tokenizer,
             config.transformer.text_tokens,
-            dropout,
+            bpe_dropout,
             config.seed,
             self.image_tokenizer.fingerprint,
             config.transformer.image_grid,

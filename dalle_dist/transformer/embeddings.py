@@ -1,7 +1,7 @@
-"""Embeddings of text and image states, and the two unembeddings.
+"""Embeddings of text and image positions, and the two unembeddings.
 
 Values are fp32 whatever the parameters' dtype: they start the residual stream, and logits are
-kept in fp32 (paper 2.4). Shape suffixes: B batch, T text, N image states, W width, V classes.
+kept in fp32 (paper 2.4). Shape suffixes: B batch, T text, N image positions, W width, V classes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class TextEmbedding(nn.Module):
         self.position = nn.Parameter(torch.empty(positions, width))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """What the text states hold (START first, PAD after the text) to x_BTW."""
+        """Tokens of the text positions (START first, PAD after the text) to x_BTW."""
         x_BTW = self.token(tokens_BT).float()
         x_BTW = torch.where((tokens_BT == PAD)[..., None], self.pad.float(), x_BTW)
         return x_BTW + self.position.float()
@@ -41,9 +41,9 @@ class ImageEmbedding(nn.Module):
         self.column = nn.Parameter(torch.empty(grid, width))
 
     def forward(self, codes_BN: Tensor, first: int = 0) -> Tensor:
-        """What the image states from `first` on hold to x_BNW; state 0 holds `self.start`."""
-        place_NW = (self.row[:, None] + self.column[None, :]).flatten(0, 1).float()
-        return self.code(codes_BN).float() + place_NW[first : first + codes_BN.shape[1]]
+        """Codes of the image positions from `first` on to x_BNW; position 0 holds `self.start`."""
+        position_NW = (self.row[:, None] + self.column[None, :]).flatten(0, 1).float()
+        return self.code(codes_BN).float() + position_NW[first : first + codes_BN.shape[1]]
 
 
 class Unembedding(nn.Linear):
@@ -57,7 +57,7 @@ class Unembedding(nn.Linear):
 class LayerNorm(nn.LayerNorm):
     """Statistics in fp32; the result in the parameters' dtype, in which the block computes."""
 
-    # A layer norm that computes in torch's place, in a box so that it is no part of the model.
+    # Optional fused layer norm, in a tuple so that nn.Module does not register it.
     kernel: tuple[nn.Module] | None = None
 
     def forward(self, input: Tensor) -> Tensor:

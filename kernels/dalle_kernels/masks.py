@@ -24,7 +24,7 @@ def _all_earlier(q: int, k: int, grid: int, radius: int) -> bool:
     return k <= q
 
 
-def _previous_line(q: int, k: int, grid: int, radius: int) -> bool:
+def _last_grid_tokens(q: int, k: int, grid: int, radius: int) -> bool:
     return q - k <= grid
 
 
@@ -75,7 +75,7 @@ class MaskRule:
 # set, and a kind that it does not name is that of "paper".
 MASKS: dict[str, dict[str, MaskRule]] = {
     # The previous `grid` image tokens, across line ends; or the own line alone.
-    "row": {"paper": MaskRule(_previous_line), "dalle-pytorch": MaskRule(_same_line)},
+    "row": {"paper": MaskRule(_last_grid_tokens), "dalle-pytorch": MaskRule(_same_line)},
     # The own column.
     "column": {"paper": MaskRule(_same_line, by_column=True)},
     # A `kernel` x `kernel` window that wraps to the line above, is cut at the edges, wraps both

@@ -21,7 +21,7 @@ class Span:
     grid       scan positions per line: a row of the image, or a column where `by_column`
     by_column  whether the scan goes down the columns
     window     how many scan positions before its own a query looks at most
-    same_row   whether a query never looks out of its own line
+    same_line   whether a query never looks out of its own line
     full       whether every query sees all keys from its `first_key` to itself
     """
 
@@ -29,7 +29,7 @@ class Span:
     grid: int
     by_column: bool
     window: int
-    same_row: bool
+    same_line: bool
     full: bool
 
     @property
@@ -40,16 +40,16 @@ class Span:
         """
         if self.by_column:
             return self.image
-        return self.grid if self.same_row else self.window + 1
+        return self.grid if self.same_line else self.window + 1
 
     def first_key(self, query: int) -> int:
         """The first scan position that the query at `query`, or any later one, may look at."""
-        line = query // self.grid * self.grid if self.same_row else 0
+        line = query // self.grid * self.grid if self.same_line else 0
         return max(line, query - self.window)
 
     def queries_end(self, key: int) -> int:
         """One past the last scan position whose query may look at `key` or an earlier one."""
-        end = (key // self.grid + 1) * self.grid if self.same_row else self.image
+        end = (key // self.grid + 1) * self.grid if self.same_line else self.image
         return min(end, key + self.window + 1)
 
 
@@ -64,16 +64,16 @@ def span(mask: AttentionMask) -> Span:
     import torch
 
     scan, by_column = torch.arange(mask.image, device="cpu"), mask.rule.by_column
-    window, pairs, same_row = 0, 0, True
+    window, pairs, same_line = 0, 0, True
     for line in scan.split(mask.grid):  # all pairs at once would take gigabytes of a large image
         query, key = mask.visible(line[:, None], scan[None, :]).nonzero().unbind(1)
         back = query + line[0] - key
         if int((back == 0).sum()) < mask.grid:
             raise ValueError(f"kind: {mask.kind!r} hides a query's own key from it")
         window, pairs = max(window, int(back.max())), pairs + len(key)
-        same_row = same_row and bool((key >= line[0]).all())
-    if by_column and not same_row:
+        same_line = same_line and bool((key >= line[0]).all())
+    if by_column and not same_line:
         raise ValueError(f"kind: {mask.kind!r} goes by column and looks out of its own column")
-    band = Span(mask.image, mask.grid, by_column, window, same_row, full=False)
+    band = Span(mask.image, mask.grid, by_column, window, same_line, full=False)
     full = pairs == sum(p + 1 - band.first_key(p) for p in range(mask.image))
-    return Span(mask.image, mask.grid, by_column, window, same_row, full)
+    return Span(mask.image, mask.grid, by_column, window, same_line, full)

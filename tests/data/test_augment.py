@@ -78,5 +78,5 @@ def test_transparent_pictures_lie_on_white_and_damaged_ones_are_none(image):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     buffer = io.BytesIO()
     noise.save(buffer, format="PNG")
-    for damaged in (b"", b"not a image", buffer.getvalue()[:5000]):
+    for damaged in (b"", b"not an image", buffer.getvalue()[:5000]):
         assert decode(damaged) is None

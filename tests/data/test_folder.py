@@ -73,7 +73,7 @@ def test_pictures_are_shrunk_on_their_shorter_side_and_never_enlarged(tmp_path, 
 
 def test_what_cannot_be_used_is_named_counted_and_skipped(tmp_path, image, capsys):
     folder = _fill(tmp_path / "in", image)
-    (tmp_path / "in" / "03.png").write_bytes(b"not a image")
+    (tmp_path / "in" / "03.png").write_bytes(b"not an image")
     (tmp_path / "in" / "04.txt").write_text(" \n")
     (tmp_path / "in" / "05.txt").unlink()
     (tmp_path / "in" / "06.webp").write_bytes(image())  # beside 06.png, with the same name
@@ -97,7 +97,7 @@ def test_nothing_usable_is_fatal_and_leaves_nothing(tmp_path, image):
     folder = _fill(tmp_path / "in", image, 5)
     for path in (tmp_path / "in").iterdir():
         if path.suffix != ".txt":
-            path.write_bytes(b"not a image")
+            path.write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"0 images can be used.*5 skipped: cannot be decoded"):
         build_folder(folder, str(tmp_path / "out"), None, 0, 0.3)
     (tmp_path / "in" / "00.png").write_bytes(image())

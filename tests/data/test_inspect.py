@@ -9,7 +9,7 @@ from dalle_dist.errors import DataError
 def _write(folder, image):
     with ShardWriter(str(folder), "images", {}, samples_per_shard=4) as writer:
         for i in range(6):
-            data = b"not a image" if i == 5 else image(size=(8 + i // 4, 8))
+            data = b"not an image" if i == 5 else image(size=(8 + i // 4, 8))
             writer.write(f"{i}", {"png": data, "txt": b"" if i == 0 else b"two words"})
 
 

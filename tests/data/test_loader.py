@@ -25,7 +25,7 @@ N, GRID = 23, 2
 def _write_images(folder, image, corrupt=()):
     with ShardWriter(str(folder), "images", {}, samples_per_shard=5) as writer:
         for i in range(N):
-            data = b"not a image" if i in corrupt else image((i, 0, 0))
+            data = b"not an image" if i in corrupt else image((i, 0, 0))
             writer.write(f"{i:03d}", {"png": data, "txt": f"number {i}".encode()})
     return str(folder)
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from dalle_dist.distributed import launch
-from dalle_dist.distributed.environment import GPU_GRANTS, Place, first_host, read_environment
+from dalle_dist.distributed.environment import GPU_GRANTS, LaunchInfo, first_host, read_environment
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.errors import ConfigError
 from dalle_dist.testing import run_distributed
@@ -42,27 +42,33 @@ BATCH_SCRIPT = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 @pytest.mark.parametrize(
     ("environ", "expected"),
     [
-        ({}, Place("single")),
-        (RENDEZVOUS | {"LOCAL_SIZE": "4"}, Place("deepspeed", 5, 1, 8, 4, "a", 29500)),
+        ({}, LaunchInfo("single")),
+        (RENDEZVOUS | {"LOCAL_SIZE": "4"}, LaunchInfo("deepspeed", 5, 1, 8, 4, "a", 29500)),
         (
             RENDEZVOUS | {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"},
-            Place("torchrun", 5, 1, 8, 2, "a", 29500),
+            LaunchInfo("torchrun", 5, 1, 8, 2, "a", 29500),
         ),
-        (STEP, Place("srun", 6, 0, 7, 1, "gpu07", STEP_PORT)),
-        (STEP | {"SLURM_RESTART_COUNT": "1"}, Place("srun", 6, 0, 7, 1, "gpu07", STEP_PORT + 1)),
+        (STEP, LaunchInfo("srun", 6, 0, 7, 1, "gpu07", STEP_PORT)),
+        (
+            STEP | {"SLURM_RESTART_COUNT": "1"},
+            LaunchInfo("srun", 6, 0, 7, 1, "gpu07", STEP_PORT + 1),
+        ),
         (
             STEP | {"SLURM_NODEID": "1", "MASTER_ADDR": "h", "MASTER_PORT": "5"},
-            Place("srun", 6, 0, 7, 2, "h", 5),
+            LaunchInfo("srun", 6, 0, 7, 2, "h", 5),
         ),
         # torchrun inside a job step, mpirun inside a job step, and the batch script itself
         (
             STEP | RENDEZVOUS | {"TORCHELASTIC_RUN_ID": "x"},
-            Place("torchrun", 5, 1, 8, 8, "a", 29500),
+            LaunchInfo("torchrun", 5, 1, 8, 8, "a", 29500),
         ),
-        (STEP | MPI, Place("mpirun", 3, 1, 4, 2)),
-        (STEP | {"PMI_SIZE": "7", "PMI_RANK": "6"}, Place("srun", 6, 0, 7, 1, "gpu07", STEP_PORT)),
-        ({"PMI_SIZE": "4", "PMI_RANK": "2"}, Place("mpirun", rank=2, world=4)),
-        (BATCH_SCRIPT | {"SLURM_NTASKS": "16"}, Place("single")),
+        (STEP | MPI, LaunchInfo("mpirun", 3, 1, 4, 2)),
+        (
+            STEP | {"PMI_SIZE": "7", "PMI_RANK": "6"},
+            LaunchInfo("srun", 6, 0, 7, 1, "gpu07", STEP_PORT),
+        ),
+        ({"PMI_SIZE": "4", "PMI_RANK": "2"}, LaunchInfo("mpirun", rank=2, world=4)),
+        (BATCH_SCRIPT | {"SLURM_NTASKS": "16"}, LaunchInfo("single")),
     ],
 )
 def test_place_is_read_from_each_launchers_environment(environ, expected):

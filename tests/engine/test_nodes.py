@@ -139,8 +139,8 @@ def layouts(ranks, size):
 
 
 @pytest.mark.parametrize(("nodes", "size"), [(3, 1), pytest.param(4, 1, marks=pytest.mark.slow)])
-def test_machines_of_one_rank(machines, size):
-    found = run_distributed(layouts, machines * size, size)
+def test_nodes_of_one_rank(nodes, size):
+    found = run_distributed(layouts, nodes * size, size)
     zero, dense, once, twice = (run["curve"] for run in found[0])
     assert np.allclose(dense, zero, rtol=1e-5)
     assert np.allclose(once[:, 0], zero[:, 0], rtol=2e-3)
@@ -260,14 +260,14 @@ def resumed(folder, stage, forget, *overrides, before=3, after=2):
         ),
     ],
 )
-def test_saved_on_three_machines_and_gone_on_with_on_two(tmp_path, stage, overrides, close):
+def test_saved_on_three_nodes_and_gone_on_with_on_two(tmp_path, stage, overrides, close):
     """PowerSGD's output depends on the nodes' mean error alone, and that is what is saved."""
     found, ahead = resumed(tmp_path, stage, False, *overrides)
     assert np.allclose(found, ahead, rtol=close)
 
 
 @pytest.mark.slow
-def test_saved_on_two_machines_of_two_ranks_and_gone_on_with_on_one(tmp_path):
+def test_saved_on_two_nodes_of_two_ranks_and_gone_on_with_on_one(tmp_path):
     """One node sends nothing; two are like it in the step that empties their buffers."""
     overrides = "train.precision=fp32", "parallel.local_world_size=2", "parallel.dense_every=4"
     found, ahead = resumed(tmp_path, 3, False, *overrides, before=4)
@@ -323,7 +323,7 @@ def diverged(ranks, folder):
 
 
 @pytest.mark.slow
-def test_machines_that_have_come_apart_do_not_save(tmp_path):
+def test_nodes_that_have_come_apart_do_not_save(tmp_path):
     for message in run_distributed(diverged, 4, tmp_path):
         assert "the nodes' weights differ" in message and "\n" not in message
 

@@ -114,7 +114,7 @@ def _late_failure(ranks, poison, options):
     The third step is one of factors, or a dense one.
     """
     sgd, groups = build(ranks, 1, **options)
-    right, whole = factors.orthonormal_BMR, sgd._launch_whole
+    right, whole = factors.orthonormal_BMR, sgd._launch_fp32
     for step in range(3):
         given = shards(COMPRESSED, step, groups.node)
         sums = {s.key: s.values.clone() for s in given}
@@ -123,11 +123,11 @@ def _late_failure(ranks, poison, options):
                 total += sgd.errors()[key]
             if poison == "sent" and ranks.rank == 0:
                 factors.orthonormal_BMR = lambda p: right(p) * (math.nan if len(p) == 2 else 1)
-                sgd._launch_whole = _nan_in_block_1(whole)
+                sgd._launch_fp32 = _nan_in_block_1(whole)
             elif poison == "error" and ranks.rank == 0:
                 sgd.errors()["1.up@0"][0, 0] = math.inf
         outcome = sgd.reduce(given)
-    factors.orthonormal_BMR, sgd._launch_whole = right, whole
+    factors.orthonormal_BMR, sgd._launch_fp32 = right, whole
     errors = {key: error.clone() for key, error in sgd.errors().items()}
     again = sgd.reduce(shards(COMPRESSED, 3, groups.node))
     return outcome.nonfinite, sums, errors, {s.name: s.values for s in given}, again.nonfinite

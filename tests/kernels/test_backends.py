@@ -26,7 +26,7 @@ def gpu_qkv(dtype=torch.bfloat16, width=64):
 
 
 @pytest.mark.parametrize(
-    ("node", "qkv", "reason"),
+    ("machine", "qkv", "reason"),
     [
         ({"installed": False}, {}, "triton is not installed"),
         ({"capability": (7, 5)}, {}, "compute capability 7.5, below 8.0"),

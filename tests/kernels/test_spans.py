@@ -25,7 +25,7 @@ def test_bands_hold_and_are_tight(kind, variant):
         where = f"{mask}"
         assert (query >= key).all(), where
         assert int((query - key).max()) == band.window, where
-        assert band.same_row == (query // grid == key // grid).all(), where
+        assert band.same_line == (query // grid == key // grid).all(), where
         full = True
         for scan in range(mask.image):
             assert int(key[query >= scan].min()) >= band.first_key(scan), where

@@ -67,7 +67,7 @@ def test_text_layout():
     assert counted == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
 
 
-def slow_states(model, text, codes):
+def slow_stream(model, text, codes):
     """Final states of one sample in fp64, straight from the weights, state by state."""
     w = {name: tensor.double() for name, tensor in model.state_dict().items()}
     embed = lambda name, index: w[f"{name}.weight"][index]  # noqa: E731
@@ -113,7 +113,7 @@ def test_states_equal_a_slow_loop_in_double():
     text_BT, codes_BN = batch()
     states_BSW = model._stream(text_BT, codes_BN).double()
     for b in range(3):
-        expected_SW = slow_states(model, text_BT[b].tolist(), codes_BN[b].tolist())
+        expected_SW = slow_stream(model, text_BT[b].tolist(), codes_BN[b].tolist())
         torch.testing.assert_close(states_BSW[b], expected_SW, rtol=1e-4, atol=1e-4)
 
 

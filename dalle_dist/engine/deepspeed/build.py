@@ -86,7 +86,7 @@ def build_engine(
     )
     transform = GradientTransform(resblocks, ranks, settings.skip, scaling, mean)
     optimizer = _optimizer(model, settings, decays)
-    if settings.optimizer == "apex":
+    if settings.adamw_backend == "apex":
         use_layer_norm(model, fused_layer_norm())
     if settings.compile:
         compile_blocks(model)
@@ -148,7 +148,7 @@ def _optimizer(model: nn.Module, settings: StageConfig, decays: Decays) -> AdamW
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         variance_clip=settings.variance_clip,
-        implementation=settings.optimizer,
+        implementation=settings.adamw_backend,
     )
 
 

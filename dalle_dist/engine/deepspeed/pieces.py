@@ -1,9 +1,6 @@
 """Weights and gradients that a rank owns under DeepSpeed, as pieces of parameters.
 
-Private names of DeepSpeed in use: `param._hp_mapping`, `param._index_in_param_group` (ZeRO-1/2,
-what its universal checkpoints and `safe_get_full_grad` rest on), `optimizer.averaged_gradients`,
-`optimizer.fp16_groups` (ZeRO-3), `optimizer.bf16_groups`, `fp32_groups_gradients` and `_flat` (bf16
-under ZeRO-1), `optimizer.fp32_groups` (bf16 without ZeRO). One that is gone is an error, never a
+They lie in private parts of DeepSpeed (`versions.py`). One that is gone is an error, never a
 gradient left as it was.
 """
 

@@ -35,8 +35,8 @@ from torch import Tensor
 
 from dalle_dist.choices import CommDtype, ErrorDtype, values
 from dalle_dist.errors import ConfigError
+from dalle_dist.gradients.all_reduce import bytes_per_value
 from dalle_dist.gradients.finite import agree
-from dalle_dist.gradients.mean import bytes_per_value
 from dalle_dist.gradients.piece import Block, Piece
 from dalle_dist.gradients.powersgd.factors import (
     Factored,
@@ -186,10 +186,10 @@ class PowerSGD:
         for shard in dense:
             if shard.block in nonfinite:
                 shard.values.zero_()
-        whole = self._launch_whole([shard.values for shard in dense]) if dense else None
+        whole = self._launch_fp32([shard.values for shard in dense]) if dense else None
         finite = [shard for shard in compressed if shard.block not in nonfinite]
-        plain = self._is_plain()
-        send = self._send_whole if plain else self._send_factors
+        plain = self._is_uncompressed()
+        send = self._send_uncompressed if plain else self._send_factors
         norms, overflowed = send(finite, dense, whole)
         nonfinite |= overflowed
         for shard in [*compressed, *dense]:
@@ -231,7 +231,7 @@ class PowerSGD:
         """
         self._state.load_state_dict(state)
 
-    def _is_plain(self) -> bool:
+    def _is_uncompressed(self) -> bool:
         options = self._options
         flush = options.dense_every > 0 and self.step % options.dense_every == 0
         return not self._compress or self.step < options.start_step or flush
@@ -260,10 +260,10 @@ class PowerSGD:
                 factored.subtract_sent(q_RN)
                 norms[shard.key] = square_norm(q_RN)
                 if self._options.warm_start:
-                    self._state.queries[shard.key] = columns_like_gaussian(q_RN)
+                    self._state.q_by_key[shard.key] = columns_like_gaussian(q_RN)
         return _numbers(norms), overflowed
 
-    def _send_whole(
+    def _send_uncompressed(
         self, shards: Sequence[Piece], dense: Sequence[Piece], whole: GroupedMean | None
     ) -> tuple[dict[str, float], frozenset[Block]]:
         """Gradient + error in fp32, block by block: no more than one block is held twice."""
@@ -271,7 +271,7 @@ class PowerSGD:
         for block in _by_block(shards):
             errors = [self._state.errors[shard.key] for shard in block]
             sums = [e.accumulate(shard.values) for e, shard in zip(errors, block, strict=True)]
-            mean = self._launch_whole(sums)
+            mean = self._launch_fp32(sums)
             for error, total in zip(errors, sums, strict=True):
                 error.on_overflow(total)  # whether it has is not known yet
             norms |= _receive(block, mean)
@@ -304,7 +304,7 @@ class PowerSGD:
         for shard in shards:
             columns = torch.randn(shard.values.shape[1], SKETCH, generator=generator)
             sketches.append(self._state.errors[shard.key].read() @ columns.to(self._device))
-        left = [s.square().sum() / SKETCH for s in self._launch_whole(sketches).wait()]
+        left = [s.square().sum() / SKETCH for s in self._launch_fp32(sketches).wait()]
         parts = zip(shards, torch.stack(left).tolist(), strict=True)
         totals = {shard.key: (part, part + norms[shard.key]) for shard, part in parts}
         return {
@@ -312,7 +312,7 @@ class PowerSGD:
         }
 
     def _factored(self, shard: Piece) -> Factored:
-        return Factored(shard, self._state.errors[shard.key], self._state.queries[shard.key])
+        return Factored(shard, self._state.errors[shard.key], self._state.q_by_key[shard.key])
 
     def _launch_p(self, flat: Tensor, shapes: Sequence[torch.Size]) -> GroupedMean:
         return GroupedMean(
@@ -324,7 +324,7 @@ class PowerSGD:
             flat, shapes, self._group, self._options.comm_dtype, self._options.q_scale
         )
 
-    def _launch_whole(self, tensors: Sequence[Tensor]) -> GroupedMean:
+    def _launch_fp32(self, tensors: Sequence[Tensor]) -> GroupedMean:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         return GroupedMean(flat, [tensor.shape for tensor in tensors], self._group)
 
@@ -333,7 +333,9 @@ class PowerSGD:
     ) -> tuple[int, int]:
         width = bytes_per_value(self._options.comm_dtype)
         values = sum(shard.values.numel() for shard in compressed)
-        factors = sum(self._state.queries[s.key].shape[0] * sum(s.values.shape) for s in compressed)
+        factors = sum(
+            self._state.q_by_key[s.key].shape[0] * sum(s.values.shape) for s in compressed
+        )
         rest = 4 * sum(shard.values.numel() for shard in dense)
         return rest + (4 * values if plain else width * factors), rest + width * values
 

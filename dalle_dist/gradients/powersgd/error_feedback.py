@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dalle_dist.choices import ErrorDtype
-from dalle_dist.gradients.mean import decode, encode
+from dalle_dist.gradients.all_reduce import decode, encode
 
 
 class ErrorBuffer(Protocol):

@@ -1,5 +1,7 @@
 """P and Q of one resblock's shards: computed, sent as one vector, received.
 
+The number format they travel in is a matter of `gradients/all_reduce.py`.
+
 Shapes: M short side of a shard, N long side, R rank.
 """
 
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle_dist.gradients.mean import launch_mean
+from dalle_dist.gradients.all_reduce import launch_mean
 from dalle_dist.gradients.piece import Piece
 from dalle_dist.gradients.powersgd.error_feedback import ErrorBuffer
 from dalle_dist.gradients.powersgd.orthogonal import orthonormal_BMR

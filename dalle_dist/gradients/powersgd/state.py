@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dalle_dist.choices import ErrorDtype
 from dalle_dist.errors import CheckpointError, ConfigError
-from dalle_dist.gradients.mean import launch_mean
+from dalle_dist.gradients.all_reduce import launch_mean
 from dalle_dist.gradients.piece import Piece
 from dalle_dist.gradients.powersgd.error_feedback import ErrorBuffer, error_buffer
 from dalle_dist.gradients.powersgd.orthogonal import gaussian_RN
@@ -32,7 +32,7 @@ class PowerSGDState:
     ) -> None:
         self.step = 0
         self.errors: dict[str, ErrorBuffer] = {}
-        self.queries: dict[str, Tensor] = {}
+        self.q_by_key: dict[str, Tensor] = {}
         self._group, self._rank, self._seed = group, rank, seed
         self._error_dtype, self._warm_start = error_dtype, warm_start
         # A loaded state is taken over when its shards are first seen.
@@ -52,9 +52,9 @@ class PowerSGDState:
             _check_keys(self._loaded["errors"], [shard.key for shard in shards])
         facts = {}
         for shard in new:
-            query_RN = self._query(shard)
-            facts[f"{shard.key} {tuple(shard.values.shape)}"] = _digest(query_RN)
-            self.queries[shard.key] = query_RN.to(shard.values.device)
+            q_RN = self._q(shard)
+            facts[f"{shard.key} {tuple(shard.values.shape)}"] = _digest(q_RN)
+            self.q_by_key[shard.key] = q_RN.to(shard.values.device)
             self.errors[shard.key] = self._error(shard)
         check_same(facts, self._group)
 
@@ -67,21 +67,21 @@ class PowerSGDState:
             error = buffer.read()
             mean = launch_mean(error.reshape(-1).clone(), self._group).wait()
             errors[key] = mean.view(error.shape).cpu()
-        warm = {key: q.cpu() for key, q in self.queries.items()} if self._warm_start else {}
-        return {"step": self.step, "seed": self._seed, "errors": errors, "queries": warm}
+        warm = {key: q.cpu() for key, q in self.q_by_key.items()} if self._warm_start else {}
+        return {"step": self.step, "seed": self._seed, "errors": errors, "q_by_key": warm}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `PowerSGD.load_state_dict`."""
         self.step, self._seed = int(state["step"]), int(state["seed"])
         unused = self.step == 0 and not state["errors"]  # saved before the first `reduce`
-        self.errors, self.queries, self._loaded = {}, {}, None if unused else state
+        self.errors, self.q_by_key, self._loaded = {}, {}, None if unused else state
 
-    def _query(self, shard: Piece) -> Tensor:
+    def _q(self, shard: Piece) -> Tensor:
         short, long = sorted(shard.values.shape)
         if self._rank is not None:
             check_rank(shard.key, tuple(shard.values.shape), self._rank)
         rank = self._rank or short
-        saved = self._loaded["queries"].get(shard.key) if self._loaded is not None else None
+        saved = self._loaded["q_by_key"].get(shard.key) if self._loaded is not None else None
         if self._warm_start and saved is not None and saved.shape == (rank, long):
             return torch.as_tensor(saved)
         return gaussian_RN(self._seed, shard.key, rank, long)

@@ -118,7 +118,7 @@ class DecodeCache:
     def filled(self, position: int) -> tuple[int, int]:
         """First and last + 1 of the slots that the token at raster position `position` may use."""
         scan = self.mask.scan(position)
-        if self.span.same_row:  # a line starts at a multiple of the slots, or all lines are kept
+        if self.span.same_line:  # a line starts at a multiple of the slots, or all lines are kept
             return self.span.first_key(scan) % self.slots, scan % self.slots + 1
         return 0, min(scan + 1, self.slots)
 

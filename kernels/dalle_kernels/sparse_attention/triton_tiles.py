@@ -26,7 +26,7 @@ def mask_constants(mask: AttentionMask) -> dict[str, Any]:
         "GRID": mask.grid,
         "BY_COLUMN": band.by_column,
         "WINDOW": band.window,
-        "SAME_ROW": band.same_row,
+        "SAME_ROW": band.same_line,
         "RULE": _compilable(mask.rule.visible),
         "RADIUS": mask.radius,
     }

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from powersgd_oracle import on_ranks
 
-from dalle_dist.gradients.mean import bytes_per_value, launch_mean
+from dalle_dist.gradients.all_reduce import bytes_per_value, launch_mean
 from dalle_dist.gradients.powersgd.factors import columns_like_gaussian
 
 needs_minifloat = pytest.mark.skipif(
