@@ -50,7 +50,7 @@ DVAE_TRAIN = {"steps": STEPS, "batch_size": 8, "lr": 3e-3, "warmup": 2, "lr_step
 # processor, between the code of torch, oneDNN and MKL for AVX-512 with bf16 and theirs for AVX2: at
 # most 5e-8 in fp32, 3e-5 in bf16, 2e-5 in fp16 (for SSE: 5e-8, 3e-4, 2e-5); of gradient norms at
 # most 2e-7 in fp32, 5e-4 in bf16, 1e-4 in fp16. AMX multiplies bf16 exactly and sums in fp32, as
-# AVX-512 does.
+# AVX-512 does. Of stage 1: 3e-8 nats and 3e-7.
 RTOL = {"fp32": 1e-5, "bf16": 5e-4, "fp16": 1e-4}
 NORMS = 10  # times that for gradient norms
 
@@ -142,10 +142,16 @@ def read(set_up: SetUp) -> list[Row]:
     return [(int(step), float(loss), float(norm)) for step, loss, norm in cells]
 
 
-def errors(row: Row, wanted: Row) -> tuple[float, float]:
-    """Of loss and gradient norm, relative; a loss below 1 nat is a difference of larger terms."""
-    (_, loss, norm), (_, wanted_loss, wanted_norm) = row, wanted
-    return abs(loss - wanted_loss) / max(abs(wanted_loss), 1), abs(norm / wanted_norm - 1)
+def errors(rows: Sequence[Row], wanted: Sequence[Row]) -> list[tuple[float, float]]:
+    """Of loss and gradient norm at each step, relative.
+
+    Losses to the largest in size, as those of a dVAE pass through 0.
+    """
+    largest = max(abs(loss) for _, loss, _ in wanted)
+    return [
+        (abs(new[1] - old[1]) / largest, abs(new[2] / old[2] - 1))
+        for new, old in zip(rows, wanted, strict=True)
+    ]
 
 
 def differences(set_up: SetUp, rows: Sequence[Row]) -> list[str]:
@@ -154,8 +160,7 @@ def differences(set_up: SetUp, rows: Sequence[Row]) -> list[str]:
     if [row[0] for row in rows] != [row[0] for row in wanted]:
         return [f"{len(rows)} steps, not {len(wanted)}"]
     found = []
-    for row, old in zip(rows, wanted, strict=True):
-        loss, norm = errors(row, old)
+    for row, old, (loss, norm) in zip(rows, wanted, errors(rows, wanted), strict=True):
         if not (loss <= rtol and norm <= NORMS * rtol):
             found.append(f"{row}, not {old}: loss off by {loss:.1g}, norm by {norm:.1g}")
     return found
@@ -193,7 +198,7 @@ SMALL_CHANGES = {
     "fp16-zero2": [{"text_loss": 0.1255}, {"beta2": 0.95}, {"clip": 1.7}],
     "fp16-powersgd-zero2": [{"text_loss": 0.1255}, {"beta2": 0.95}, {"clip": 1.7}],
     "fp16-powersgd-zero3": [{"text_loss": 0.1255}, {"beta2": 0.95}, {"clip": 1.7}],
-    "dvae": [{"lr": 2.99e-3}, {"beta2": 0.998}, {"clip": 0.119}, {"kl_weight": 6.5}],
+    "dvae": [{"lr": 2.99e-3}, {"beta2": 0.998}, {"clip": 0.119}, {"kl_weight": 6.59}],
 }  # fmt: skip
 
 
@@ -217,8 +222,7 @@ def main() -> None:
             rows = found[set_up.name]
             if options.write:
                 write(set_up, rows)
-            pairs = [errors(*pair) for pair in zip(rows, read(set_up), strict=True)]
-            loss, norm = map(max, zip(*pairs, strict=True))
+            loss, norm = map(max, zip(*errors(rows, read(set_up)), strict=True))
             print(f"{set_up}: loss off by {loss:.1g}, norm by {norm:.1g}")
 
 
