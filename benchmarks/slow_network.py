@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-INTERFACE = "link"  # its name in both namespaces
+INTERFACE = "slow0"  # its name in both namespaces
 SENT_BYTES = Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes")
 _ADDRESSES = ("10.77.0.1", "10.77.0.2")
 _PORT = 29500  # nobody else listens in a new namespace

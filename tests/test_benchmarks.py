@@ -237,7 +237,7 @@ import os, socket, sys, time
 from pathlib import Path
 if os.environ["RANK"] == "1":
     sys.exit()
-counter, packets = Path("/sys/class/net/link/statistics/tx_bytes"), 2_000
+counter, packets = Path("/sys/class/net/slow0/statistics/tx_bytes"), 2_000
 udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 before, start = int(counter.read_text()), time.perf_counter()
 for _ in range(packets):
