@@ -259,7 +259,7 @@ class Run:
             parameter.mul_(1 + torch.randn_like(parameter) / 2**12)
 
     def train(self, first: int, last: int) -> None:
-        """Updates `first` to `last`, then the held-out loss."""
+        """Steps `first` to `last`, then the held-out loss."""
         scales, every = self._scheme.scales, self._plan.probe_every
         for step in range(first, last + 1):
             self._curve.losses[step] = self._step(step)

@@ -211,21 +211,21 @@ def test_one_global_scale_doubles_and_halves(monkeypatch):
 
 
 @pytest.fixture
-def thin_wire(monkeypatch):
+def slow_network(monkeypatch):
     """The module, where namespaces can be made; in CI they must."""
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import thin_wire
+    from benchmarks import slow_network
 
     if os.geteuid() == 0 and shutil.which("apt-get") and not shutil.which("ip"):
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
         for command in (["update"], ["install", "-y", "--no-install-recommends", "iproute2"]):
             subprocess.run(["apt-get", "-qq", *command], env=environment, capture_output=True)
-    reason = thin_wire.missing()
+    reason = slow_network.missing()
     if reason and os.environ.get("CI"):
-        pytest.fail(f"in CI the thin wire must be tested: {reason}")
+        pytest.fail(f"in CI the slow network must be tested: {reason}")
     if reason:
         pytest.skip(reason)
-    return thin_wire
+    return slow_network
 
 
 def namespaces():
@@ -237,7 +237,7 @@ import os, socket, sys, time
 from pathlib import Path
 if os.environ["RANK"] == "1":
     sys.exit()
-counter, packets = Path("/sys/class/net/wire/statistics/tx_bytes"), 2_000
+counter, packets = Path("/sys/class/net/slow0/statistics/tx_bytes"), 2_000
 udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 before, start = int(counter.read_text()), time.perf_counter()
 for _ in range(packets):
@@ -248,15 +248,15 @@ Path(sys.argv[1]).write_text(f"{int(counter.read_text()) - before} {time.perf_co
 """
 
 
-def test_a_thin_wire_is_thin_and_counts(thin_wire, tmp_path):
-    with thin_wire.ThinWire(20) as wire:
-        wire.run([sys.executable, "-c", SENDER, str(tmp_path / "out")], 1, 30)
-        assert all(node in namespaces() for node in wire.nodes)
+def test_a_slow_network_is_slow_and_counts(slow_network, tmp_path):
+    with slow_network.SlowNetwork(20) as network:
+        network.run([sys.executable, "-c", SENDER, str(tmp_path / "out")], 1, 30)
+        assert all(node in namespaces() for node in network.nodes)
     count, seconds = map(float, (tmp_path / "out").read_text().split())
     # Each of the 2,000 packets has 42 bytes of headers; up to 256 kB go out at once.
     assert 2_084_000 <= count <= 2_090_000
     assert (2_084_000 - 256_000) * 8 / 20e6 * 0.98 < seconds < 3
-    assert not any(node in namespaces() for node in wire.nodes)
+    assert not any(node in namespaces() for node in network.nodes)
 
 
 @pytest.mark.parametrize(
@@ -268,21 +268,21 @@ def test_a_thin_wire_is_thin_and_counts(thin_wire, tmp_path):
          "not done in 2 s"),
     ],
 )  # fmt: skip
-def test_a_failed_run_leaves_nothing(thin_wire, program, message):
+def test_a_failed_run_leaves_nothing(slow_network, program, message):
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=message), thin_wire.ThinWire(100) as wire:
-        wire.run([sys.executable, "-c", program], 1, 2)
+    with pytest.raises(RuntimeError, match=message), slow_network.SlowNetwork(100) as network:
+        network.run([sys.executable, "-c", program], 1, 2)
     assert time.monotonic() - start < 10
-    assert not any(node in namespaces() for node in wire.nodes)
+    assert not any(node in namespaces() for node in network.nodes)
     listed = subprocess.run(["pgrep", "-f", "^sleep 67.125"], capture_output=True, text=True).stdout
     assert not listed, "what a rank has started outlives it"
 
 
 @pytest.mark.slow
-def test_a_terminated_benchmark_leaves_nothing(thin_wire):
-    command = [sys.executable, "-m", "benchmarks.powersgd_wire", "--smoke", "--threads=1"]
+def test_a_terminated_benchmark_leaves_nothing(slow_network):
+    command = [sys.executable, "-m", "benchmarks.powersgd_network", "--smoke", "--threads=1"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    stem, deadline = f"thin{process.pid}n", time.monotonic() + 60
+    stem, deadline = f"slow{process.pid}n", time.monotonic() + 60
     # Number 0 only proves that there can be one; the first contender trains in number 1.
     while f"{stem}1b" not in namespaces() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -291,46 +291,46 @@ def test_a_terminated_benchmark_leaves_nothing(thin_wire):
     assert stem not in namespaces()
 
 
-def test_without_root_the_wire_says_why(monkeypatch, capsys):
+def test_without_root_the_network_says_why(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import powersgd_wire
+    from benchmarks import powersgd_network
 
-    monkeypatch.setattr(sys, "argv", ["powersgd_wire", "--smoke"])
+    monkeypatch.setattr(sys, "argv", ["powersgd_network", "--smoke"])
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    powersgd_wire.main()
+    powersgd_network.main()
     assert capsys.readouterr().out == (
-        "powersgd_wire: not measured: network namespaces need root on Linux\n"
+        "powersgd_network: not measured: network namespaces need root on Linux\n"
     )
 
 
 def test_contenders_that_train_another_model_are_refused(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import powersgd_wire
-    from benchmarks.wire_rank import Outcome
+    from benchmarks import powersgd_network
+    from benchmarks.powersgd_rank import Outcome
 
     good = Outcome([1.0] * 5, [0.5] * 5, [9] * 5, [3.0, 2.5, 2.0, 1.5, 1.0], "a")
-    slow = powersgd_wire.RATES[1]
+    slow = powersgd_network.RATES[1]
 
     def results(**changes):
         found = {
             (rate, contender.name): [good, good]
-            for rate in powersgd_wire.RATES
-            for contender in powersgd_wire.CONTENDERS
+            for rate in powersgd_network.RATES
+            for contender in powersgd_network.CONTENDERS
         }
         ranks = [dataclasses.replace(good, **changes), good]
         found[slow, "ours, bf16"] = ranks if "weights" in changes else ranks[:1] * 2
         return found
 
-    powersgd_wire.check(results())
+    powersgd_network.check(results())
     wrong = {
         "weights": ({"weights": "b"}, "weights or losses differ"),
         "finite": ({"losses": [3.0, float("nan"), 2.0, 1.5, 1.0]}, "not finite"),
         "first": ({"losses": [3.1, 2.5, 2.0, 1.5, 1.0]}, "first loss"),
-        "wire": ({"losses": [3.0, 2.5, 2.2, 1.5, 1.0]}, "depend on the rate"),
+        "rate": ({"losses": [3.0, 2.5, 2.2, 1.5, 1.0]}, "depend on the rate"),
     }
     for changes, reason in wrong.values():
         with pytest.raises(SystemExit, match=f"ours, bf16 at {slow}.*{reason}"):
-            powersgd_wire.check(results(**changes))
+            powersgd_network.check(results(**changes))
 
 
 def test_steps_that_do_not_train_alike_have_no_cost(monkeypatch):
@@ -362,11 +362,11 @@ def test_without_a_gpu_the_cost_of_fp16_is_not_measured(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_powersgd_wire_smoke(thin_wire, tmp_path):
+def test_powersgd_network_smoke(slow_network, tmp_path):
     out = tmp_path / "rows.csv"
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.powersgd_wire", "--smoke", "--rounds=5", "--threads=1",
-         "--out", str(out)],
+        [sys.executable, "-m", "benchmarks.powersgd_network", "--smoke", "--rounds=5",
+         "--threads=1", "--out", str(out)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

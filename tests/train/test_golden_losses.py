@@ -31,23 +31,27 @@ from tests import tiny_run
 FOLDER = Path(__file__).parents[1] / "assets" / "losses"
 STEPS = 10
 Row = tuple[int, float, float]  # step, loss, gradient norm
-POWERSGD = {"between_nodes": "powersgd", "local_world_size": 2, "rank_of": "shard", "rank": 8}
+POWERSGD = {"between_nodes": "powersgd", "local_world_size": 2} | {
+    "rank_of": "shard", "rank": 8, "comm_dtype": "1-6-9",
+}  # fmt: skip
 # Norms lie on both sides of `clip`. A window of 3 steps never gains half of its loss: the learning
 # rate is halved after step 9 on every machine.
-TRAIN = {"steps": STEPS, "lr": 2e-3, "warmup": 2, "clip": 1.8, "plateau_window": 3} | {
-    "plateau_gain": 0.5, "prompts": [], "eval_every": STEPS, "save_every": STEPS,
+TRAIN = {"steps": STEPS, "lr": 2e-3, "warmup": 2, "clip": 1.8, "weight_decay": 0.5} | {
+    "plateau_window": 3, "plateau_gain": 0.5, "prompts": [], "eval_every": STEPS,
+    "save_every": STEPS,
 }  # fmt: skip
-DVAE_TRAIN = {"steps": STEPS, "batch_size": 8, "lr": 1e-3, "warmup": 2, "lr_steps": STEPS} | {
+DVAE_TRAIN = {"steps": STEPS, "batch_size": 8, "lr": 3e-3, "warmup": 2, "lr_steps": STEPS} | {
     "temperature_steps": STEPS, "kl_steps": STEPS, "precision": "fp32", "augment": False,
     "log_every": 1, "clip": 0.12, "eval_every": STEPS, "sample_every": STEPS, "save_every": STEPS,
 }  # fmt: skip
-# Relative errors of losses, by the coarsest format that gradients pass through. Processors differ
-# in the order of sums and in roots and exponentials, by some 1e-7 in fp32. A sum near the middle of
-# two numbers of a 16-bit format then becomes the other one, off by 2^-8 (bf16) or 2^-11 (fp16) of
-# itself. Measured between AVX-512 (AMD) and the same with the libraries held to AVX2 or to SSE:
-# at most 5e-8 in fp32, 5e-5 (SSE: 2e-4) in bf16, 8e-6 in fp16; gradient norms are off by up to ten
-# times as much.
-RTOL = {"fp32": 1e-5, "bf16": 1e-3, "fp16": 1e-4}
+# Relative errors of losses that are allowed. Processors differ in the order of sums and in roots
+# and exponentials, by some 1e-7 in fp32. A sum near the middle of two numbers of a 16-bit format
+# then becomes the other one, off by 2^-8 (bf16) or 2^-11 (fp16) of itself. Measured on one
+# processor, between the code of torch, oneDNN and MKL for AVX-512 with bf16 and theirs for AVX2: at
+# most 5e-8 in fp32, 3e-5 in bf16, 2e-5 in fp16 (for SSE: 5e-8, 3e-4, 2e-5); of gradient norms at
+# most 2e-7 in fp32, 5e-4 in bf16, 1e-4 in fp16. AMX multiplies bf16 exactly and sums in fp32, as
+# AVX-512 does. Losses of stage 1 are small differences: at most 5e-7 of the largest.
+RTOL = {"fp32": 1e-5, "bf16": 5e-4, "fp16": 1e-4}
 NORMS = 10  # times that for gradient norms
 
 
@@ -64,24 +68,17 @@ class SetUp:
     def __str__(self) -> str:
         if self.zero_stage is None:
             return f"stage 1 (dVAE), {self.precision}, {self.world} rank"
-        nodes = ", PowerSGD of rank 8 per shard between 2 nodes" if self.parallel else ""
+        nodes = ", PowerSGD of rank 8 per shard in 1-6-9 between 2 nodes" if self.parallel else ""
         return f"stage 2, {self.precision}, ZeRO {self.zero_stage}, {self.world} ranks{nodes}"
-
-    @property
-    def rtol(self) -> float:
-        return RTOL["bf16" if self.parallel else self.precision]  # PowerSGD sends P and Q in bf16
 
     def config(self, folder: Path, **changes: object) -> Config:
         """Of a run below `folder`, whose inputs are written if they are not there."""
         train = TRAIN | {"precision": self.precision, "zero_stage": self.zero_stage or 0}
-        if self.zero_stage is not None:
-            train |= changes
-        config = tiny_run.make(folder, dict(self.parallel), **train)
-        tree = to_dict(config)
-        tree["dvae_train"] |= DVAE_TRAIN | (changes if self.zero_stage is None else {})
-        tree["paths"]["run"] = str(folder / self.name)
-        if self.zero_stage is None:
-            tree["paths"]["dvae_run"] = str(folder / self.name)
+        tree = to_dict(tiny_run.make(folder, dict(self.parallel), **train))
+        tree["dvae_train"] |= DVAE_TRAIN
+        stage_1 = self.zero_stage is None
+        tree["dvae_train" if stage_1 else "train"] |= changes
+        tree["paths"]["dvae_run" if stage_1 else "run"] = str(folder / self.name)
         return from_dict(tree)
 
 
@@ -145,20 +142,25 @@ def read(set_up: SetUp) -> list[Row]:
     return [(int(step), float(loss), float(norm)) for step, loss, norm in cells]
 
 
-def errors(row: Row, wanted: Row) -> tuple[float, float]:
-    """Of loss and gradient norm, relative; a loss below 1 nat is a difference of larger terms."""
-    (_, loss, norm), (_, wanted_loss, wanted_norm) = row, wanted
-    return abs(loss - wanted_loss) / max(abs(wanted_loss), 1), abs(norm / wanted_norm - 1)
+def errors(rows: Sequence[Row], wanted: Sequence[Row]) -> list[tuple[float, float]]:
+    """Of loss and gradient norm at each step, relative.
+
+    Losses to the largest in size, as those of a dVAE pass through 0.
+    """
+    largest = max(abs(loss) for _, loss, _ in wanted)
+    return [
+        (abs(new[1] - old[1]) / largest, abs(new[2] / old[2] - 1))
+        for new, old in zip(rows, wanted, strict=True)
+    ]
 
 
 def differences(set_up: SetUp, rows: Sequence[Row]) -> list[str]:
     """The steps that are further from the file than they may be, a line each."""
-    wanted, rtol = read(set_up), set_up.rtol
+    wanted, rtol = read(set_up), RTOL[set_up.precision]
     if [row[0] for row in rows] != [row[0] for row in wanted]:
         return [f"{len(rows)} steps, not {len(wanted)}"]
     found = []
-    for row, old in zip(rows, wanted, strict=True):
-        loss, norm = errors(row, old)
+    for row, old, (loss, norm) in zip(rows, wanted, errors(rows, wanted), strict=True):
         if not (loss <= rtol and norm <= NORMS * rtol):
             found.append(f"{row}, not {old}: loss off by {loss:.1g}, norm by {norm:.1g}")
     return found
@@ -182,24 +184,21 @@ def trained(tmp_path_factory):
     return rows
 
 
-@pytest.mark.parametrize(
-    "set_up",
-    [pytest.param(s, marks=[pytest.mark.slow] if s.world > 2 else [], id=s.name) for s in SET_UPS],
-)
+@pytest.mark.parametrize("set_up", SET_UPS, ids=lambda set_up: set_up.name)
 def test_losses_are_those_of_the_file(trained, set_up):
     assert not differences(set_up, trained(set_up))
 
 
 SMALL_CHANGES = {
     "fp32-zero2": [
-        {"lr": 1.99e-3}, {"warmup": 3}, {"beta1": 0.899}, {"beta2": 0.959}, {"eps": 1e-7},
-        {"weight_decay": 4e-2}, {"clip": 1.79}, {"text_loss": 0.1251}, {"plateau_gain": 0.01},
+        {"lr": 1.99e-3}, {"warmup": 3}, {"beta1": 0.899}, {"beta2": 0.959}, {"eps": 1e-6},
+        {"weight_decay": 0.4}, {"clip": 1.79}, {"text_loss": 0.1251}, {"plateau_gain": 0.01},
     ],
-    "bf16-zero2": [{"text_loss": 0.126}, {"beta2": 0.95}, {"clip": 1.7}],
-    "fp16-zero2": [{"text_loss": 0.1255}, {"beta2": 0.955}, {"clip": 1.75}],
-    "fp16-powersgd-zero2": [{"text_loss": 0.126}, {"beta2": 0.95}, {"clip": 1.7}],
-    "fp16-powersgd-zero3": [{"text_loss": 0.126}, {"beta2": 0.95}, {"clip": 1.7}],
-    "dvae": [{"lr": 0.99e-3}, {"beta2": 0.998}, {"clip": 0.119}, {"kl_weight": 6.5}],
+    "bf16-zero2": [{"text_loss": 0.126}, {"beta2": 0.92}, {"clip": 1.2}],
+    "fp16-zero2": [{"text_loss": 0.1255}, {"beta2": 0.95}, {"clip": 1.7}],
+    "fp16-powersgd-zero2": [{"text_loss": 0.1255}, {"beta2": 0.95}, {"clip": 1.7}],
+    "fp16-powersgd-zero3": [{"text_loss": 0.1255}, {"beta2": 0.95}, {"clip": 1.7}],
+    "dvae": [{"lr": 2.99e-3}, {"beta2": 0.998}, {"clip": 0.119}, {"kl_weight": 6.59}],
 }  # fmt: skip
 
 
@@ -209,7 +208,7 @@ def test_a_small_change_of_a_hyperparameter_is_seen(tmp_path, name):
     (set_up,) = (s for s in SET_UPS if s.name == name)
     for number, change in enumerate(SMALL_CHANGES[name]):
         rows = losses([set_up], tmp_path / str(number), **change)[name]
-        assert differences(set_up, rows), f"{change} makes no difference"
+        assert differences(set_up, rows), f"{change} is not seen"
 
 
 def main() -> None:
@@ -223,8 +222,7 @@ def main() -> None:
             rows = found[set_up.name]
             if options.write:
                 write(set_up, rows)
-            pairs = [errors(*pair) for pair in zip(rows, read(set_up), strict=True)]
-            loss, norm = map(max, zip(*pairs, strict=True))
+            loss, norm = map(max, zip(*errors(rows, read(set_up)), strict=True))
             print(f"{set_up}: loss off by {loss:.1g}, norm by {norm:.1g}")
 
 

@@ -1,7 +1,8 @@
-"""One rank of one contender of powersgd_wire.py: trains, and tells what each step took.
+"""One rank of one contender of powersgd_network.py: trains, and tells what each step took.
 
-`python -m benchmarks.wire_rank JOB.json`, in the environment that a launcher would set. The same
-loader, loss, optimizer and schedule for all; what differs is who averages the gradients, and how.
+`python -m benchmarks.powersgd_rank JOB.json`, in the environment that a launcher would set. The
+same loader, loss, optimizer and schedule for all; what differs is who averages the gradients, and
+how.
 
 Shape suffixes: B batch, T text positions, N image tokens.
 """
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.thin_wire import SENT_BYTES
+from benchmarks.slow_network import SENT_BYTES
 from dalle_dist.config import Config, from_dict
 from dalle_dist.data.loader import TokenDataset, batches, collate_tokens
 from dalle_dist.data.order import SampleOrder

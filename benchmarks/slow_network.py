@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-INTERFACE = "wire"  # its name in both namespaces
+INTERFACE = "slow0"  # its name in both namespaces
 SENT_BYTES = Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes")
 _ADDRESSES = ("10.77.0.1", "10.77.0.2")
 _PORT = 29500  # nobody else listens in a new namespace
@@ -27,13 +27,13 @@ def missing() -> str | None:
     if not (shutil.which("ip") and shutil.which("tc")):
         return "the programs ip and tc are missing (Debian: apt-get install iproute2)"
     try:
-        with ThinWire(1000):
+        with SlowNetwork(1000):
             return None
     except subprocess.CalledProcessError as error:
         return f"{' '.join(error.cmd)}: {error.stderr.strip()}"
 
 
-class ThinWire:
+class SlowNetwork:
     """Context manager: the namespaces, and nothing of them afterwards.
 
     Both directions are limited apart, as in a full-duplex Ethernet.
@@ -44,10 +44,10 @@ class ThinWire:
 
     def __init__(self, megabits: int) -> None:
         self._megabits = megabits
-        stem = f"thin{os.getpid()}n{next(_numbers)}"
+        stem = f"slow{os.getpid()}n{next(_numbers)}"
         self.nodes = (f"{stem}a", f"{stem}b")
 
-    def __enter__(self) -> ThinWire:
+    def __enter__(self) -> SlowNetwork:
         first, second = self.nodes
         try:
             for node in self.nodes:

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import common, thin_wire
+from benchmarks import common, slow_network
 from benchmarks.common import Measured
-from benchmarks.wire_rank import TORCH_START, Outcome
+from benchmarks.powersgd_rank import TORCH_START, Outcome
 from dalle_dist.config import Config, from_dict, to_dict
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.text_tokenizer.bpe import train_tokenizer
@@ -68,21 +68,21 @@ CONTENDERS = (
 
 def main() -> None:
     options = common.arguments(__doc__, rounds=4)
-    reason = thin_wire.missing()
+    reason = slow_network.missing()
     if reason:
-        print(f"powersgd_wire: not measured: {reason}")
+        print(f"powersgd_network: not measured: {reason}")
         return
     # An exit, unlike the signal's own end, takes the ranks and the namespaces away.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("powersgd_wire: terminated"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("powersgd_network: terminated"))
     with tempfile.TemporaryDirectory() as folder:
-        config = wire_config(options.smoke, Path(folder))
+        config = network_config(options.smoke, Path(folder))
         write_inputs(config)
         results = measure(config, options, Path(folder))
     check(results)
-    common.report("powersgd_wire", config, figures(results), options)
+    common.report("powersgd_network", config, figures(results), options)
 
 
-def wire_config(smoke: bool, folder: Path) -> Config:
+def network_config(smoke: bool, folder: Path) -> Config:
     """16 layers of width 512, 50 million values in matrices; few tokens: sending takes the time."""
     shape = {"width": 64, "heads": 1, "layers": 2} if smoke else {
         "width": 512, "heads": 8, "layers": 16,
@@ -151,10 +151,10 @@ def run(
     job = {"config": tree, "hook": contender.hook, "steps": steps, "threads": threads}
     job["out"] = str(folder / "rank{rank}.json")
     (folder / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, "-m", "benchmarks.wire_rank", str(folder / "job.json")]
+    command = [sys.executable, "-m", "benchmarks.powersgd_rank", str(folder / "job.json")]
     local_world_size = config.parallel.local_world_size
-    with thin_wire.ThinWire(rate) as wire:
-        wire.run(command, local_world_size, LIMIT)
+    with slow_network.SlowNetwork(rate) as network:
+        network.run(command, local_world_size, LIMIT)
     ranks = range(2 * local_world_size)
     return [Outcome(**json.loads((folder / f"rank{r}.json").read_text())) for r in ranks]
 
