@@ -155,8 +155,8 @@ class TrainingState:
         if lines:
             raise CheckpointError(
                 f"{checkpoint}: DeepSpeed's state was written with other settings: "
-                f"{'; '.join(lines)}; start with the same number of ranks (of a node, where ZeRO stays inside each), ZeRO "
-                "stage, precision and moments"
+                f"{'; '.join(lines)}; start with the same number of ranks (of a node, where ZeRO "
+                "stays inside each), ZeRO stage, precision and moments"
             )
 
 
