@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -16,6 +17,7 @@ from dalle_dist import __version__
 from dalle_dist.config import Config, load, preset_names, to_yaml
 from dalle_dist.distributed.environment import read_environment
 from dalle_dist.errors import ConfigError, UserError
+from dalle_dist.generate.sampling import Sampling, flag
 
 if TYPE_CHECKING:
     from dalle_dist.distributed.ending import Ending
@@ -195,9 +197,9 @@ def _add_generate(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("release", metavar="RELEASE", help="a release folder, e.g. runs/demo/release")
     verb.add_argument("prompts", nargs="+", metavar="PROMPT")
     verb.add_argument("-n", type=int, default=1, help="images per prompt")
-    verb.add_argument("--temperature", type=float, default=1.0)
-    verb.add_argument("--top-k", type=int, default=0, help="0 = all")
-    verb.add_argument("--top-p", type=float, default=1.0)
+    for option in fields(Sampling):
+        kind, help_ = type(option.default), option.metadata["help"]
+        verb.add_argument(flag(option.name), type=kind, default=option.default, help=help_)
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--batch-size", type=int, default=64, help="images generated at once")
     verb.add_argument("-o", "--out", default="generated", help="folder (default generated)")
@@ -313,11 +315,9 @@ def _generate(options: argparse.Namespace) -> None:
     images = generator.generate(
         options.prompts,
         n=options.n,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
         seed=options.seed,
         batch_size=options.batch_size,
+        **{option.name: getattr(options, option.name) for option in fields(Sampling)},
     )
     write_outputs(images, options.out, fingerprint=generator.fingerprint)
     print(f"{len(images)} images in {options.out}/, all of them in {options.out}/grid.png")

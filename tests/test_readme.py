@@ -25,7 +25,7 @@ $ OMP_NUM_THREADS=1 dalle-dist train emoji
 a drawing -> no command
 ```
 
-    from dalle_dist.generate import Generator
+    from dalle_dist import Generator
 
     print("two parts of one program")
 

@@ -19,6 +19,7 @@ from dalle_dist.errors import CheckpointError
 State = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 _NUMBERS = "numbers"
+SUFFIX = ".safetensors"  # of all files of tensors but DeepSpeed's own
 
 
 def save_tensors(path: Path | str, state: State, notes: dict[str, str] | None = None) -> None:

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from dalle_dist.checkpoint.formats import (
+    SUFFIX,
     State,
     fill,
     fingerprint,
@@ -34,7 +35,7 @@ from dalle_dist.transformer.model import Transformer
 
 CONFIG, TRANSFORMER_FILE, TOKENIZER_FILE = (
     "config.yaml",
-    "transformer.safetensors",
+    f"transformer{SUFFIX}",
     "tokenizer.json",
 )
 

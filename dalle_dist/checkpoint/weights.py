@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dalle_dist.checkpoint.formats import State, load_tensors, save_tensors
+from dalle_dist.checkpoint.formats import SUFFIX, State, load_tensors, save_tensors
 from dalle_dist.errors import CheckpointError
 from dalle_dist.gradients.piece import assemble
 
@@ -36,7 +36,7 @@ def load_weights(checkpoint: Path, kind: str, shapes: Mapping[str, tuple[int, ..
     Raises:
         CheckpointError: no such weights there, or they do not fit `shapes`.
     """
-    files = sorted((checkpoint / FOLDER).glob(f"{kind}-rank-*.safetensors"))
+    files = sorted((checkpoint / FOLDER).glob(f"{kind}-rank-*{SUFFIX}"))
     if not files:
         raise CheckpointError(f"{checkpoint}: no checkpoint ({FOLDER}/ is empty)")
     pieces = {key: values for file in files for key, values in load_tensors(file).items()}
@@ -47,4 +47,4 @@ def load_weights(checkpoint: Path, kind: str, shapes: Mapping[str, tuple[int, ..
 
 
 def _file(checkpoint: Path, kind: str, rank: int) -> Path:
-    return checkpoint / FOLDER / f"{kind}-rank-{rank:05d}.safetensors"
+    return checkpoint / FOLDER / f"{kind}-rank-{rank:05d}{SUFFIX}"

@@ -1,5 +1,1 @@
-"""Generate images for prompts: `Generator.load(release).generate(prompt)`."""
-
-from dalle_dist.generate.generator import GeneratedImage, Generator
-
-__all__ = ["GeneratedImage", "Generator"]
+"""Images for prompts: sampling options, sampler, `Generator`, files with a manifest."""

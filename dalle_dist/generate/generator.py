@@ -1,15 +1,13 @@
 """From prompts to images: a loaded release that generates.
 
-from dalle_dist.generate import Generator
+from dalle_dist import Generator
 generator = Generator.load("runs/demo/release")
 generator.generate("a red heart", n=8)[0].image.save("heart.png")
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import math
 import numbers
 import os
 import warnings
@@ -26,25 +24,17 @@ from dalle_dist.data.images import to_image
 from dalle_dist.distributed.launch import device_of
 from dalle_dist.errors import UserError
 from dalle_dist.generate.sampler import sample_codes
+from dalle_dist.generate.sampling import Sampling
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 from dalle_dist.text_tokenizer.protocol import TextTokenizer
 from dalle_dist.transformer.model import Transformer
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen from the probabilities; see `generate.sampler.choose`."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-
-
-@dataclass(frozen=True)
 class GeneratedImage:
     """An image and all that it depends on, the model apart.
 
-    `generate(prompt, n=index + 1, seed=seed, ...)[index]` draws it again.
+    `generate(prompt, n=index + 1, seed=seed, ...)[index]` generates it again.
     """
 
     prompt: str
@@ -106,12 +96,12 @@ class Generator:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         _check_prompts(prompts)
-        _check_numbers(n, temperature, top_k, top_p, seed, batch_size)
+        _check_numbers(n, seed, batch_size)
         n, seed = int(n), int(seed)
-        sampling = Sampling(float(temperature), int(top_k), float(top_p))
+        sampling = Sampling(temperature, top_k, top_p)
         texts = {prompt: self._text(prompt) for prompt in prompts}
         wanted = [(prompt, index) for prompt in prompts for index in range(n)]
-        drawn: list[GeneratedImage] = []
+        made: list[GeneratedImage] = []
         for start in range(0, len(wanted), batch_size):
             part = wanted[start : start + batch_size]
             seeds = [sample_seed(seed, prompt, index) for prompt, index in part]
@@ -119,14 +109,14 @@ class Generator:
                 self.model,
                 torch.stack([texts[prompt] for prompt, _ in part]),
                 seeds,
-                **dataclasses.asdict(sampling),
+                sampling,
             )
             images = zip(part, self._decode(codes_BN), codes_BN.cpu(), strict=True)
-            drawn += [
+            made += [
                 GeneratedImage(prompt, index, seed, image, codes_N, sampling)
                 for (prompt, index), image, codes_N in images
             ]
-        return drawn
+        return made
 
     def _text(self, prompt: str) -> Tensor:
         """The prompt's tokens_T on the model's device."""
@@ -156,25 +146,9 @@ def _check_prompts(prompts: list[str]) -> None:
             raise UserError(f"a prompt is not text: {prompt!r}; write it in UTF-8")
 
 
-def _check_numbers(
-    n: int, temperature: float, top_k: int, top_p: float, seed: int, batch_size: int
-) -> None:
-    whole = {"-n": n, "--top-k": top_k, "--seed": seed, "--batch-size": batch_size}
-    for name, value in whole.items():
+def _check_numbers(n: int, seed: int, batch_size: int) -> None:
+    for name, value in {"-n": n, "--seed": seed, "--batch-size": batch_size}.items():
         if not isinstance(value, numbers.Integral):
             raise UserError(f"{name}: {value!r} is not an integer")
-    for name, share in (("--temperature", temperature), ("--top-p", top_p)):
-        if not isinstance(share, numbers.Real):
-            raise UserError(f"{name}: {share!r} is not a number")
-    for wrong, message in (
-        (n < 1, f"-n: {n} is below 1"),
-        (
-            not 0 <= temperature < math.inf,
-            f"--temperature: {temperature} is not a number from 0 (the likeliest image) up",
-        ),
-        (top_k < 0, f"--top-k: {top_k} is below 0 (0 keeps all)"),
-        (not 0 < top_p <= 1, f"--top-p: {top_p} is not in (0, 1]"),
-        (batch_size < 1, f"--batch-size: {batch_size} is below 1"),
-    ):
-        if wrong:
-            raise UserError(message)
+        if value < 1 and name != "--seed":
+            raise UserError(f"{name}: {value} is below 1")

@@ -35,8 +35,6 @@ def sample_grid(
         ids, _ = tokenizer.encode_padded(prompt, length)
         text_BT = torch.tensor([ids] * each, device=device)
         seeds = [config.seed + number * each + i for i in range(each)]
-        codes_BN: Tensor = sample_codes(
-            model, text_BT, temperature=1.0, top_k=0, top_p=1.0, seeds=seeds
-        )
+        codes_BN: Tensor = sample_codes(model, text_BT, seeds)
         rows.append([to_image(image) for image in image_tokenizer.decode(codes_BN)])
     return grid(rows, captions=[[prompt] for prompt in config.train.prompts])

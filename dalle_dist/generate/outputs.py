@@ -17,9 +17,11 @@ from dalle_dist.data import storage
 from dalle_dist.data.images import grid
 from dalle_dist.errors import UserError
 from dalle_dist.generate.generator import GeneratedImage
+from dalle_dist.generate.sampling import Sampling
 
 GRID, MANIFEST = "grid.png", "manifest.json"
-SETTINGS = ("model", "temperature", "top_k", "top_p")  # what tells rows of one prompt apart
+# What tells rows of one prompt apart.
+SETTINGS = ("model", *(option.name for option in dataclasses.fields(Sampling)))
 ACROSS = 12  # images in a line of the grid
 # Of the prompt in a file name: file systems take 255 in all, encrypted ones 143, and a file has a
 # longer name while it is being written.

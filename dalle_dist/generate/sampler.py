@@ -1,4 +1,4 @@
-"""Draw image tokens one after another.
+"""Sample image tokens one after another.
 
 Shape suffixes: B samples, C captions, T text positions, N image tokens, K codebook entries.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dalle_dist.generate.sampling import Sampling
 from dalle_dist.transformer import checks
 from dalle_dist.transformer.model import Transformer
 
@@ -19,10 +20,8 @@ def sample_codes(
     model: Transformer,
     text_BT: Tensor,
     seeds: Sequence[int],
+    sampling: Sampling | None = None,
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     prefix_codes: Tensor | None = None,
 ) -> Tensor:
     """codes_BN, int64. `prefix_codes` [B, n] fixes the first n tokens (paper 3.3).
@@ -36,6 +35,7 @@ def sample_codes(
         ValueError: tensors that are not the model's shapes, dtypes or ids; not a seed per sample.
     """
     _check(model, text_BT, seeds, prefix_codes)
+    sampling = sampling or Sampling()
     tokens, device = model.config.transformer.image_tokens, text_BT.device
     uniform_BN = torch.stack([_uniforms(seed, tokens) for seed in seeds]).to(device)
     prefix = 0 if prefix_codes is None else prefix_codes.shape[1]
@@ -48,31 +48,26 @@ def sample_codes(
         if prefix_codes is not None and position < prefix:
             held_B = prefix_codes[:, position]
         else:
-            held_B = choose(logits_BK, uniform_BN[:, position], temperature, top_k, top_p)
+            held_B = choose(logits_BK, uniform_BN[:, position], sampling)
         codes_BN[:, position] = held_B
     return codes_BN
 
 
-def choose(
-    logits_BK: Tensor, uniform_B: Tensor, temperature: float, top_k: int, top_p: float
-) -> Tensor:
-    """One token per row. Temperature 0 takes the likeliest; top_k 0 and top_p 1 cut nothing.
-
-    The nucleus is the fewest likeliest tokens whose probabilities reach top_p.
-    """
-    if temperature == 0:
+def choose(logits_BK: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
+    """One token per row, from a uniform number in [0, 1) each."""
+    if sampling.temperature == 0:
         return logits_BK.argmax(dim=-1)
-    probabilities_BK = (logits_BK.double() / temperature).softmax(dim=-1)
+    probabilities_BK = (logits_BK.double() / sampling.temperature).softmax(dim=-1)
     ordered_BK, order_BK = probabilities_BK.sort(dim=-1, descending=True, stable=True)
-    kept_BK = ordered_BK.cumsum(dim=-1) - ordered_BK < top_p
-    if top_k:
-        kept_BK[:, top_k:] = False
+    kept_BK = ordered_BK.cumsum(dim=-1) - ordered_BK < sampling.top_p
+    if sampling.top_k:
+        kept_BK[:, sampling.top_k :] = False
     cumulated_BK = (ordered_BK * kept_BK).cumsum(dim=-1)
     threshold_B1 = uniform_B[:, None] * cumulated_BK[:, -1:]
-    place_B1 = torch.searchsorted(cumulated_BK, threshold_B1, right=True)
+    rank_B1 = torch.searchsorted(cumulated_BK, threshold_B1, right=True)
     # Rounding may put the threshold on the very end, where only cut tokens lie.
-    place_B1 = torch.minimum(place_B1, kept_BK.sum(dim=-1, keepdim=True) - 1)
-    return order_BK.gather(1, place_B1)[:, 0]
+    rank_B1 = torch.minimum(rank_B1, kept_BK.sum(dim=-1, keepdim=True) - 1)
+    return order_BK.gather(1, rank_B1)[:, 0]
 
 
 def _check(

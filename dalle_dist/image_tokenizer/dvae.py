@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dalle_dist.checkpoint.formats import (
+    SUFFIX,
     State,
     fill,
     fingerprint,
@@ -25,7 +26,7 @@ from dalle_dist.data import storage
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import CheckpointError
 
-FILE, SHAPE = "dvae.safetensors", "dvae"
+FILE, SHAPE = f"dvae{SUFFIX}", "dvae"
 
 
 class DVAETokenizer:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dalle_dist.checkpoint import store
 from dalle_dist.checkpoint.convert import TRAINING, read_training
-from dalle_dist.checkpoint.formats import load_tree, save_tree
+from dalle_dist.checkpoint.formats import SUFFIX, load_tree, save_tree
 from dalle_dist.checkpoint.release import CONFIG
 from dalle_dist.checkpoint.weights import load_pieces, save_pieces
 from dalle_dist.config import Config, StageConfig, difference, to_dict, to_yaml
@@ -116,7 +116,7 @@ class TrainingState:
             (folder / CONFIG).write_text(to_yaml(self.config))
 
     def _gradients(self, folder: Path) -> Path:
-        return folder / "gradients" / f"rank-{self.engine.shard_rank:05d}.safetensors"
+        return folder / "gradients" / f"rank-{self.engine.shard_rank:05d}{SUFFIX}"
 
     def _summary(self) -> dict[str, Any]:
         return {

@@ -4,9 +4,9 @@ import pytest
 import tiny_run
 import torch
 
+from dalle_dist import Generator
 from dalle_dist.checkpoint.release import load_release, save_release
 from dalle_dist.errors import CheckpointError
-from dalle_dist.generate import Generator
 from dalle_dist.image_tokenizer.dvae import DVAETokenizer
 from dalle_dist.transformer.model import Transformer
 

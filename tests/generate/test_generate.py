@@ -13,6 +13,7 @@ from dalle_dist.generate import outputs
 from dalle_dist.generate.generator import Generator, sample_seed
 from dalle_dist.generate.outputs import write_outputs
 from dalle_dist.generate.sampler import choose, sample_codes
+from dalle_dist.generate.sampling import Sampling
 from dalle_dist.image_tokenizer.dvae import DVAETokenizer
 from dalle_dist.text_tokenizer.bpe import PAD, train_tokenizer
 from dalle_dist.transformer.model import Transformer
@@ -94,7 +95,7 @@ def test_samples_follow_the_probabilities():
 
     def shares(**options):
         defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        drawn = choose(logits_BK, uniform_B, **(defaults | options))
+        drawn = choose(logits_BK, uniform_B, Sampling(**(defaults | options)))
         return (torch.bincount(drawn, minlength=3) / 30_000).tolist()
 
     assert shares() == pytest.approx([0.5, 0.3, 0.2], abs=0.01)

@@ -95,7 +95,7 @@ def test_prompts_become_pictures(walked):
 
 
 def test_three_lines_of_python_draw_the_same(walked):
-    from dalle_dist.generate import Generator
+    from dalle_dist import Generator
 
     generator = Generator.load(str(walked / "run/release"))
     image = generator.generate("a blue box", n=2, seed=1)[1].image
