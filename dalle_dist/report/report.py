@@ -28,6 +28,7 @@ DVAE_PANELS = ({"nll": "reconstruction, nats/dim"}, {"kl": "KL, nats/dim"}, {"ps
 TRAIN_PANELS = (
     {"loss_image": "image, training", "held_out_image": "image, held out"},
     {"loss_text": "text, training", "held_out_text": "text, held out"},
+    {"caption_gain": "what the caption is worth, nats per image token"},
     {"lr": "learning rate"},
 )
 
