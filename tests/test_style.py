@@ -94,6 +94,33 @@ def test_gradients_know_nothing_of_the_config_or_the_model(path):
     assert used <= set(GRADIENTS_MAY_USE)
 
 
+def imported_at_once(path):
+    """Modules that importing this one imports: neither for type checkers nor inside functions."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from {m for m in inner if _is_module(m)} or {node.module}
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    graph = {}
+    for path in PACKAGE + sorted((ROOT / "benchmarks").glob("*.py")):
+        name = name_of(path).removeprefix("kernels.")
+        graph[name] = {m for m in imported_at_once(path) if _is_module(m) and m != name}
+    done, open_ = set(), []
+
+    def visit(name):
+        assert name not in open_, f"circle: {' -> '.join([*open_[open_.index(name) :], name])}"
+        if name not in done and name in graph:
+            open_.append(name)
+            for other in graph[name]:
+                visit(other)
+            done.add(open_.pop())
+
+    for name in graph:
+        visit(name)
+
+
 def _is_module(name):
     base = ROOT / "kernels" if name.startswith("dalle_kernels") else ROOT
     place = base.joinpath(*name.split("."))
