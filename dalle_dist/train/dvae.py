@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -17,7 +17,7 @@ from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.data.augment import Augmentation
 from dalle_dist.data.images import grid, to_image
-from dalle_dist.data.loader import ImageBatch, ImageDataset, batches, collate_images
+from dalle_dist.data.loader import ImageBatch, ImageDataset, collate_images
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed.launch import Ranks
@@ -25,7 +25,7 @@ from dalle_dist.dvae.model import DVAE
 from dalle_dist.dvae.schedules import DVAESchedule
 from dalle_dist.dvae.training import LossDVAE, computes_in_bf16, gumbel_noise, start_at_data
 from dalle_dist.engine.deepspeed.build import build_engine
-from dalle_dist.engine.deepspeed.settings import deepspeed_config, micro_batch
+from dalle_dist.engine.deepspeed.settings import deepspeed_config
 from dalle_dist.engine.interface import Engine
 from dalle_dist.metrics.reconstruction import psnr, reconstruct, share_in_use
 from dalle_dist.optim.ema import EMA
@@ -78,18 +78,8 @@ class DVAEStage(Stage):
     def schedule(self) -> DVAESchedule:
         return DVAESchedule(self.config.dvae_train)
 
-    def micro_batches(self, ranks: Ranks, start: int) -> Iterator[ImageBatch]:
-        settings = self.settings
-        return batches(
-            self.train_set,
-            batch_size=settings.batch_size,
-            micro_batch=micro_batch(settings, ranks.world),
-            rank=ranks.rank,
-            world=ranks.world,
-            start=start,
-            workers=self.config.data.workers,
-            collate=collate_images,
-        )
+    def collate(self, samples: Sequence[Any]) -> ImageBatch:
+        return collate_images(samples)
 
     def loss(
         self, engine: Engine, micro_batch: ImageBatch, counts: Sequence[float], step: int

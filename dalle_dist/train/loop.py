@@ -15,6 +15,7 @@ from dalle_dist.checkpoint import store
 from dalle_dist.checkpoint.convert import convert, find_checkpoint
 from dalle_dist.checkpoint.release import CONFIG
 from dalle_dist.config import Config
+from dalle_dist.data.loader import batches
 from dalle_dist.distributed import launch
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.errors import UserError
@@ -91,6 +92,7 @@ class _Loop:
             self.schedule,
             stage.precision,
         )
+        self._micro_batch = self.settings.batch_size // (ranks.world * self.engine.accumulation)
         self._saved = -1  # the step that was saved last
         self._busy, self._counted = 0.0, 0  # seconds in steps since the last log line, and how many
 
@@ -112,15 +114,29 @@ class _Loop:
 
     def _run_steps(self) -> None:
         stop, bar = StopRequest(), self.run.progress(self.settings.steps, self.state.step)
-        batches = self.stage.micro_batches(self.ranks, self.state.step)
+        micro_batches = self._micro_batches()
         while self.state.step < self.settings.steps and not stop.agreed(self.ranks):
-            self._after_step(self._step(batches), bar)
+            self._after_step(self._step(micro_batches), bar)
         bar.close()
 
-    def _step(self, batches: Iterator[Any]) -> dict[str, float]:
+    def _micro_batches(self) -> Iterator[Any]:
+        """This rank's, from the first that is not trained on yet, without end."""
+        settings, ranks = self.settings, self.ranks
+        return batches(
+            self.stage.datasets[0],
+            batch_size=settings.batch_size,
+            micro_batch=self._micro_batch,
+            rank=ranks.rank,
+            world=ranks.world,
+            start=self.state.step,
+            workers=self.stage.config.data.workers,
+            collate=self.stage.collate,
+        )
+
+    def _step(self, stream: Iterator[Any]) -> dict[str, float]:
         """One optimizer step; the loss is that of the global batch, on any number of ranks."""
         began, step = time.perf_counter(), self.state.step + 1
-        micro_batches = [next(batches) for _ in range(self.engine.accumulation)]
+        micro_batches = [next(stream) for _ in range(self.engine.accumulation)]
         counts = self.stage.counts(micro_batches)
         counts = self.ranks.sum(counts) if counts else []
         terms = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
@@ -205,14 +221,13 @@ class _Loop:
     def _opening(self) -> str:
         """What the run says of itself before its first step; a collective call."""
         settings, stage = self.settings, self.stage
-        micro_batch = settings.batch_size // (self.ranks.world * self.engine.accumulation)
         parameters = sum(math.prod(shape) for shape in self.engine.shapes.values())
         samples, held_out = map(len, stage.datasets)
         rows = {
             "device": opening.devices(self.ranks),
             **stage.opening(self.ranks, parameters),
             "data": opening.images(stage.data_path, samples, held_out),
-            "batch": f"{settings.batch_size:,} = {micro_batch} x {self.ranks.world:,} ranks x "
+            "batch": f"{settings.batch_size:,} = {self._micro_batch} x {self.ranks.world:,} ranks x "
             f"{self.engine.accumulation} accumulated",
             "length": opening.length(settings.steps, settings.batch_size, samples),
             "from": "the start" if not self.state.step else f"step {self.state.step:,}",

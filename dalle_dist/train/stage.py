@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from PIL import Image
@@ -69,8 +69,8 @@ class Stage(ABC):
     def schedule(self) -> Schedule: ...
 
     @abstractmethod
-    def micro_batches(self, ranks: Ranks, start: int) -> Iterator[Any]:
-        """This rank's micro-batches from the one after optimizer step `start` on, without end."""
+    def collate(self, samples: Sequence[Any]) -> Any:
+        """A micro-batch of samples of the training set."""
 
     def counts(self, micro_batches: Sequence[Any]) -> list[float]:
         """What must be counted over all ranks before the first forward pass of a step."""

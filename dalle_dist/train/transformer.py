@@ -5,8 +5,8 @@ Shape suffixes: B batch, T text positions, N image tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dalle_dist.config import Config
 from dalle_dist.data import storage
-from dalle_dist.data.loader import TokenDataset, batches, collate_tokens
+from dalle_dist.data.loader import TokenDataset, collate_tokens
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed.launch import Ranks
@@ -120,18 +120,8 @@ class TransformerStage(Stage):
     def schedule(self) -> PlateauSchedule:
         return PlateauSchedule(self.config.train)
 
-    def micro_batches(self, ranks: Ranks, start: int) -> Iterator[Batch]:
-        settings = self.settings
-        return batches(
-            self.train_set,
-            batch_size=settings.batch_size,
-            micro_batch=micro_batch(settings, ranks.world),
-            rank=ranks.rank,
-            world=ranks.world,
-            start=start,
-            workers=self.config.data.workers,
-            collate=collate_tokens,
-        )
+    def collate(self, samples: Sequence[Any]) -> Batch:
+        return collate_tokens(samples)
 
     def counts(self, micro_batches: Sequence[Batch]) -> list[float]:
         """Text targets: captions differ in length, so ranks and micro-batches differ in weight."""
