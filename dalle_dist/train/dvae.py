@@ -17,7 +17,7 @@ from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.data.augment import Augmentation
 from dalle_dist.data.images import grid, to_image
-from dalle_dist.data.loader import ImageBatch, ImageDataset, collate_images
+from dalle_dist.data.loader import ImageBatch, ImageDataset, ImageSample, collate_images
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed.launch import Ranks
@@ -78,7 +78,7 @@ class DVAEStage(Stage):
     def schedule(self) -> DVAESchedule:
         return DVAESchedule(self.config.dvae_train)
 
-    def collate(self, samples: Sequence[Any]) -> ImageBatch:
+    def collate(self, samples: Sequence[ImageSample]) -> ImageBatch:
         return collate_images(samples)
 
     def loss(

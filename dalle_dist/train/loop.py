@@ -227,8 +227,8 @@ class _Loop:
             "device": opening.devices(self.ranks),
             **stage.opening(self.ranks, parameters),
             "data": opening.images(stage.data_path, samples, held_out),
-            "batch": f"{settings.batch_size:,} = {self._micro_batch} x {self.ranks.world:,} ranks x "
-            f"{self.engine.accumulation} accumulated",
+            "batch": f"{settings.batch_size:,} = {self._micro_batch} x {self.ranks.world:,} ranks "
+            f"x {self.engine.accumulation} accumulated",
             "length": opening.length(settings.steps, settings.batch_size, samples),
             "from": "the start" if not self.state.step else f"step {self.state.step:,}",
         }
