@@ -80,18 +80,7 @@ class _Loop:
         torch.manual_seed(stage.config.seed)
         self.engine = stage.build_engine(ranks)
         self.schedule = stage.schedule()
-        self.state = TrainingState(
-            stage.kind,
-            stage.config,
-            stage.settings,
-            stage.sections,
-            stage.fingerprints,
-            ranks,
-            self.engine,
-            stage.ema(),
-            self.schedule,
-            stage.precision,
-        )
+        self.state = TrainingState(stage.identity, ranks, self.engine, stage.ema(), self.schedule)
         self._micro_batch = self.settings.batch_size // (ranks.world * self.engine.accumulation)
         self._saved = -1  # the step that was saved last
         self._busy, self._counted = 0.0, 0  # seconds in steps since the last log line, and how many

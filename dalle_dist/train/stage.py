@@ -14,7 +14,7 @@ from dalle_dist.data.loader import ImageDataset, TokenDataset
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.engine.interface import Engine
 from dalle_dist.optim.ema import EMA
-from dalle_dist.train.state import TrainingState
+from dalle_dist.train.state import Identity, TrainingState
 
 
 class Schedule(Protocol):
@@ -106,6 +106,18 @@ class Stage(ABC):
     @abstractmethod
     def opening(self, ranks: Ranks, parameters: int) -> dict[str, str]:
         """What the run says of itself before its first step: rows of name and text."""
+
+    @property
+    def identity(self) -> Identity:
+        """What a checkpoint to go on from must have in common with this run."""
+        return Identity(
+            self.kind,
+            self.config,
+            self.settings,
+            self.precision,
+            self.sections,
+            self.fingerprints,
+        )
 
     def ema(self) -> EMA:
         return EMA(self.settings.ema)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,38 +37,40 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class TrainingState:
-    """Everything that changes from step to step, written and read as one checkpoint.
+@dataclass(frozen=True)
+class Identity:
+    """What a run is: a checkpoint of another one is refused.
 
-    Args:
-        kind: which stage it is; a checkpoint of another one is refused.
-        sections: sections of the config that a resumed run keeps.
-        fingerprints: of what the model was trained with, by name.
-        precision: in which the model computes, if `settings` do not say it.
+    stage         name of the training stage
+    config        of the run; of its `sections` every key must be the same
+    settings      the stage's section of it
+    precision     in which the model computes
+    fingerprints  of what the model is trained with, by name
     """
 
+    stage: str
+    config: Config
+    settings: StageConfig
+    precision: str
+    sections: tuple[str, ...] = ()
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+
+class TrainingState:
+    """Everything that changes from step to step, written and read as one checkpoint."""
+
     def __init__(
-        self,
-        kind: str,
-        config: Config,
-        settings: StageConfig,
-        sections: tuple[str, ...],
-        fingerprints: Mapping[str, str],
-        ranks: Ranks,
-        engine: Engine,
-        ema: EMA,
-        schedule: Stateful,
-        precision: str = "",
+        self, identity: Identity, ranks: Ranks, engine: Engine, ema: EMA, schedule: Stateful
     ) -> None:
-        self.kind, self.config, self.settings = kind, config, settings
-        self.ranks, self.engine, self.ema, self.schedule = ranks, engine, ema, schedule
-        self.sections, self.fingerprints = sections, dict(fingerprints)
-        self.precision = precision or settings.precision
+        self.identity, self.ranks, self.engine = identity, ranks, engine
+        self.ema, self.schedule = ema, schedule
         self.step = 0  # finished
 
     def save(self, checkpoints: Path) -> Path:
         """Write a checkpoint; all ranks. Raises CheckpointError on all when one could not."""
-        return store.save(checkpoints, self.step, self._write, self.ranks, self.settings.keep)
+        return store.save(
+            checkpoints, self.step, self._write, self.ranks, self.identity.settings.keep
+        )
 
     def load(self, checkpoint: Path) -> None:
         """Go on from `checkpoint`, bit for bit; all ranks.
@@ -77,7 +80,7 @@ class TrainingState:
             ConfigError: of another shape.
         """
         store.verify(checkpoint, self.ranks)
-        saved = _read(checkpoint, self.kind)
+        saved = _read(checkpoint, self.identity.stage)
         self._refuse_other(checkpoint, saved)
         self.engine.load(checkpoint)
         self.engine.load_transform_state(load_tree(self._gradients(checkpoint)))
@@ -113,18 +116,18 @@ class TrainingState:
         save_tree(self._gradients(folder), transform)
         if self.ranks.rank == 0:
             (folder / TRAINING).write_text(json.dumps(self._summary(), indent=1))
-            (folder / CONFIG).write_text(to_yaml(self.config))
+            (folder / CONFIG).write_text(to_yaml(self.identity.config))
 
     def _gradients(self, folder: Path) -> Path:
         return folder / "gradients" / f"rank-{self.engine.shard_rank:05d}{SUFFIX}"
 
     def _summary(self) -> dict[str, Any]:
         return {
-            "stage": self.kind,
+            "stage": self.identity.stage,
             "step": self.step,
             "schedule": self.schedule.state_dict(),
             "ema_folds": self.ema.folds,
-            "fingerprints": self.fingerprints,
+            "fingerprints": dict(self.identity.fingerprints),
             "made_by": self._made_by(),
         }
 
@@ -133,20 +136,25 @@ class TrainingState:
         return {
             "ranks": self.engine.shard_world,
             "zero_stage": self.engine.zero_stage,
-            "precision": self.precision,
-            "moments": self.settings.moments,
-            "between_nodes": self.config.parallel.between_nodes,
+            "precision": self.identity.precision,
+            "moments": self.identity.settings.moments,
+            "between_nodes": self.identity.config.parallel.between_nodes,
         }
 
     def _refuse_other(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        lines = difference(saved["fingerprints"], self.fingerprints)
+        lines = difference(saved["fingerprints"], dict(self.identity.fingerprints))
         if lines:
             raise CheckpointError(
                 f"{checkpoint}: cannot go on with another {'; another '.join(lines)}; give the "
                 "files it was trained with, or start a new run"
             )
-        ours, theirs = to_dict(self.config), yaml.safe_load((checkpoint / CONFIG).read_text())
-        lines = [line for s in self.sections for line in difference(theirs[s], ours[s], f"{s}.")]
+        ours, theirs = (
+            to_dict(self.identity.config),
+            yaml.safe_load((checkpoint / CONFIG).read_text()),
+        )
+        lines = [
+            line for s in self.identity.sections for line in difference(theirs[s], ours[s], f"{s}.")
+        ]
         if lines:
             raise ConfigError(
                 f"{checkpoint}: these keys must be as in the checkpoint: {'; '.join(lines)}"

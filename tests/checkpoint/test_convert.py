@@ -15,7 +15,7 @@ from dalle_dist.optim.ema import EMA
 from dalle_dist.optim.schedule import PlateauSchedule
 from dalle_dist.testing import run_distributed
 from dalle_dist.text_tokenizer.bpe import Tokenizer
-from dalle_dist.train.state import TrainingState
+from dalle_dist.train.state import Identity, TrainingState
 from dalle_dist.transformer.model import Transformer
 
 STAGES = (0, 1, 2, 3)
@@ -33,7 +33,8 @@ def _checkpoint(ranks, folder, stage):
     torch.manual_seed(0)
     engine = build_engine(Transformer(config), config.train, ranks)
     schedule, ema = PlateauSchedule(config.train), EMA(config.train.ema)
-    state = TrainingState("transformer", config, config.train, (), {}, ranks, engine, ema, schedule)
+    identity = Identity("transformer", config, config.train, config.train.precision)
+    state = TrainingState(identity, ranks, engine, ema, schedule)
     generator = torch.Generator().manual_seed(ranks.rank)
     gathered = []
     for _ in range(2):

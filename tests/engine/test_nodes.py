@@ -14,7 +14,7 @@ from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.optim.ema import EMA
 from dalle_dist.optim.schedule import PlateauSchedule
 from dalle_dist.testing import run_distributed
-from dalle_dist.train.state import TrainingState
+from dalle_dist.train.state import Identity, TrainingState
 from tests.engine.test_fp16 import (
     backward,
     changed,
@@ -216,7 +216,8 @@ def state_on(ranks, stage, *overrides):
     engine = build_from(config, ranks)
     train = config.train
     schedule, ema = PlateauSchedule(train), EMA(train.ema)
-    return engine, TrainingState("transformer", config, train, (), {}, ranks, engine, ema, schedule)
+    identity = Identity("transformer", config, train, train.precision)
+    return engine, TrainingState(identity, ranks, engine, ema, schedule)
 
 
 def save_midway(ranks, folder, stage, *overrides):

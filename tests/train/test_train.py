@@ -202,11 +202,8 @@ def counts(ranks, config):
     stage = program.TransformerStage(config, ranks)
 
     def new():
-        engine, train = stage.build_engine(ranks), config.train
-        return state.TrainingState(
-            stage.kind, config, train, stage.sections, stage.fingerprints, ranks, engine,
-            stage.ema(), stage.schedule(),
-        )  # fmt: skip
+        engine = stage.build_engine(ranks)
+        return state.TrainingState(stage.identity, ranks, engine, stage.ema(), stage.schedule())
 
     first = new()
     skipped = first.engine.transform_state()
