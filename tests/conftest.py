@@ -12,7 +12,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Where the long files are: they go first, so that no process is left alone with one at the end.
 LONG = (
     "tests/test_readme.py", "tests/test_wheel.py", "tests/test_benchmarks.py", "tests/slurm",
-    "tests/distributed", "tests/train", "tests/kernels",
+    "tests/engine", "tests/gradients", "tests/train", "tests/kernels",
 )  # fmt: skip
 
 
