@@ -1,7 +1,7 @@
 """dalle-dist: train DALL-E from a laptop's CPU to a cluster, with the same commands.
 
 Generator.load(folder)   generates images for prompts from a release folder
-load(folder)             everything of a release folder: config, tokenizer, dVAE, transformer
+load(folder)             all of a release folder: config, tokenizer, image tokenizer, transformer
 load_config(preset)      a checked Config from a preset or a YAML file
 load_image_tokenizer("dvae", folder)   the image tokenizer of a release folder alone
 """

@@ -1,4 +1,4 @@
-"""`dalle-dist VERB ...`; each verb imports its room only when called, so that --help is quick."""
+"""`dalle-dist VERB ...`; a verb imports what it needs when called, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -59,18 +59,20 @@ def main(arguments: list[str] | None = None) -> int:
 def program() -> NoReturn:
     """`dalle-dist`, as a process: `main`, and an end that all ranks of a run take together.
 
-    After a failure the interpreter's own end is left out: it would take the process group apart
-    under the threads that still use it, and abort instead of leaving with the status.
+    Once ranks have met, interpreter shutdown is left out: it destroys process groups (DeepSpeed
+    keeps some in its modules) while their threads run, and now and then aborts instead of leaving
+    with the status.
     """
     try:
         status = main()
     except Exception:
         traceback.print_exc()
         status = 1
-    ending = _ending()
-    if status == 0 or ending is None:
+    launch, ending = sys.modules.get(LAUNCH), _ending()
+    if launch is None or not launch.joined():
         sys.exit(status)
-    ending.wait_for_all()
+    if ending is not None:  # which a run that went well has left already
+        ending.wait_for_all()
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()
@@ -207,7 +209,7 @@ def _add_generate(verbs: argparse._SubParsersAction) -> None:
 
 
 def _add_convert(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser("convert", help="a DeepSpeed checkpoint to a release folder")
+    verb = verbs.add_parser("convert", help="a checkpoint of either stage to a release folder")
     verb.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, or one of its checkpoints")
     verb.add_argument("out", metavar="OUT")
     verb.add_argument("--weights", choices=("ema", "raw"), default="ema")
@@ -253,6 +255,8 @@ def _tokenizer_train(options: argparse.Namespace) -> None:
     from dalle_dist.text_tokenizer.bpe import train_tokenizer
 
     config = _config_of(options)
+    if config.tokenizer.kind != "bpe":
+        raise ConfigError(f"tokenizer.kind: '{config.tokenizer.kind}' is not trained here; bpe is")
     tokenizer = train_tokenizer(_captions(config), config.tokenizer.vocab_size)
     tokenizer.save(config.paths.tokenizer)
     bytes_ = len(storage.read_bytes(config.paths.tokenizer))

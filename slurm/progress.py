@@ -6,12 +6,14 @@ asked for more steps is not its end.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 
+from dalle_dist.checkpoint.release import CONFIG, STAMP
 from dalle_dist.checkpoint.store import MANIFEST
 from dalle_dist.config import load
-from dalle_dist.data.storage import exists, join, list_files
+from dalle_dist.data.storage import exists, join, list_files, read_bytes
 from dalle_dist.errors import UserError
 
 
@@ -30,8 +32,16 @@ def progress(verb: str, preset: str, *overrides: str) -> str:
     newest = max((int(match[1]) for match in files if match), default=None)
     if newest is None:
         return "none"
-    released = exists(join(run, "release", "config.yaml"))
-    return "finished" if released and newest >= wanted else str(newest)
+    return "finished" if newest >= wanted and _released(run, newest) else str(newest)
+
+
+def _released(run: str, step: int) -> bool:
+    """Whether the release is whole, and that of this step's checkpoint."""
+    stamp = join(run, "release", STAMP)
+    if not (exists(join(run, "release", CONFIG)) and exists(stamp)):
+        return False
+    manifest = read_bytes(join(run, "checkpoints", f"step-{step:08d}", MANIFEST))
+    return read_bytes(stamp).decode() == hashlib.sha256(manifest).hexdigest()
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ from dalle_dist.checkpoint.release import CONFIG, save_dvae_release, save_releas
 from dalle_dist.checkpoint.weights import KINDS, load_weights
 from dalle_dist.config import Config, from_dict
 from dalle_dist.data import storage
+from dalle_dist.distributed.launch import Ranks
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.image_tokenizer.registry import image_tokenizer_folder
 from dalle_dist.transformer.model import Transformer
 
+_NONE = "no whole checkpoint here (a run, checkpoints/ or step-...)"
 TRAINING = "training.json"  # in a checkpoint: which stage wrote it, and where it goes on
 
 
@@ -52,8 +54,24 @@ def convert(checkpoint: str, out: str, weights: str = "ema") -> str:
     return save(out, config, load_weights(step, weights, shapes))
 
 
-def find_checkpoint(path: str) -> Path:
+def find_checkpoint(path: str, ranks: Ranks | None = None) -> Path:
     """The step folder meant by a run, a checkpoints folder or a step folder.
+
+    With `ranks`, all of them must call it: they share the work of reading and agree.
+
+    Raises CheckpointError when there is none.
+    """
+    folder = require_checkpoint(path)
+    if (folder / store.MANIFEST).is_file():
+        return folder
+    found = store.latest(folder, ranks)
+    if found is None:
+        raise CheckpointError(f"{path}: {_NONE}")
+    return found
+
+
+def require_checkpoint(path: str) -> Path:
+    """The step folder, or the folder of checkpoints, that a path means; nothing is read.
 
     Raises CheckpointError when there is none.
     """
@@ -61,10 +79,9 @@ def find_checkpoint(path: str) -> Path:
     if (folder / store.MANIFEST).is_file():
         return folder
     for inner in (folder / "checkpoints", folder):
-        found = store.latest(inner)
-        if found is not None:
-            return found
-    raise CheckpointError(f"{path}: no whole checkpoint here (a run, checkpoints/ or step-...)")
+        if store.steps(inner):
+            return inner
+    raise CheckpointError(f"{path}: {_NONE}")
 
 
 def read_config(step: Path) -> Config:

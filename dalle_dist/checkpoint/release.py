@@ -39,6 +39,8 @@ CONFIG, TRANSFORMER_FILE, TOKENIZER_FILE = (
     "tokenizer.json",
 )
 
+STAMP = "checkpoint.sha256"  # in a run's own release: of the manifest of its checkpoint
+
 
 @dataclass(frozen=True)
 class Release:

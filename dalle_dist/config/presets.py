@@ -66,7 +66,10 @@ def _find(source: str, folder: Path, prefix: str) -> _Source:
     if source in preset_names():
         return _Source(source, Path(), preset_text(source))
     if path.is_file():
-        return _Source(str(path), path.parent, path.read_text())
+        try:
+            return _Source(str(path), path.parent, path.read_text())
+        except UnicodeDecodeError:
+            raise ConfigError(f"{prefix}{path}: not text in UTF-8") from None
     raise ConfigError(
         f"{prefix}no preset or file '{source}'; presets: {', '.join(preset_names())}"
         f"{did_you_mean(source, preset_names())}"

@@ -133,7 +133,9 @@ class DVAEConfig:
 class TransformerConfig:
     """Network of stage 2, the sparse transformer."""
 
-    layers: int = option(64, "resblocks", unit="layers", source="paper 2.3", at_least=1)
+    layers: int = option(
+        64, "layers, of two resblocks each", unit="layers", source="paper 2.3", at_least=1
+    )
     width: int = option(
         3_968,
         f"size of the residual stream; must be heads x {HEAD_DIM}",

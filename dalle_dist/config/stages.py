@@ -151,7 +151,7 @@ class TrainConfig(StageConfig):
     variance_clip: float = shared("variance_clip", 5.0, "paper B.2")
     checkpoint_activations: bool = option(
         True,
-        "compute the activations of a resblock again in the backward pass, to save memory",
+        "compute the activations of a layer again in the backward pass, to save memory",
         source="paper 2.4",
     )
     zero_stage: ZeROStage = shared("zero_stage", 2)

@@ -20,10 +20,10 @@ class SampleOrder:
 
     def at(self, position: int) -> tuple[int, int]:
         """(epoch, sample index) of a position in the endless stream of samples."""
-        epoch, place = divmod(position, self.samples)
+        epoch, index = divmod(position, self.samples)
         if epoch != self._known[0]:
             self._known = (epoch, self._permutation(epoch))
-        return epoch, int(self._known[1][place])
+        return epoch, int(self._known[1][index])
 
     def _permutation(self, epoch: int) -> np.ndarray:
         digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()

@@ -117,7 +117,7 @@ def init() -> Ranks:
         ConfigError: the launcher's environment is incomplete, mpi4py is missing under mpirun, or
             a GPU was granted that torch does not see.
     """
-    global _ranks, _ending
+    global _ranks, _ending, _joined
     if _ranks is not None and dist.is_initialized():
         return _ranks
     info = read_environment(os.environ)
@@ -125,6 +125,7 @@ def init() -> Ranks:
         info = _meet_by_mpi(info)
     store = _meet(info)
     if info.world > 1:
+        _joined = True
         _ending = Ending(store, info.world)  # now others can be told if what follows fails
     device = device_of(info.local_rank)
     _export(info, device)
@@ -140,6 +141,11 @@ def shutdown() -> None:
     _ranks = _ending = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def joined() -> bool:
+    """Whether this process has ever been one of several ranks."""
+    return _joined
 
 
 def ending() -> Ending | None:
@@ -251,3 +257,4 @@ def _share_cpus(ranks: Ranks) -> None:
 
 _ranks: Ranks | None = None
 _ending: Ending | None = None
+_joined = False

@@ -40,18 +40,18 @@ def write_outputs(images: Sequence[GeneratedImage], folder: str, *, fingerprint:
         UserError: the folder holds something that is not generated images.
     """
     entries = refuse_foreign(folder)
-    drawn: dict[str, Image.Image] = {}
+    made: dict[str, Image.Image] = {}
     for image in images:
         entry = _entry(image, fingerprint)
-        drawn[_name(entry)] = image.image
+        made[_name(entry)] = image.image
         entries[_name(entry)] = entry
     # Before anything is written: an earlier image may be damaged.
-    shown = {name: drawn.get(name) or _read(folder, name) for name in entries}
-    for name, picture in drawn.items():
-        storage.write_bytes(storage.join(folder, name), _png(picture))
+    shown = {name: made.get(name) or _read(folder, name) for name in entries}
+    for name, png in made.items():
+        storage.write_bytes(storage.join(folder, name), _png(png))
     storage.write_bytes(storage.join(folder, GRID), _png(_grid(entries, shown)))
-    pictures = [{"file": name, **entry} for name, entry in entries.items()]
-    text = json.dumps({"images": pictures}, indent=1, ensure_ascii=False) + "\n"
+    listed = [{"file": name, **entry} for name, entry in entries.items()]
+    text = json.dumps({"images": listed}, indent=1, ensure_ascii=False) + "\n"
     storage.write_bytes(storage.join(folder, MANIFEST), text.encode())
 
 

@@ -9,5 +9,6 @@ node_mean.py    the mean between nodes, dense or by PowerSGD (paper 2.5)
 all_reduce.py   the all-reduce of a mean, in a communication dtype: fp32, bf16, fp16 or 1-6-9
 powersgd/       low-rank compression with error feedback (paper E)
 
-Only torch and torch.distributed are used here: nothing of DeepSpeed, of the config or of the model.
+Beside torch and torch.distributed only the gradient scales (`precision/`) and the 1-6-9 format
+(`dalle_kernels`) are used here: nothing of DeepSpeed, of the config or of the model.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,6 @@ def agree(
     blocks: int,
     device: torch.device,
     group: dist.ProcessGroup | None = None,
-    known: Collection[Block] = (),
 ) -> frozenset[Block]:
     """The resblocks for which a flag is set on any rank of the group.
 
@@ -45,13 +44,11 @@ def agree(
         owners: the resblock of each flag.
         broken: bool, one flag for each of `owners`.
         blocks: number of resblocks.
-        known: resblocks that this rank flags besides.
 
     Raises:
         ValueError: a resblock that is not in 0 to `blocks` - 1.
     """
     flags = torch.zeros(blocks + 1, dtype=torch.int32, device=device)
-    flags[[_slot(block, blocks) for block in known]] = 1
     if owners:
         slots = torch.tensor([_slot(block, blocks) for block in owners], device=device)
         flags.scatter_reduce_(0, slots, broken.int(), "amax")

@@ -36,6 +36,25 @@ def load_image_tokenizer(
     return image_tokenizer_class(kind).load(folder, device)
 
 
+def load_configured(config: Config, device: torch.device | str = "cpu") -> ImageTokenizer:
+    """The tokenizer that a config names.
+
+    Raises as `load_image_tokenizer` does, and ConfigError: its codes do not fit the transformer.
+    """
+    folder = image_tokenizer_folder(config)
+    tokenizer = load_image_tokenizer(config.image_tokenizer.kind, folder, device)
+    shape = config.transformer
+    for key, wanted, found in (
+        ("image_grid", shape.image_grid, tokenizer.grid),
+        ("codebook_size", shape.codebook_size, tokenizer.codebook_size),
+    ):
+        if wanted != found:
+            raise ConfigError(
+                f"transformer.{key}: {wanted}, but the image tokenizer in {folder} has {found}"
+            )
+    return tokenizer
+
+
 def image_tokenizer_folder(config: Config) -> str:
     """The release folder that a config names."""
     return config.image_tokenizer.path or storage.join(config.paths.dvae_run, "release")

@@ -8,6 +8,8 @@ the engine gives the sums and counts of both losses; what needs logits extends
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from dalle_dist.data.loader import TokenDataset
 from dalle_dist.distributed.launch import Ranks
@@ -16,39 +18,55 @@ from dalle_dist.errors import ConfigError
 from dalle_dist.metrics.captions import caption_cycle
 from dalle_dist.metrics.held_out import MOST, held_out_losses
 
-# (engine, held-out set, micro-batch, ranks) to numbers for the log; a collective call.
-Metric = Callable[[Engine, TokenDataset, int, Ranks], dict[str, float]]
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation: what measures look at, and what several of them need, found once."""
+
+    engine: Engine
+    held_out: TokenDataset
+    micro_batch: int
+    ranks: Ranks
+
+    @cached_property
+    def losses(self) -> tuple[float, float]:
+        """Nats per text token and per image token, each image with its own caption."""
+        return self._losses(None)
+
+    @cached_property
+    def losses_shuffled(self) -> tuple[float, float]:
+        """The same, each image with another's caption."""
+        other = caption_cycle(min(MOST, len(self.held_out)), seed=0).tolist()
+        return self._losses(other.__getitem__)
+
+    def _losses(self, caption_of: Callable[[int], int] | None) -> tuple[float, float]:
+        return held_out_losses(self.engine, self.held_out, self.micro_batch, self.ranks, caption_of)
 
 
-def losses(
-    engine: Engine, held_out: TokenDataset, micro_batch: int, ranks: Ranks
-) -> dict[str, float]:
+# To numbers for the log; a collective call.
+Metric = Callable[[Evaluation], dict[str, float]]
+
+
+def losses(evaluation: Evaluation) -> dict[str, float]:
     """`held_out_text` and `held_out_image`: nats per token."""
-    text, image = held_out_losses(engine, held_out, micro_batch, ranks)
+    text, image = evaluation.losses
     return {"held_out_text": text, "held_out_image": image}
 
 
-def caption_gain(
-    engine: Engine, held_out: TokenDataset, micro_batch: int, ranks: Ranks
-) -> dict[str, float]:
+def caption_gain(evaluation: Evaluation) -> dict[str, float]:
     """`caption_gain`: nats per image token that the right captions are worth."""
-    other = caption_cycle(min(MOST, len(held_out)), seed=0).tolist()
-    _, right = held_out_losses(engine, held_out, micro_batch, ranks)
-    _, wrong = held_out_losses(engine, held_out, micro_batch, ranks, other.__getitem__)
-    return {"caption_gain": wrong - right}
+    return {"caption_gain": evaluation.losses_shuffled[1] - evaluation.losses[1]}
 
 
 METRICS: dict[str, Metric] = {"losses": losses, "caption_gain": caption_gain}
 
 
-def measure(
-    names: Sequence[str], engine: Engine, held_out: TokenDataset, micro_batch: int, ranks: Ranks
-) -> dict[str, float]:
+def measure(names: Sequence[str], evaluation: Evaluation) -> dict[str, float]:
     """All metrics of these names. Raises ConfigError: no such metric."""
     check(names)
     found: dict[str, float] = {}
     for name in names:
-        found |= METRICS[name](engine, held_out, micro_batch, ranks)
+        found |= METRICS[name](evaluation)
     return found
 
 

@@ -30,24 +30,30 @@ class EMA:
     @torch.no_grad()
     def update(self, weights: Sequence[Piece]) -> None:
         decay = min(self.decay, self.folds / (self.folds + 9))
-        present = {piece.key: self._fp32(piece) for piece in weights}
         if self.folds == 0:
-            self._values = {key: values.clone() for key, values in present.items()}
-        elif present:
-            averages = [self._values[key].to(values.device) for key, values in present.items()]
-            torch._foreach_lerp_(averages, list(present.values()), 1 - decay)
-            self._values = dict(zip(present, averages, strict=True))
+            self._values = {piece.key: self._copy(piece) for piece in weights}
+        elif self._device is None and weights:
+            present = [piece.values.detach().float() for piece in weights]
+            averages = [self._values[piece.key].to(piece.values.device) for piece in weights]
+            torch._foreach_lerp_(averages, present, 1 - decay)
+            self._values = {p.key: a for p, a in zip(weights, averages, strict=True)}
+        else:
+            # One by one: all at once, the weights would be on the host twice.
+            for piece in weights:
+                present_piece = piece.values.detach().to(self._device, torch.float32)
+                self._values[piece.key].lerp_(present_piece, 1 - decay)
         self.folds += 1
 
     def state(self, weights: Sequence[Piece]) -> dict[str, Tensor]:
         """Averages by piece key; before the first fold, the present values."""
         if self.folds:
             return dict(self._values)
-        return {piece.key: self._fp32(piece).clone() for piece in weights}
+        return {piece.key: self._copy(piece) for piece in weights}
 
     def load(self, state: Mapping[str, Tensor], folds: int) -> None:
         self._values = {key: tensor.clone() for key, tensor in state.items()}
         self.folds = folds
 
-    def _fp32(self, piece: Piece) -> Tensor:
-        return piece.values.detach().to(self._device or piece.values.device, torch.float32)
+    def _copy(self, piece: Piece) -> Tensor:
+        device = self._device or piece.values.device
+        return piece.values.detach().to(device, torch.float32, copy=True)

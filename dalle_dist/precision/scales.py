@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 START, LOW, HIGH = 13.0, 7.0, 24.0  # log2 of the scale for one replica
-GROWTH = 1 / 1000  # log2, after each update in which a block's gradients are finite
+GROWTH = 1 / 1000  # log2, after each step in which a block's gradients are finite
 CUT = 0.5  # log2, after one in which they are not
 WINDOW = 125  # steps in which a scale is divided at most once
 

@@ -1,4 +1,4 @@
-"""Images of a report: the table of captions with what was drawn, and curves."""
+"""Images of a report: the table of captions with what was generated, and curves."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def table(rows: Sequence[Row], title: str, columns: int = 2) -> Image.Image:
     for column in range(columns):
         left = column * width + CAPTION + GAP
         draw.text((left, 40), "true", fill="gray", font=font)
-        draw.text((left + CELL + 3 * GAP, 40), "drawn by the model", fill="gray", font=font)
+        draw.text((left + CELL + 3 * GAP, 40), "generated", fill="gray", font=font)
     for i, row in enumerate(rows):
         left, top = (i // lines) * width, 64 + (i % lines) * (CELL + GAP)
         text = "\n".join(textwrap.wrap(row.caption, 24)[:4])

@@ -49,10 +49,10 @@ def _draw(
 
     count = len(values[0])
     for number, column in enumerate(zip(*values, strict=True)):
-        colour = colormaps["viridis"](number / max(count - 1, 1))
+        color = colormaps["viridis"](number / max(count - 1, 1))
         name, style = kinds[number % len(kinds)]
         label = name if number < len(kinds) else None
-        axes.plot(steps, column, linestyle=style, color=colour, linewidth=1, label=label)
+        axes.plot(steps, column, linestyle=style, color=color, linewidth=1, label=label)
     axes.set_xlabel("step")
     axes.legend(fontsize=8, title="first layers dark, last bright", title_fontsize=8)
 

@@ -52,7 +52,7 @@ def write_report(config: Config) -> None:
 
     Raises:
         CheckpointError: the run has no release yet.
-        DataError: held-out shards missing, or of another dVAE.
+        DataError: held-out shards missing, or of another image tokenizer.
     """
     release = load_release(storage.join(config.paths.run, "release"))
     generator = Generator(
@@ -65,7 +65,7 @@ def write_report(config: Config) -> None:
     tokens = {part: _tokens(config, part, release) for part in ("train", "held-out")}
     held_out = _held_out(config, tokens["held-out"], release.image_tokenizer.image_size)
     figures = measure(config, generator, held_out, tokens["train"])
-    rows = draw(generator, held_out, config.seed)
+    rows = sample_rows(generator, held_out, config.seed)
     title = f"{config.name}: {len(rows)} captions the model never saw, {SAMPLES} samples each"
     images = {
         "Captions it never saw": table(rows, title),
@@ -96,13 +96,13 @@ def measure(
     }
 
 
-def draw(generator: Generator, held_out: HeldOut, seed: int) -> list[Row]:
+def sample_rows(generator: Generator, held_out: HeldOut, seed: int) -> list[Row]:
     """Samples at temperature 1, untruncated, for captions spread over the held-out set."""
     count = min(CAPTIONS, len(held_out.captions))
     chosen = [i * len(held_out.captions) // count for i in range(count)]
     captions = [held_out.captions[i] for i in chosen]
-    drawn = generator.generate(captions, n=SAMPLES, seed=seed)
-    samples = [drawn[k * SAMPLES : (k + 1) * SAMPLES] for k in range(count)]
+    made = generator.generate(captions, n=SAMPLES, seed=seed)
+    samples = [made[k * SAMPLES : (k + 1) * SAMPLES] for k in range(count)]
     return [
         Row(caption, to_image(held_out.images_BCHW[i]), [sample.image for sample in row])
         for i, caption, row in zip(chosen, captions, samples, strict=True)

@@ -50,7 +50,8 @@ class DVAEStage(Stage):
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, settings = config, config.dvae_train
         # The weights stay fp32; what computes in bf16 is under autocast, inside the model.
-        self._bf16 = computes_in_bf16(settings.precision, ranks.device)
+        # All ranks the same, also on mixed hardware; first of all, since no rank may miss the call.
+        self._bf16 = not ranks.any(not computes_in_bf16(settings.precision, ranks.device))
         self.settings = dataclasses.replace(settings, precision="fp32")
         self.run_path, self.data_path = config.paths.dvae_run, config.paths.images
         deepspeed_config(self.settings, ranks.world)
@@ -63,6 +64,7 @@ class DVAEStage(Stage):
         self.held_out = _dataset(config, "held-out", None)
         self.precision = "bf16 autocast, fp32 weights" if self._bf16 else "fp32"
         self.fingerprints = {}
+        self._found: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
         # Images for the first biases, and the proof that there are some that can be read.
         self._first_BCHW = _stack(self.train_set, 256)
 
@@ -112,7 +114,7 @@ class DVAEStage(Stage):
 
     def validate(self, state: TrainingState) -> dict[str, float]:
         """PSNR and codes in use on held-out images, by the averaged weights; rank 0 alone."""
-        images_BCHW, codes_BGG, decoded_BCHW = self._reconstructed(state, MEASURED)
+        images_BCHW, codes_BGG, decoded_BCHW = self._reconstructed(state)
         if not len(images_BCHW):
             return {}
         return {
@@ -121,11 +123,11 @@ class DVAEStage(Stage):
         }
 
     def sample(self, state: TrainingState) -> dict[str, Image.Image]:
-        images_BCHW, _, decoded_BCHW = self._reconstructed(state, SHOWN)
+        images_BCHW, _, decoded_BCHW = self._reconstructed(state)
         if not len(images_BCHW):
             return {}
-        rows = [[to_image(image) for image in images] for images in (images_BCHW, decoded_BCHW)]
-        return {"reconstructions": grid(rows)}
+        shown = images_BCHW[:SHOWN], decoded_BCHW[:SHOWN]
+        return {"reconstructions": grid([[to_image(image) for image in row] for row in shown])}
 
     def opening(self, ranks: Ranks, parameters: int) -> dict[str, str]:
         shape = self.config.dvae
@@ -142,8 +144,16 @@ class DVAEStage(Stage):
         # Folded in at each step: a copy to the host would cost more than the average itself.
         return EMA(self.settings.ema, device=None)
 
-    def _reconstructed(self, state: TrainingState, most: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(images, codes, decoded images) by the averaged weights; empty but on rank 0."""
+    def _reconstructed(self, state: TrainingState) -> tuple[Tensor, Tensor, Tensor]:
+        """(images, codes, decoded images) by the averaged weights; empty but on rank 0.
+
+        A collective call; what was found is kept for the other measure of the same step.
+        """
+        if self._found is None or self._found[0] != state.step:
+            self._found = state.step, self._reconstruct(state)
+        return self._found[1]
+
+    def _reconstruct(self, state: TrainingState) -> tuple[Tensor, Tensor, Tensor]:
         averaged = state.averaged_weights()
         if averaged is None:
             return torch.empty(0), torch.empty(0), torch.empty(0)
@@ -151,7 +161,7 @@ class DVAEStage(Stage):
             dvae = DVAE(self.config.dvae)
         dvae.load_state_dict(averaged, assign=True)
         dvae.to(state.ranks.device).eval()
-        images_BCHW = self._held_out_images[:most].to(state.ranks.device)
+        images_BCHW = self._held_out_images.to(state.ranks.device)
         return images_BCHW, *reconstruct(dvae, images_BCHW)
 
     @functools.cached_property

@@ -15,9 +15,9 @@ from dalle_dist.data import storage
 from dalle_dist.data.loader import ImageDataset
 from dalle_dist.data.shards import ShardIndex, ShardWriter
 from dalle_dist.distributed import launch
-from dalle_dist.errors import ConfigError, DataError
+from dalle_dist.errors import DataError
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
-from dalle_dist.image_tokenizer.registry import image_tokenizer_folder, load_image_tokenizer
+from dalle_dist.image_tokenizer.registry import load_configured
 
 PARTS = ("train", "held-out")
 BATCH = 64
@@ -32,17 +32,7 @@ def encode(config: Config) -> None:
         DataError: no shards, nothing readable, or the output holds another tokenizer's tokens.
     """
     device = launch.device_of()
-    folder = image_tokenizer_folder(config)
-    tokenizer = load_image_tokenizer(config.image_tokenizer.kind, folder, device)
-    shape = config.transformer
-    for key, wanted, found in (
-        ("image_grid", shape.image_grid, tokenizer.grid),
-        ("codebook_size", shape.codebook_size, tokenizer.codebook_size),
-    ):
-        if wanted != found:
-            raise ConfigError(
-                f"transformer.{key}: {wanted}, but the image tokenizer in {folder} has {found}"
-            )
+    tokenizer = load_configured(config, device)
     for part in PARTS:
         _encode_part(config, tokenizer, part)
 

@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from dalle_dist.checkpoint import store
-from dalle_dist.checkpoint.convert import convert, find_checkpoint
-from dalle_dist.checkpoint.release import CONFIG
+from dalle_dist.checkpoint.convert import convert, find_checkpoint, require_checkpoint
+from dalle_dist.checkpoint.release import CONFIG, STAMP
 from dalle_dist.config import Config
 from dalle_dist.data.loader import batches
 from dalle_dist.distributed import launch
@@ -62,9 +62,9 @@ def _prepared(
     make: Callable[[Config, Ranks], Stage], config: Config, ranks: Ranks, resume: str | None
 ) -> Stage:
     """Everything that can be checked before anything is written."""
-    if resume is not None and resume != "auto":
-        find_checkpoint(resume)
     stage = make(config, ranks)
+    if resume is not None and resume != "auto":
+        require_checkpoint(resume)
     opening.refuse_endless_warmup(stage.settings)
     if ranks.local_rank == 0:
         for dataset in stage.datasets:
@@ -91,6 +91,7 @@ class _Loop:
         self.run.open()
         if resume is not None:
             self.run.rewind(self.state.step)
+            self._catch_up()
         if self.state.step < self.settings.steps:
             self.run.say(rows)
             self._run_steps()
@@ -161,11 +162,20 @@ class _Loop:
             bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
         if self._due(step, settings.save_every):
             self._save()
-        if self._due(step, settings.eval_every):
+        self._measure()
+
+    def _measure(self) -> None:
+        step = self.state.step
+        if self._due(step, self.settings.eval_every):
             self.run.log(step, **self.stage.validate(self.state))
-        if self._due(step, settings.sample_every):
+        if self._due(step, self.settings.sample_every):
             for name, image in self.stage.sample(self.state).items():
                 self.run.image(step, name, image)
+
+    def _catch_up(self) -> None:
+        """Measures and images of a step after whose checkpoint the run was cut off."""
+        if self.state.step and not self.ranks.broadcast(self.run.measured(self.state.step)):
+            self._measure()
 
     def _due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.settings.steps
@@ -185,25 +195,28 @@ class _Loop:
             return
         checkpoints = self.run.folder / "checkpoints"
         auto = resume == "auto"
-        found = store.latest(checkpoints, self.ranks) if auto else find_checkpoint(resume)
+        found = (
+            store.latest(checkpoints, self.ranks) if auto else find_checkpoint(resume, self.ranks)
+        )
         if found is not None:
             self.state.load(found)
             if found.parent.resolve() == checkpoints.resolve():
                 self._saved = self.state.step
 
     def _finish(self) -> None:
-        """The release folder, from the newest checkpoint; made anew when it has become old."""
+        """The release folder, from the checkpoint of this step; made anew when it is of another."""
         made = self.ranks.on_main(self._release)
         self.run.say(f"complete at step {self.state.step}; {made}")
 
     def _release(self) -> str:
         folder = self.run.folder / "release"
-        stamp, checkpoints = folder / ".checkpoint", self.run.folder / "checkpoints"
-        source = store.fingerprint(store.step_folder(checkpoints, self.state.step))
+        stamp = folder / STAMP
+        checkpoint = store.step_folder(self.run.folder / "checkpoints", self.state.step)
+        source = store.fingerprint(checkpoint)
         if stamp.is_file() and (folder / CONFIG).is_file() and stamp.read_text() == source:
             return "nothing to do"
         shutil.rmtree(folder, ignore_errors=True)
-        digest = convert(str(checkpoints), str(folder), "ema")
+        digest = convert(str(checkpoint), str(folder), "ema")
         stamp.write_text(source)
         return f"{self.stage.title} {digest} in release/"
 

@@ -124,6 +124,12 @@ class Run:
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
+    def measured(self, step: int) -> bool:
+        """Whether the log has what an evaluation after this step found; on rank 0 alone."""
+        if not self.main:
+            return False
+        return any(line["step"] == step and "loss" not in line for line in read_log(self.folder))
+
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """samples/step-00001000-NAME.png, and the same image to TensorBoard."""
         if not self.main:
@@ -136,12 +142,12 @@ class Run:
         pixels_HWC = np.asarray(image.convert("RGB"))
         self._tensorboard.add_image(name, pixels_HWC, step, dataformats="HWC")
 
-    def progress(self, total: int, start: int, unit: str = "step") -> tqdm:
+    def progress(self, total: int, start: int) -> tqdm:
         """A bar with rate and ETA on rank 0; on no terminal, a line now and then."""
         self._bar = tqdm(
             total=total,
             initial=start,
-            unit=unit,
+            unit="step",
             dynamic_ncols=True,
             disable=not self.main,
             mininterval=0.5 if sys.stderr.isatty() else 20,

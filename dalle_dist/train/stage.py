@@ -41,6 +41,7 @@ class Stage(ABC):
     config        of the run
     settings      this stage's section of it
     precision     in which the model computes
+    between_nodes a value of `parallel.between_nodes`
     run_path      the run's folder
     data_path     folder of the shards
     fingerprints  of what the model was trained with, by name: must be the same in a resumed run
@@ -52,6 +53,7 @@ class Stage(ABC):
     config: Config
     settings: StageConfig
     precision: str
+    between_nodes: str = "zero"
     run_path: str
     data_path: str
     fingerprints: Mapping[str, str]
@@ -115,6 +117,7 @@ class Stage(ABC):
             self.config,
             self.settings,
             self.precision,
+            self.between_nodes,
             self.sections,
             self.fingerprints,
         )

@@ -45,6 +45,7 @@ class Identity:
     config        of the run; of its `sections` every key must be the same
     settings      the stage's section of it
     precision     in which the model computes
+    between_nodes how nodes work together, a value of `parallel.between_nodes`
     fingerprints  of what the model is trained with, by name
     """
 
@@ -52,6 +53,7 @@ class Identity:
     config: Config
     settings: StageConfig
     precision: str
+    between_nodes: str = "zero"
     sections: tuple[str, ...] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
@@ -76,18 +78,22 @@ class TrainingState:
         """Go on from `checkpoint`, bit for bit; all ranks.
 
         Raises:
-            CheckpointError: damaged, of another stage, tokenizer or dVAE, or made by other ranks.
+            CheckpointError: damaged, of another stage or tokenizer, or made by other ranks.
             ConfigError: of another shape.
         """
         store.verify(checkpoint, self.ranks)
-        saved = _read(checkpoint, self.identity.stage)
-        self._refuse_other(checkpoint, saved)
+        saved = self.ranks.together(lambda: self._fitting(checkpoint))
         self.engine.load(checkpoint)
         self.engine.load_transform_state(load_tree(self._gradients(checkpoint)))
         self.schedule.load_state_dict(saved["schedule"])
         averages = load_pieces(checkpoint, "ema", self.engine.shard_rank)
         self.ema.load(averages, saved["ema_folds"])
         self.step = saved["step"]
+
+    def _fitting(self, checkpoint: Path) -> dict[str, Any]:
+        saved = _read(checkpoint, self.identity.stage)
+        self._refuse_other(checkpoint, saved)
+        return saved
 
     def averaged_weights(self) -> dict[str, Tensor] | None:
         """The averaged weights, whole, on the CPU of rank 0; None elsewhere. A collective call."""
@@ -113,13 +119,15 @@ class TrainingState:
         weights, shard_rank = self.engine.weights(), self.engine.shard_rank
         save_pieces(folder, "raw", shard_rank, owned(weights))
         save_pieces(folder, "ema", shard_rank, self.ema.state(weights))
-        save_tree(self._gradients(folder), transform)
+        if self.engine.zero_stage or self.ranks.rank == 0:
+            save_tree(self._gradients(folder), transform)
         if self.ranks.rank == 0:
             (folder / TRAINING).write_text(json.dumps(self._summary(), indent=1))
             (folder / CONFIG).write_text(to_yaml(self.identity.config))
 
     def _gradients(self, folder: Path) -> Path:
-        return folder / "gradients" / f"rank-{self.engine.shard_rank:05d}{SUFFIX}"
+        shard_rank = self.engine.shard_rank if self.engine.zero_stage else 0
+        return folder / "gradients" / f"rank-{shard_rank:05d}{SUFFIX}"
 
     def _summary(self) -> dict[str, Any]:
         return {
@@ -134,19 +142,21 @@ class TrainingState:
     def _made_by(self) -> dict[str, Any]:
         """Must be the same in a resumed run: DeepSpeed's files depend on it."""
         return {
-            "ranks": self.engine.shard_world,
+            # Without ZeRO every rank has everything, and any number of them may go on.
+            "ranks": self.engine.shard_world if self.engine.zero_stage else 1,
             "zero_stage": self.engine.zero_stage,
             "precision": self.identity.precision,
             "moments": self.identity.settings.moments,
-            "between_nodes": self.identity.config.parallel.between_nodes,
+            "between_nodes": self.identity.between_nodes,
         }
 
     def _refuse_other(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         lines = difference(saved["fingerprints"], dict(self.identity.fingerprints))
         if lines:
             raise CheckpointError(
-                f"{checkpoint}: cannot go on with another {'; another '.join(lines)}; give the "
-                "files it was trained with, or start a new run"
+                f"{checkpoint}: was trained with another {'; another '.join(lines)}; name the "
+                "files it was trained with (paths.tokenizer, image_tokenizer.path), or start a "
+                "new run"
             )
         ours, theirs = (
             to_dict(self.identity.config),

@@ -1,4 +1,4 @@
-"""Stop in good order: a signal to any rank is agreed on by all ranks between two updates."""
+"""Stop in good order: a signal to any rank is agreed on by all ranks between two steps."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ from dalle_dist.engine.deepspeed.settings import deepspeed_config, micro_batch
 from dalle_dist.engine.interface import Engine
 from dalle_dist.errors import ConfigError
 from dalle_dist.generate.grid import sample_grid
-from dalle_dist.image_tokenizer.registry import image_tokenizer_folder, load_image_tokenizer
-from dalle_dist.metrics.registry import check, measure
+from dalle_dist.image_tokenizer.registry import load_configured
+from dalle_dist.metrics.registry import Evaluation, check, measure
 from dalle_dist.optim.schedule import PlateauSchedule
 from dalle_dist.text_tokenizer.registry import load_text_tokenizer
 from dalle_dist.train import opening
@@ -46,11 +46,12 @@ def train(config: Config, resume: str | None = None) -> None:
 
 class TransformerStage(Stage):
     kind, title = "transformer", "transformer"
-    sections = ("tokenizer", "image_tokenizer", "dvae", "transformer")
+    sections = ("tokenizer", "dvae", "transformer")
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.settings = config, config.train
         self.precision = config.train.precision
+        self.between_nodes = config.parallel.between_nodes
         self.run_path, self.data_path = config.paths.run, config.paths.tokens
         deepspeed_config(config.train, ranks.world)
         check(config.train.metrics)
@@ -63,28 +64,13 @@ class TransformerStage(Stage):
                 "raise the setting"
             )
         device = ranks.device if ranks.rank == 0 else "cpu"  # only rank 0 samples
-        self.image_tokenizer = load_image_tokenizer(
-            config.image_tokenizer.kind, image_tokenizer_folder(config), device
-        )
-        self._refuse_other_codes()
+        self.image_tokenizer = load_configured(config, device)
         self.train_set = self._dataset("train", config.tokenizer.bpe_dropout)
         self.held_out = self._dataset("held-out", 0.0)
         self.fingerprints = {
             "tokenizer": self.tokenizer.fingerprint,
             "image tokenizer": self.image_tokenizer.fingerprint,
         }
-
-    def _refuse_other_codes(self) -> None:
-        shape, found = self.config.transformer, self.image_tokenizer
-        for key, wanted, given in (
-            ("image_grid", shape.image_grid, found.grid),
-            ("codebook_size", shape.codebook_size, found.codebook_size),
-        ):
-            if wanted != given:
-                raise ConfigError(
-                    f"transformer.{key}: {wanted}, but the image tokenizer in "
-                    f"{image_tokenizer_folder(self.config)} has {given}"
-                )
 
     def _dataset(self, part: str, bpe_dropout: float) -> TokenDataset:
         config, order = self.config, None
@@ -147,8 +133,8 @@ class TransformerStage(Stage):
 
     def validate(self, state: TrainingState) -> dict[str, float]:
         size = micro_batch(self.settings, state.ranks.world)
-        names = self.config.train.metrics
-        return measure(names, state.engine, self.held_out, size, state.ranks)
+        evaluation = Evaluation(state.engine, self.held_out, size, state.ranks)
+        return measure(self.config.train.metrics, evaluation)
 
     def sample(self, state: TrainingState) -> dict[str, Image.Image]:
         if not self.config.train.prompts:

@@ -19,7 +19,7 @@ def text_fits(text_BT: Tensor, config: Config) -> None:
 
 def codes_fit(codes_BN: Tensor, captions: int, config: Config) -> None:
     """int64 [B, image_tokens], a row per caption; the device is not waited for."""
-    fix = "dvae.codes(images).flatten(1) makes them"
+    fix = "image_tokenizer.encode(images) makes them"
     _shape_fits("codes", codes_BN, config.transformer.image_tokens, fix)
     if len(codes_BN) != captions:
         raise ValueError(f"codes: {len(codes_BN)} rows, but text has {captions}")

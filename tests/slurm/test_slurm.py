@@ -54,7 +54,7 @@ def submit(cluster, script, config, out, *options):
     )
 
 
-def updates(folder):
+def steps(folder):
     return [line["step"] for line in read_log(folder) if "loss" in line or "nll" in line]
 
 
@@ -68,7 +68,7 @@ def test_stage_1_trains_on_two_nodes(cluster, tmp_path):
     job = submit(cluster, "train_dvae.sbatch", path, out)
     assert cluster.wait(job, 120) == "COMPLETED", out.read_text()
     assert (tmp_path / "stage1/release/config.yaml").exists(), out.read_text()
-    assert updates(tmp_path / "stage1") == [1, 2, 3, 4, 5, 6]
+    assert steps(tmp_path / "stage1") == [1, 2, 3, 4, 5, 6]
 
 
 def test_stage_2_saves_on_usr1_requeues_itself_and_finishes(cluster, tmp_path):
@@ -76,13 +76,13 @@ def test_stage_2_saves_on_usr1_requeues_itself_and_finishes(cluster, tmp_path):
     path, out = tiny_run.write_config(config, tmp_path / "c.yaml"), tmp_path / "out"
     job = submit(cluster, "train.sbatch", path, out)
     log = Path(config.paths.run) / "log.jsonl"
-    until(lambda: log.exists() and len(log.read_text().splitlines()) > 5, 90, "five updates")
+    until(lambda: log.exists() and len(log.read_text().splitlines()) > 5, 90, "five steps")
     cluster.run("scancel", "--signal=USR1", job)
     assert cluster.wait(job, 240) == "COMPLETED", out.read_text()
     text = out.read_text()
     assert f"requeueing job {job}" in text and text.count("--resume auto goes on") == 1, text
     assert (Path(config.paths.run) / "release/config.yaml").exists()
-    assert updates(Path(config.paths.run)) == list(range(1, 401))
+    assert steps(Path(config.paths.run)) == list(range(1, 401))
 
 
 def test_scripts_written_into_another_folder_run_from_there(cluster, tmp_path):
@@ -93,7 +93,7 @@ def test_scripts_written_into_another_folder_run_from_there(cluster, tmp_path):
     job = cluster.submit(*options, "cluster/train.sbatch", path, cwd=tmp_path)
     assert cluster.wait(job, 120) == "COMPLETED", out.read_text()
     assert "train: finished" in out.read_text()
-    assert updates(Path(config.paths.run)) == list(range(1, 7))
+    assert steps(Path(config.paths.run)) == list(range(1, 7))
 
 
 def test_a_job_that_makes_no_progress_is_not_requeued(cluster, tmp_path):

@@ -22,7 +22,7 @@ import os
 
 from dalle_dist.cli import program
 from dalle_dist.errors import DataError
-from dalle_dist.train import train
+from dalle_dist.train import loop, transformer
 
 WHERE, ERROR = os.environ["FAULT"].split()
 KIND = {"data": DataError, "bug": RuntimeError}[ERROR]
@@ -34,10 +34,10 @@ def fail(*_):
 
 if os.environ["RANK"] == os.environ["FAULTY"]:
     if WHERE == "setup":
-        train._Setup.__init__ = fail
+        transformer.TransformerStage.__init__ = fail
     else:
-        step = train._Trainer._step
-        train._Trainer._step = lambda self, b: fail() if self.state.update == 1 else step(self, b)
+        step = loop._Loop._step
+        loop._Loop._step = lambda self, b: fail() if self.state.step == 1 else step(self, b)
 program()
 '''
 

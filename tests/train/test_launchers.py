@@ -34,7 +34,7 @@ def _losses(command, folder, name, **train):
         capture_output=True, text=True, env=environ, timeout=200, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{run}: complete at update 4" in done.stdout
+    assert f"{run}: complete at step 4" in done.stdout
     assert (run / "release" / "transformer.safetensors").is_file()
     return [line["loss"] for line in read_log(run) if "loss" in line]
 

@@ -76,7 +76,7 @@ def test_it_learns_and_leaves_a_whole_run(trained):
     assert {"kl", "elb", "temperature", "kl_weight", "lr", "images_per_s"} <= log[0].keys()
     run = trained / "dvae"
     assert sorted(p.name for p in (run / "release").iterdir()) == [
-        ".checkpoint",
+        "checkpoint.sha256",
         "config.yaml",
         "dvae.safetensors",
     ]
@@ -123,9 +123,9 @@ def test_stopped_and_resumed_equals_never_stopped(tmp_path):
     assert logs[0] == logs[1]
 
 
-def _train(ranks, folder, run="two"):
+def _train(ranks, folder, run="two", *options):
     overrides = ("dvae_train.steps=5", "dvae_train.warmup=0")
-    assert main(["train-dvae", *arguments(Path(folder), *overrides, run=run)]) == 0
+    assert main(["train-dvae", *arguments(Path(folder), *overrides, run=run), *options]) == 0
     assert not torch.distributed.is_initialized(), "a group that outlives main may abort at exit"
 
 
@@ -204,6 +204,36 @@ def test_an_image_that_fails_costs_no_checkpoint(copy, monkeypatch):
     with pytest.raises(RuntimeError, match="no image today"):
         main(["train-dvae", *arguments(copy, "dvae_train.steps=70"), "--resume", "auto"])
     assert (copy / "dvae/checkpoints/step-00000070").is_dir()
+
+
+def test_what_was_cut_off_after_a_save_is_measured_when_it_goes_on(copy, monkeypatch):
+    """The process died between the checkpoint of the last step and its evaluation."""
+    log = copy / "dvae/log.jsonl"
+    kept = [line for line in lines(copy / "dvae") if not (line["step"] == 60 and "psnr" in line)]
+    log.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    shutil.rmtree(copy / "dvae/samples")
+    assert main(["train-dvae", *arguments(copy, "dvae_train.steps=60"), "--resume", "auto"]) == 0
+    assert [line["step"] for line in lines(copy / "dvae") if "psnr" in line] == list(
+        range(10, 61, 10)
+    )
+    assert (copy / "dvae/samples/step-00000060-reconstructions.png").is_file()
+
+
+def test_the_release_is_that_of_the_step_that_the_run_is_at(copy, capsys):
+    """Not of a later checkpoint that lies there too."""
+    newest = copy / "dvae/checkpoints/step-00000050"
+    done = arguments(copy, "dvae_train.steps=50")
+    assert main(["train-dvae", *done, "--resume", str(newest)]) == 0
+    assert main(["convert", str(newest), str(copy / "fifty")]) == 0
+    there, wanted = (copy / name / "dvae.safetensors" for name in ("dvae/release", "fifty"))
+    assert there.read_bytes() == wanted.read_bytes()
+
+
+def test_without_zero_any_number_of_ranks_may_go_on(tmp_path):
+    write_images(tmp_path / "images")
+    assert main(["train-dvae", *arguments(tmp_path, "dvae_train.steps=3", run="two")]) == 0
+    run_distributed(_train, 2, str(tmp_path), "two", "--resume", "auto")
+    assert [line["step"] for line in lines(tmp_path / "two") if "nll" in line] == [1, 2, 3, 4, 5]
 
 
 def _sharded(ranks, folder, stage):

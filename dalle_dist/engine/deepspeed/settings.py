@@ -58,14 +58,15 @@ def deepspeed_config(stage: StageConfig, world: int) -> dict[str, Any]:
         raise ValueError(f"{stage.section}.precision: auto must be decided before DeepSpeed starts")
     file, tree = f"{stage.section}.deepspeed", copy.deepcopy(stage.deepspeed)
     _refuse_foreign(stage, file, tree)
-    _check_optimizer(stage, file, tree.pop("optimizer", None))
+    _check_optimizer(stage, file, tree)
+    tree.pop("optimizer", None)
     for key, (option, value) in _ours(stage, world).items():
         _merge(file, tree, key, option, value)
     if "offload_optimizer" in tree["zero_optimization"]:
         tree.setdefault("zero_force_ds_cpu_optimizer", False)
     if stage.precision == "bf16" and stage.zero_stage > 0:
         # Micro-batches are summed in fp32: a bf16 sum drops what is below 1/256 of it.
-        tree.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        _section(file, tree, "data_types").setdefault("grad_accum_dtype", "fp32")
     tree.setdefault("steps_per_print", 2**62)
     tree["zero_allow_untested_optimizer"] = True  # ours; it is tested here
     return tree
@@ -126,21 +127,28 @@ def _refuse_foreign(stage: StageConfig, file: str, tree: dict[str, Any]) -> None
 def _merge(file: str, tree: dict[str, Any], key: str, option: str, value: Any) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{file}: {parent} is {json.dumps(tree)}, not a section with keys")
+        tree = _section(file, tree, parent)
     _require_equal(file, key, tree.get(leaf, value), option, value)
     tree[leaf] = value
 
 
-def _check_optimizer(stage: StageConfig, file: str, section: dict[str, Any] | None) -> None:
-    if section is None:
+def _section(file: str, tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """The section of this name, made if it is absent. Raises ConfigError: it is something else."""
+    found = tree.setdefault(name, {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: {name} is {json.dumps(found)}, not a section with keys")
+    return found
+
+
+def _check_optimizer(stage: StageConfig, file: str, tree: dict[str, Any]) -> None:
+    if "optimizer" not in tree:
         return
+    section = _section(file, tree, "optimizer")
     _require_equal(file, "optimizer.type", section.get("type", "AdamW"), "the optimizer", "AdamW")
     name = stage.section
     wanted = {key: (f"{name}.{key}", getattr(stage, key)) for key in _OPTIMIZER}
     wanted["betas"] = (f"{name}.beta1, {name}.beta2", [stage.beta1, stage.beta2])
-    for key, value in section.get("params", {}).items():
+    for key, value in _section(file, section, "params").items():
         if key not in wanted:
             raise ConfigError(f"{file}: remove 'optimizer.params.{key}': the optimizer is ours")
         _require_equal(file, f"optimizer.params.{key}", value, *wanted[key])

@@ -41,7 +41,7 @@ FAULTS = (
     Fault((0, 18, 0), (0, 18, 9), "does not do ZeRO-1 in bf16", "bf16", 1),
     Fault(
         (0, 17, 5), (0, 19, 7), "has no fp32 gradients of bf16 under ZeRO-2 to average between "
-        "machines", "bf16", 2, only_between_nodes=True,
+        "nodes", "bf16", 2, only_between_nodes=True,
     ),
     Fault((0, 17, 5), (0, 17, 5), "cannot reduce a model's parameters in two dtypes", "fp16"),
 )  # fmt: skip
@@ -131,7 +131,7 @@ def wait_for_all_gathers(version: str, device: str) -> None:
     """Before 0.19.8 ZeRO-3 launches several all-gathers and waits for the last alone.
 
     That is enough on CUDA streams. gloo's end each in its own time: weights were read before they
-    had arrived, in about every tenth run of a few updates. Here each is waited for at its launch.
+    had arrived, in about every tenth run of a few steps. Here each is waited for at its launch.
     """
     from deepspeed import comm
 

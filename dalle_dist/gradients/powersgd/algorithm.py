@@ -108,11 +108,6 @@ class Outcome:
     dense_bytes: int
     relative_errors: dict[str, float]
 
-    @property
-    def square_norm(self) -> float:
-        """Of all shards of this rank; inf when the step is to be skipped (paper E.2, step 10)."""
-        return math.inf if self.nonfinite else math.fsum(self.square_norms.values())
-
 
 class PowerSGD:
     """The mean of gradients over a replica group, compressed to rank R, with error feedback.

@@ -45,22 +45,22 @@ class PowerSGDState:
             ConfigError: rank too large, or shards or Q's differ between replicas.
             CheckpointError: the loaded state lacks one of them or holds others.
         """
-        new = [shard for shard in shards if shard.key not in self.errors]
-        if not new:
-            return
-        if self._loaded is not None and not self.errors:
+        if self._loaded is not None:
             _check_keys(self._loaded["errors"], [shard.key for shard in shards])
-        facts = {}
-        for shard in new:
-            q_RN = self._q(shard)
-            facts[f"{shard.key} {tuple(shard.values.shape)}"] = _digest(q_RN)
-            self.q_by_key[shard.key] = q_RN.to(shard.values.device)
-            self.errors[shard.key] = self._error(shard)
-        check_same(facts, self._group)
+        new = [shard for shard in shards if shard.key not in self.errors]
+        if new:
+            facts = {}
+            for shard in new:
+                q_RN = self._q(shard)
+                facts[f"{shard.key} {tuple(shard.values.shape)}"] = _digest(q_RN)
+                self.q_by_key[shard.key] = q_RN.to(shard.values.device)
+                self.errors[shard.key] = self._error(shard)
+            check_same(facts, self._group)
+        self._loaded = None
 
     def state_dict(self) -> dict[str, Any]:
         """See `PowerSGD.state_dict`."""
-        if not self.errors and self._loaded is not None:
+        if self._loaded is not None:
             return dict(self._loaded)
         errors = {}
         for key, buffer in self.errors.items():
