@@ -73,6 +73,8 @@ def program() -> NoReturn:
         sys.exit(status)
     if ending is not None:  # which a run that went well has left already
         ending.wait_for_all()
+    else:
+        launch.finalize_mpi()
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -141,6 +142,13 @@ def shutdown() -> None:
     _ranks = _ending = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def finalize_mpi() -> None:
+    """Tell mpirun, where it started us, that this process ends as it should."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and not mpi.Is_finalized():
+        mpi.Finalize()
 
 
 def joined() -> bool:
