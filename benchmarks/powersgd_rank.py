@@ -33,7 +33,7 @@ from dalle_dist.distributed import launch
 from dalle_dist.distributed.launch import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.optim.adamw import AdamW
-from dalle_dist.optim.groups import param_groups, resblock_matrices
+from dalle_dist.optim.param_groups import param_groups, resblock_matrices
 from dalle_dist.optim.schedule import PlateauSchedule
 from dalle_dist.text_tokenizer.bpe import Tokenizer
 from dalle_dist.transformer.layout import counted_text_targets

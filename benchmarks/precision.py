@@ -30,7 +30,7 @@ from benchmarks.common import Measured
 from benchmarks.precision_curves import Curve, means
 from dalle_dist.config import Config, from_dict
 from dalle_dist.optim.adamw import AdamW
-from dalle_dist.optim.groups import param_groups, resblock_matrices
+from dalle_dist.optim.param_groups import param_groups, resblock_matrices
 from dalle_dist.precision.scales import HIGH, WINDOW, BlockScales
 from dalle_dist.transformer.blocks import attach_scales, resblocks
 from dalle_dist.transformer.model import Transformer

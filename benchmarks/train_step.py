@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import common, rivals
 from benchmarks.common import Measured
 from dalle_dist.config import HEAD_DIM, Config
-from dalle_dist.optim.groups import param_groups, resblock_matrices
+from dalle_dist.optim.param_groups import param_groups, resblock_matrices
 from dalle_dist.transformer.layout import layer_masks
 from dalle_dist.transformer.model import Transformer
 

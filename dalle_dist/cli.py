@@ -18,6 +18,7 @@ from dalle_dist.config import Config, load, preset_names, to_yaml
 from dalle_dist.distributed.environment import read_environment
 from dalle_dist.errors import ConfigError, UserError
 from dalle_dist.generate.sampling import Sampling, flag
+from dalle_dist.stages import STAGES, find
 
 if TYPE_CHECKING:
     from dalle_dist.distributed.ending import Ending
@@ -119,12 +120,10 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_data(verbs)
     _add_tokenizer(verbs)
-    for name, handler, text in (
-        ("train-dvae", _train_dvae, "stage 1: learn image tokens"),
-        ("train", _train, "stage 2: learn text and image tokens in one stream"),
-    ):
-        verb = _add_configured(verbs, name, handler, text)
+    for stage in STAGES.values():
+        verb = _add_configured(verbs, stage.verb, _train, stage.help)
         verb.add_argument("--resume", metavar="auto|PATH", help="go on from a checkpoint")
+        verb.set_defaults(train=stage.train)
     _add_configured(verbs, "encode", _encode, "image shards to token shards, once")
     _add_configured(verbs, "report", _report, "curves, reconstructions, samples: report.html")
     _add_config(verbs)
@@ -273,13 +272,6 @@ def _captions(config: Config) -> Iterator[str]:
     return (shards.read(i)["txt"].decode() for i in range(len(shards)))
 
 
-def _train_dvae(options: argparse.Namespace) -> None:
-    config = _shared_config_of(options)
-    from dalle_dist.train.dvae import train_dvae
-
-    train_dvae(config, options.resume)
-
-
 def _encode(options: argparse.Namespace) -> None:
     config = _config_of(options)
     from dalle_dist.train.encode import encode
@@ -289,9 +281,7 @@ def _encode(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     config = _shared_config_of(options)
-    from dalle_dist.train.transformer import train
-
-    train(config, options.resume)
+    find(options.train)(config, options.resume)
 
 
 def _report(options: argparse.Namespace) -> None:

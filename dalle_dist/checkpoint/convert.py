@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,13 @@ import yaml
 from torch import nn
 
 from dalle_dist.checkpoint import store
-from dalle_dist.checkpoint.formats import State
-from dalle_dist.checkpoint.release import CONFIG, save_dvae_release, save_release
+from dalle_dist.checkpoint.release import CONFIG
 from dalle_dist.checkpoint.weights import KINDS, load_weights
 from dalle_dist.config import Config, from_dict
 from dalle_dist.data import storage
 from dalle_dist.distributed.launch import Ranks
-from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import CheckpointError, ConfigError
-from dalle_dist.image_tokenizer.registry import image_tokenizer_folder
-from dalle_dist.transformer.model import Transformer
+from dalle_dist.stages import STAGES, find
 
 _NONE = "no whole checkpoint here (a run, checkpoints/ or step-...)"
 TRAINING = "training.json"  # in a checkpoint: which stage wrote it, and where it goes on
@@ -47,11 +43,12 @@ def convert(checkpoint: str, out: str, weights: str = "ema") -> str:
         raise CheckpointError(f"{out}: holds a release already; choose another folder")
     step = find_checkpoint(checkpoint)
     store.verify(step)
-    config, (build, save) = read_config(step), _STAGES[read_training(step)["stage"]]
+    config, stage = read_config(step), STAGES[read_training(step)["stage"]]
     with torch.device("meta"):
-        model = build(config)
+        model: nn.Module = find(stage.model)(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return save(out, config, load_weights(step, weights, shapes))
+    digest: str = find(stage.save)(out, config, load_weights(step, weights, shapes))
+    return digest
 
 
 def find_checkpoint(path: str, ranks: Ranks | None = None) -> Path:
@@ -96,16 +93,6 @@ def read_training(step: Path) -> dict[str, Any]:
     """What training goes on from, and `stage`. Raises CheckpointError: none, or of no stage."""
     path = step / TRAINING
     found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    if found.get("stage") not in _STAGES:
-        raise CheckpointError(f"{step}: no checkpoint of {' or '.join(_STAGES)} ({TRAINING})")
+    if found.get("stage") not in STAGES:
+        raise CheckpointError(f"{step}: no checkpoint of {' or '.join(STAGES)} ({TRAINING})")
     return found
-
-
-def _save_transformer(out: str, config: Config, state: State) -> str:
-    return save_release(out, config, state, config.paths.tokenizer, image_tokenizer_folder(config))
-
-
-_STAGES: dict[str, tuple[Callable[[Config], nn.Module], Callable[[str, Config, State], str]]] = {
-    "dvae": (lambda config: DVAE(config.dvae), save_dvae_release),
-    "transformer": (Transformer, _save_transformer),
-}

@@ -28,7 +28,11 @@ from dalle_dist.data import storage
 from dalle_dist.errors import CheckpointError
 from dalle_dist.image_tokenizer.dvae import save_dvae
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
-from dalle_dist.image_tokenizer.registry import image_tokenizer_class, load_image_tokenizer
+from dalle_dist.image_tokenizer.registry import (
+    image_tokenizer_class,
+    image_tokenizer_folder,
+    load_image_tokenizer,
+)
 from dalle_dist.text_tokenizer.protocol import TextTokenizer
 from dalle_dist.text_tokenizer.registry import load_text_tokenizer
 from dalle_dist.transformer.model import Transformer
@@ -58,6 +62,13 @@ def save_dvae_release(folder: str, config: Config, state: State) -> str:
     digest = save_dvae(folder, config.dvae, state)
     storage.write_bytes(storage.join(folder, CONFIG), to_yaml(config).encode())
     return digest
+
+
+def save_transformer_release(folder: str, config: Config, state: State) -> str:
+    """`save_release` with the tokenizers that the config names."""
+    return save_release(
+        folder, config, state, config.paths.tokenizer, image_tokenizer_folder(config)
+    )
 
 
 def save_release(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dalle_dist.config import DVAEConfig
+from dalle_dist.config import Config, DVAEConfig
 from dalle_dist.dvae import checks
 from dalle_dist.dvae.loss import map_pixels, unmap_pixels
 
@@ -157,3 +157,8 @@ class DVAE(nn.Module):
         logits_BKGG = self.encode_logits(images_BCHW)
         z_BKGG = torch.softmax((logits_BKGG + gumbel_BKGG) / temperature, dim=1)
         return logits_BKGG, self.decode_soft(z_BKGG)
+
+
+def configured_dvae(config: Config) -> DVAE:
+    """The dVAE that a whole config describes, with its first weights."""
+    return DVAE(config.dvae)

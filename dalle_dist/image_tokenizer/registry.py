@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 
 from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.errors import ConfigError
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
+from dalle_dist.stages import find
 
 # Module and class; imported when first asked for.
 KINDS = {"dvae": "dalle_dist.image_tokenizer.dvae.DVAETokenizer"}
@@ -19,8 +18,7 @@ def image_tokenizer_class(kind: str) -> type[ImageTokenizer]:
     """Raises ConfigError: no such kind."""
     if kind not in KINDS:
         raise ConfigError(f"image_tokenizer.kind: '{kind}' is not one of {', '.join(KINDS)}")
-    module, _, name = KINDS[kind].rpartition(".")
-    found: type[ImageTokenizer] = getattr(importlib.import_module(module), name)
+    found: type[ImageTokenizer] = find(KINDS[kind])
     return found
 
 

@@ -19,7 +19,7 @@ from dalle_dist.data.loader import ImageDataset, TokenDataset
 from dalle_dist.generate.generator import Generator
 from dalle_dist.metrics.captions import caption_losses
 from dalle_dist.metrics.reconstruction import psnr, share_in_use
-from dalle_dist.report.images import Row, curves, table
+from dalle_dist.report.figures import Row, curves, table
 from dalle_dist.report.page import page
 from dalle_dist.train.run import read_log
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-
 from dalle_dist.errors import ConfigError
+from dalle_dist.stages import find
 from dalle_dist.text_tokenizer.protocol import TextTokenizer
 
 # Module and class; imported when first asked for.
@@ -20,6 +19,5 @@ def load_text_tokenizer(kind: str, path: str) -> TextTokenizer:
     """
     if kind not in KINDS:
         raise ConfigError(f"tokenizer.kind: '{kind}' is not one of {', '.join(KINDS)}")
-    module, _, name = KINDS[kind].rpartition(".")
-    found: type[TextTokenizer] = getattr(importlib.import_module(module), name)
+    found: type[TextTokenizer] = find(KINDS[kind])
     return found.load(path)

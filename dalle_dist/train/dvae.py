@@ -29,7 +29,7 @@ from dalle_dist.engine.deepspeed.settings import deepspeed_config
 from dalle_dist.engine.interface import Engine
 from dalle_dist.metrics.reconstruction import psnr, reconstruct, share_in_use
 from dalle_dist.optim.ema import EMA
-from dalle_dist.optim.groups import everything
+from dalle_dist.optim.param_groups import everything
 from dalle_dist.train.loop import train_stage
 from dalle_dist.train.opening import dvae_schedule, unfinished
 from dalle_dist.train.stage import Stage

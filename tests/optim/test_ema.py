@@ -5,7 +5,7 @@ from torch import nn
 from dalle_dist.errors import CheckpointError
 from dalle_dist.gradients.piece import Piece, assemble
 from dalle_dist.optim.ema import EMA
-from dalle_dist.optim.groups import param_groups, resblock_matrices
+from dalle_dist.optim.param_groups import param_groups, resblock_matrices
 
 
 def _fold(ema, values):

@@ -36,7 +36,7 @@ from dalle_dist.gradients.scaling import BlockScaling
 from dalle_dist.gradients.transform import GradientTransform
 from dalle_dist.optim.adamw import AdamW
 from dalle_dist.optim.apex import fused_layer_norm
-from dalle_dist.optim.groups import Decays, param_groups, resblock_matrices
+from dalle_dist.optim.param_groups import Decays, param_groups, resblock_matrices
 from dalle_dist.precision.scales import BlockScales
 from dalle_dist.transformer.blocks import attach_scales, compile_blocks, resblock_map
 from dalle_dist.transformer.embeddings import use_layer_norm
