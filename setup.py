@@ -43,6 +43,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "codespell",
             "moto[s3,server]",
             "mypy",
             "openmpi",

@@ -50,7 +50,7 @@ TRIES = [
     (r"pip install .* 'kernels/\[gpu\]'", r"cd $ROOT && \g<0> --dry-run --no-deps"),
     (r"dalle-dist (slurm|--version)", r"\g<0>"),
     (r"\.venv/bin/dalle-dist generate runs/demo/release .*", r"\g<0>"),
-    (r"python -c 'from dalle_dist.generate import .*", r"\g<0> && test -s heart.png"),
+    (r"python -c 'from dalle_dist import .*", r"\g<0> && test -s heart.png"),
     (r"dalle-dist data build FOLDER data/mine", r"dalle-dist data build images data/mine"),
     (r"dalle-dist data inspect data/mine .*", r"\g<0>"),
     (r"dalle-dist config --explain \S+", r"\g<0>"),

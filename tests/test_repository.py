@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,10 +121,13 @@ def test_both_packages_carry_the_unmodified_licence_and_their_types():
         assert (ROOT / folder / package / "py.typed").is_file()
 
 
-@pytest.mark.skipif(not shutil.which("codespell"), reason="codespell runs in the pre-commit hook")
 def test_words_are_spelled_as_codespell_knows_them():
     done = subprocess.run(
-        ["codespell", *tracked()], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "codespell_lib", *tracked()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

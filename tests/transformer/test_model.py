@@ -256,7 +256,7 @@ SHAPES = [
     _wrong("text", lambda t, c: t[0], r"text: shape \(6,\) is not \[B, 6\]"),
     _wrong("text", lambda t, c: t.int(), r"text: dtype torch\.int32 is not int64; use text\.long"),
     _wrong("text", lambda t, c: t.tolist(), "text: list is not a tensor"),
-    _wrong("codes", lambda t, c: c[:, :15], r"codes: shape \(3, 15\) is not \[B, 16\]; dvae\."),
+    _wrong("codes", lambda t, c: c[:, :15], r"codes: shape \(3, 15\) is not \[B, 16\]; image"),
     _wrong("codes", lambda t, c: c.view(3, 4, 4), r"codes: shape \(3, 4, 4\) is not \[B, 16\]"),
     _wrong("codes", lambda t, c: c.float(), r"codes: dtype torch\.float32 is not int64"),
     _wrong("codes", lambda t, c: c[:1], "codes: 1 rows, but text has 3"),
