@@ -4,6 +4,7 @@ A node is its cache folder.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -81,9 +82,9 @@ def test_convert_reads_a_checkpoint_from_s3_and_writes_a_release_there(bucket, t
 
 
 def test_slurm_sees_how_far_a_run_on_s3_is(bucket):
-    def progress(updates):
+    def progress(steps):
         command = [sys.executable, "slurm/progress.py", "train", "emoji"]
-        settings = [f"paths.run={bucket}/run", f"train.steps={updates}"]
+        settings = [f"paths.run={bucket}/run", f"train.steps={steps}"]
         return subprocess.check_output([*command, *settings], text=True).strip()
 
     assert progress(20) == "none"
@@ -91,5 +92,9 @@ def test_slurm_sees_how_far_a_run_on_s3_is(bucket):
     storage.write_bytes(f"{bucket}/run/checkpoints/step-00000020.tmp/manifest.json", b"{}")
     assert progress(20) == "10"
     storage.write_bytes(f"{bucket}/run/release/config.yaml", b"{}")
+    storage.write_bytes(f"{bucket}/run/release/checkpoint.sha256", b"of another checkpoint")
+    assert progress(10) == "10", "the release of an earlier checkpoint is not the end"
+    stamp = hashlib.sha256(b"{}").hexdigest()
+    storage.write_bytes(f"{bucket}/run/release/checkpoint.sha256", stamp.encode())
     assert progress(10) == "finished"
     assert progress(20) == "10"  # the release of a shorter run is not the end
