@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from dalle_dist import __version__
 from dalle_dist.config import Config, load, preset_names, to_yaml
 from dalle_dist.distributed.environment import read_environment
-from dalle_dist.errors import ConfigError, UserError
+from dalle_dist.errors import ConfigError, OtherRankError, UserError
 from dalle_dist.generate.sampling import Sampling, flag
 from dalle_dist.stages import STAGES, find
 
@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.overrides += rest
     try:
         options.handler(options)
+    except OtherRankError:
+        return 2
     except UserError as error:
         if _first_to_tell(error):
             print(f"dalle-dist: error: {error}", file=sys.stderr, flush=True)

@@ -15,3 +15,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or release folder that is missing, damaged, or belongs to another model."""
+
+
+class OtherRankError(UserError):
+    """A fault of the program on another rank, which prints its traceback itself."""

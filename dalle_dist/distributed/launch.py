@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from dalle_dist.distributed.ending import Ending
 from dalle_dist.distributed.environment import LaunchInfo, gpu_grant, read_environment
-from dalle_dist.errors import ConfigError, UserError
+from dalle_dist.errors import ConfigError, OtherRankError, UserError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -76,34 +76,41 @@ class Ranks:
         """What `action` returns on this rank, if it returns on all of them.
 
         Raises the UserError of the first rank that has one, on every rank: so none is left waiting
-        in a collective for a rank that has gone.
+        in a collective for a rank that has gone. Any other exception is raised where it happened,
+        and is an OtherRankError on the other ranks.
         """
-        try:
-            value, failure = action(), None
-        except UserError as error:
-            value, failure = None, error
-        failures = [failure] if self.world == 1 else self.gather(failure)
-        failed = [rank for rank, failure in enumerate(failures) if failure is not None]
-        if failed and len(failed) < self.world:
-            first = failures[failed[0]]
-            raise type(first)(f"rank {failed[0]}: {first}")  # type: ignore[misc]
-        if failed:
-            raise cast(UserError, failures[0])
+        if self.world == 1:
+            return action()
+        value, failure, shared = self._try(action)
+        failures = self.gather(shared)
+        if failure is not None and failure is not shared:
+            raise failure
+        failed = {rank: error for rank, error in enumerate(failures) if error is not None}
+        for error in failed.values():
+            if isinstance(error, OtherRankError):
+                raise error
+        if len(failed) == self.world:
+            raise failed[0]
+        for rank, error in failed.items():
+            raise type(error)(f"rank {rank}: {error}")
         return cast(T, value)
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, on every rank; its UserError is raised on all."""
-        value: T | None = None
-        failure: UserError | None = None
-        if self.rank == 0:
-            try:
-                value = action()
-            except UserError as error:
-                failure = error
-        failure = self.broadcast(failure)
-        if failure is not None:
-            raise failure
+        """What `action` returns on rank 0, on every rank; its errors as those of `together`."""
+        value, failure, shared = self._try(action) if self.rank == 0 else (None, None, None)
+        shared = self.broadcast(shared)
+        if failure is not None or shared is not None:
+            raise cast(Exception, failure or shared)
         return cast(T, self.broadcast(value))
+
+    def _try(self, action: Callable[[], T]) -> tuple[T | None, Exception | None, UserError | None]:
+        """(value, what was raised here, what the other ranks are to raise)."""
+        try:
+            return action(), None, None
+        except UserError as error:
+            return None, error, error
+        except Exception as error:
+            return None, error, OtherRankError(f"rank {self.rank} failed with {error!r}")
 
     def _reduce(self, values: list[float], op: Any) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)

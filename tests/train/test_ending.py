@@ -147,6 +147,32 @@ def test_together_gives_each_rank_its_value_or_all_of_them_the_first_reason():
     assert found == [[10 * rank, *expected, 10 * rank] for rank in range(3)]
 
 
+def _together_with_a_fault(ranks):
+    """What each rank gets of a fault on rank 2, while rank 0 has a reason of its own."""
+
+    def action():
+        if ranks.rank != 1:
+            raise (DataError if ranks.rank == 0 else RuntimeError)(f"no {ranks.rank}")
+
+    found = []
+    for call in (ranks.together, lambda action: ranks.on_main(lambda: 1 / ranks.rank)):
+        try:
+            call(action)
+        except Exception as error:
+            found.append((type(error).__name__, str(error)))
+    return [*found, ranks.on_main(lambda: "still in step")]
+
+
+def test_a_fault_is_raised_where_it_happened_and_told_to_the_others_at_once():
+    of_2 = ("OtherRankError", "rank 2 failed with RuntimeError('no 2')")
+    of_0 = ("OtherRankError", "rank 0 failed with ZeroDivisionError('division by zero')")
+    assert run_distributed(_together_with_a_fault, 3) == [
+        [of_2, ("ZeroDivisionError", "division by zero"), "still in step"],
+        [of_2, of_0, "still in step"],
+        [("RuntimeError", "no 2"), of_0, "still in step"],
+    ]
+
+
 def _announce(ranks):
     ending = launch.ending()
     before = ending.told_elsewhere()
