@@ -30,8 +30,9 @@ class AdamW(torch.optim.Optimizer):
     they are; their `step` goes on.
 
     Args:
-        params: parameters or groups of them. At a step they must be fp32 and contiguous; gradients
-            may be fp32, fp16 or bf16.
+        params: parameters or groups of them. At a step they must be fp32 and dense: contiguous, or
+            so with their dimensions in another order (channels-last). Gradients may be fp32, fp16
+            or bf16.
         moments: "fp32", or "16-bit": mean in 1-6-9, variance in 0-6-10, half the bytes. A variance
             no longer moves when its goal is within 2^-11 / (1 - beta2) of it, because the step is
             less than half an ulp: 1% at the paper's beta2 of 0.96, but 49% at 0.999.
@@ -109,28 +110,25 @@ class AdamW(torch.optim.Optimizer):
         state = self._state_of(param, group["moments"])
         step = int(state["step"]) + 1
         frozen = _ranges(param, self.frozen)
+        tensors = _in_memory_order(param, grad, *(state[name] for name in MOMENT_NAMES))
         if not frozen:
-            self._update_elements(param, grad, state, step, group)
+            self._update_elements(tensors, step, group)
         for start, stop in _gaps(frozen, param.numel()) if frozen else ():
-            part, part_grad = (x.view(-1)[start:stop] for x in (param.detach(), grad))
-            moments = {name: state[name].view(-1)[start:stop] for name in MOMENT_NAMES}
-            self._update_elements(part, part_grad, moments, step, group)
+            parts = [tensor.view(-1)[start:stop] for tensor in tensors]
+            self._update_elements(parts, step, group)
         state["step"] += 1
 
     def _update_elements(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        state: dict[str, Tensor],
-        step: int,
-        group: dict[str, Any],
+        self, tensors: Sequence[Tensor], step: int, group: dict[str, Any]
     ) -> None:
+        """`tensors`: weights, their gradients, and both moments."""
+        param, grad, *moments = tensors
         if self._apex is not None:
+            state = dict(zip(MOMENT_NAMES, moments, strict=True))
             self._apex.update(param, grad, state, step, group)
         else:
             backend = self._backend(param.device)
-            mean, variance = state["exp_avg"], state["exp_avg_sq"]
-            adamw_(param, grad, mean, variance, _hyperparameters(step, group), backend)
+            adamw_(param, grad, *moments, _hyperparameters(step, group), backend)
 
     def _state_of(self, param: Tensor, moments: str) -> dict[str, Tensor]:
         state, dtype = self.state[param], MOMENTS[moments]
@@ -165,7 +163,19 @@ class AdamW(torch.optim.Optimizer):
         for index, param in zip(saved, params, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 device = "cpu" if name == "step" else param.device
-                self.state[param][name] = value.to(device, copy=True)
+                layout = param if value.shape == param.shape else value
+                copied = torch.empty_like(layout, dtype=value.dtype, device=device)
+                self.state[param][name] = copied.copy_(value)
+
+
+def _in_memory_order(param: Tensor, grad: Tensor, *moments: Tensor) -> list[Tensor]:
+    """All of them, dimensions in the order of the weights' memory; views, but for a gradient."""
+    if param.is_contiguous():
+        return [param.detach(), grad.contiguous(), *moments]
+    order = sorted(range(param.dim()), key=param.stride, reverse=True)
+    grad = grad.permute(order).contiguous()
+    param, *others = (tensor.permute(order) for tensor in (param.detach(), *moments))
+    return [param, grad, *others]
 
 
 def _ranges(param: Tensor, views: Sequence[Tensor]) -> list[tuple[int, int]]:

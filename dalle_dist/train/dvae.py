@@ -75,7 +75,14 @@ class DVAEStage(Stage):
     def build_engine(self, ranks: Ranks) -> Engine:
         model = LossDVAE(self.config.dvae, self._bf16)
         start_at_data(model, self._first_BCHW)
-        return build_engine(model, self.settings, ranks, seed=self.config.seed, decays=everything)
+        engine = build_engine(
+            model, self.settings, ranks, seed=self.config.seed, decays=everything
+        )
+        if engine.zero_stage == 0:
+            # Convolutions else reorder their weights at each use. ZeRO keeps them flat, in shards;
+            # DeepSpeed's first broadcast wants them contiguous.
+            model.to(memory_format=torch.channels_last)
+        return engine
 
     def schedule(self) -> DVAESchedule:
         return DVAESchedule(self.config.dvae_train)

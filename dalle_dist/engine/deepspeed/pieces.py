@@ -47,7 +47,7 @@ def owned_weights(
 ) -> list[Piece]:
     """fp32 (master) weights of this rank's pieces, as views of the live ones.
 
-    Without ZeRO every rank owns all.
+    Without ZeRO every rank owns all; of a parameter that is not contiguous, they are a copy.
     """
     named = list(module.named_parameters())
     found = _whole_weights(named, optimizer) if stage == 0 else []
@@ -115,7 +115,7 @@ def _zero12_gradient(name: str, parameter: Any, whole: Tensor | None) -> tuple[i
 
 def _whole_weights(named: list[tuple[str, Any]], optimizer: Any) -> Found:
     if isinstance(optimizer, torch.optim.Optimizer):  # fp32: no wrapper around ours
-        return [(name, 0, p.data.view(-1)) for name, p in named]
+        return [(name, 0, p.data.reshape(-1)) for name, p in named]
     lows = [p for group in optimizer.fp16_groups for p in group]
     highs = [p for group in optimizer.fp32_groups for p in group]
     by_id = {id(low): high for low, high in zip(lows, highs, strict=True)}
