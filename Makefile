@@ -89,6 +89,7 @@ docs: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.dvae_step
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.precision --threads=1
 	$(BIN)/python -m benchmarks.precision_cost

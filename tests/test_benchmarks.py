@@ -32,6 +32,7 @@ MAY_BE_ZERO = {
         ("sampling", {"sampling", "one image", "step", "step time", "time"}),
         ("powersgd_math", {"layer shards", "ours, layer", "share of a step's FLOP"}),
         ("precision_cost", {"training step", "step time"}),
+        ("dvae_step", {"training step", "speed"}),
         ("busy_machine", {"quiet", "beside one busy process"}),
         ("precision", {"held-out loss", "held-out loss / fp32's", "steps skipped"}),
     ],

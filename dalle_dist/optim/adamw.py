@@ -118,17 +118,15 @@ class AdamW(torch.optim.Optimizer):
             self._update_elements(parts, step, group)
         state["step"] += 1
 
-    def _update_elements(
-        self, tensors: Sequence[Tensor], step: int, group: dict[str, Any]
-    ) -> None:
+    def _update_elements(self, tensors: Sequence[Tensor], step: int, group: dict[str, Any]) -> None:
         """`tensors`: weights, their gradients, and both moments."""
-        param, grad, *moments = tensors
+        param, grad, mean, variance = tensors
         if self._apex is not None:
-            state = dict(zip(MOMENT_NAMES, moments, strict=True))
+            state = dict(zip(MOMENT_NAMES, (mean, variance), strict=True))
             self._apex.update(param, grad, state, step, group)
         else:
             backend = self._backend(param.device)
-            adamw_(param, grad, *moments, _hyperparameters(step, group), backend)
+            adamw_(param, grad, mean, variance, _hyperparameters(step, group), backend)
 
     def _state_of(self, param: Tensor, moments: str) -> dict[str, Tensor]:
         state, dtype = self.state[param], MOMENTS[moments]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle_dist.config import Config
+from dalle_dist.config import Config, StageConfig
 from dalle_dist.data import storage
 from dalle_dist.data.augment import Augmentation
 from dalle_dist.data.images import grid, to_image
@@ -75,14 +75,7 @@ class DVAEStage(Stage):
     def build_engine(self, ranks: Ranks) -> Engine:
         model = LossDVAE(self.config.dvae, self._bf16)
         start_at_data(model, self._first_BCHW)
-        engine = build_engine(
-            model, self.settings, ranks, seed=self.config.seed, decays=everything
-        )
-        if engine.zero_stage == 0:
-            # Convolutions else reorder their weights at each use. ZeRO keeps them flat, in shards;
-            # DeepSpeed's first broadcast wants them contiguous.
-            model.to(memory_format=torch.channels_last)
-        return engine
+        return dvae_engine(model, self.settings, ranks, self.config.seed)
 
     def schedule(self) -> DVAESchedule:
         return DVAESchedule(self.config.dvae_train)
@@ -174,6 +167,16 @@ class DVAEStage(Stage):
     @functools.cached_property
     def _held_out_images(self) -> Tensor:
         return _stack(self.held_out, MEASURED)
+
+
+def dvae_engine(model: LossDVAE, settings: StageConfig, ranks: Ranks, seed: int = 0) -> Engine:
+    """Put the dVAE under DeepSpeed; arguments and errors are those of `build_engine`."""
+    engine = build_engine(model, settings, ranks, seed=seed, decays=everything)
+    if engine.zero_stage == 0:
+        # Convolutions else reorder their weights at each use. Not before: DeepSpeed's first
+        # broadcast takes contiguous ones. ZeRO keeps weights flat, in shards.
+        engine.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return engine
 
 
 def _dataset(config: Config, part: str, augment: Augmentation | None) -> ImageDataset:

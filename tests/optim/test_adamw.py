@@ -44,7 +44,7 @@ def bits(optimizer):
             state = optimizer.state.get(param, {})
             for tensor in (param, *(state[name] for name in sorted(state))):
                 view = {4: torch.int32, 2: torch.int16}[tensor.itemsize]
-                found.append(tensor.detach().view(view).flatten().tolist())
+                found.append(tensor.detach().flatten().view(view).tolist())
     return found
 
 
@@ -267,6 +267,26 @@ def test_a_run_that_was_saved_and_loaded_goes_on_bit_for_bit(moments, clip):
     )
     run(resumed, [4, 5])
     assert bits(resumed) == bits(straight)
+
+
+@KINDS
+def test_a_channels_last_parameter_is_updated_as_a_contiguous_one(moments, clip):
+    """Halfway the moments come from the contiguous one's file."""
+    contiguous = parameters((6, 5, 3, 4))
+    strided = [nn.Parameter(p.detach().to(memory_format=torch.channels_last)) for p in contiguous]
+    assert not strided[0].is_contiguous()
+    first, second = (
+        AdamW(params, moments=moments, variance_clip=clip, **OPTIONS)
+        for params in (contiguous, strided)
+    )
+    run(first, [1, 2])
+    run(second, [1, 2])
+    assert bits(second) == bits(first)
+    second.load_state_dict(saved(first))
+    run(first, [3, 4])
+    run(second, [3, 4])
+    assert bits(second) == bits(first)
+    assert not strided[0].is_contiguous()
 
 
 def test_what_was_loaded_is_a_copy():
