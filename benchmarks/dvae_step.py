@@ -15,9 +15,9 @@ from torch import Tensor
 from benchmarks import common, rivals
 from benchmarks.common import Measured
 from dalle_dist.config import Config, load
-from dalle_dist.distributed import launch
-from dalle_dist.distributed.launch import Ranks
-from dalle_dist.dvae.training import LossDVAE, gumbel_noise
+from dalle_dist.distributed import process_group
+from dalle_dist.distributed.process_group import Ranks
+from dalle_dist.dvae.loss_model import LossDVAE, gumbel_noise
 from dalle_dist.optim.ema import EMA
 from dalle_dist.train.dvae import dvae_engine
 
@@ -29,10 +29,10 @@ Batch = tuple[Tensor, Tensor]
 
 def main() -> None:
     options = common.arguments(__doc__, rounds=5)
-    ranks = launch.init()
+    ranks = process_group.init()
     if ranks.device.type != "cpu":
         print("dvae_step: not measured: its rival's settings are for CPUs")
-        launch.shutdown()
+        process_group.shutdown()
         return
     config = load("emoji", ["dvae_train.precision=fp32"])  # of the weights
     batch = random_batch(config)
@@ -43,7 +43,7 @@ def main() -> None:
         {name: _several(s, steps) for name, s in timed.items()}, options.rounds
     )
     common.report("dvae_step", config, figures(config, times, steps), options)
-    launch.shutdown()
+    process_group.shutdown()
 
 
 def random_batch(config: Config) -> Batch:

@@ -22,7 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as torch_p
 from benchmarks import common
 from benchmarks.common import Measured
 from dalle_dist.config import Config, load
-from dalle_dist.distributed import launch
+from dalle_dist.distributed import process_group
 from dalle_dist.gradients.piece import Piece
 from dalle_dist.gradients.powersgd.algorithm import PowerSGD
 from dalle_dist.gradients.powersgd.orthogonal import gaussian_RN, orthonormal_BMR
@@ -60,7 +60,7 @@ class Bucket:
 
 def main() -> None:
     options = common.arguments(__doc__, rounds=15)
-    ranks = launch.init()
+    ranks = process_group.init()
     config = load("12b", ["name=smoke"] if options.smoke else [])
     width, rank = (256, 8) if options.smoke else (config.transformer.width, RANK)
     rows: list[Measured] = []
@@ -71,7 +71,7 @@ def main() -> None:
     rows += orthogonalisation(width // 2, rank, ranks.device, options.rounds)
     rows.append(Measured("12B on paper", "share of a step's FLOP", "%", [100 * share(config)]))
     common.report("powersgd_math", config, rows, options)
-    launch.shutdown()
+    process_group.shutdown()
 
 
 def blocks(width: int) -> dict[str, list[tuple[int, int]]]:
@@ -116,7 +116,7 @@ def _case(
     end: Connection, name: str, shapes: list[tuple[int, int]], rank: int, threads: int
 ) -> None:
     torch.set_num_threads(threads)
-    device = launch.init().device
+    device = process_group.init().device
     options = HOOKS[name]
     try:
         if options is None:

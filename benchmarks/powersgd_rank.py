@@ -29,16 +29,16 @@ from dalle_dist.config import Config, from_dict
 from dalle_dist.data.loader import TokenDataset, batches, collate_tokens
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardIndex
-from dalle_dist.distributed import launch
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed import process_group
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.optim.adamw import AdamW
 from dalle_dist.optim.param_groups import param_groups, resblock_matrices
-from dalle_dist.optim.schedule import PlateauSchedule
+from dalle_dist.optim.plateau_schedule import PlateauSchedule
 from dalle_dist.text_tokenizer.bpe import Tokenizer
 from dalle_dist.transformer.layout import counted_text_targets
 from dalle_dist.transformer.loss import weighted
-from dalle_dist.transformer.training import LossTransformer
+from dalle_dist.transformer.loss_model import LossTransformer
 
 # torch's hook wants at least two steps without compression, while DDP rebuilds its buckets.
 TORCH_START = 2
@@ -110,7 +110,7 @@ class Replicated:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    config, ranks = from_dict(job["config"]), launch.init()
+    config, ranks = from_dict(job["config"]), process_group.init()
     torch.set_num_threads(job["threads"])
     torch.manual_seed(config.seed)
     model = LossTransformer(config)
@@ -123,7 +123,7 @@ def main() -> None:
         )
     outcome = train(trainer, model, config, ranks, job["steps"])
     Path(job["out"].format(rank=ranks.rank)).write_text(json.dumps(asdict(outcome)))
-    launch.shutdown()
+    process_group.shutdown()
 
 
 def train(trainer: Trainer, model: nn.Module, config: Config, ranks: Ranks, steps: int) -> Outcome:

@@ -14,12 +14,12 @@ import torch
 from benchmarks import common
 from benchmarks.common import Measured
 from dalle_dist.config import Config, from_dict
-from dalle_dist.distributed import launch
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed import process_group
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.transformer.layout import counted_text_targets
 from dalle_dist.transformer.loss import weighted
-from dalle_dist.transformer.training import LossTransformer
+from dalle_dist.transformer.loss_model import LossTransformer
 
 PRECISIONS = ("bf16", "fp16")
 CLOSE = 0.02  # of the losses of both after as many steps
@@ -27,10 +27,10 @@ CLOSE = 0.02  # of the losses of both after as many steps
 
 def main() -> None:
     options = common.arguments(__doc__, rounds=20)
-    ranks = launch.init()
+    ranks = process_group.init()
     if ranks.device.type != "cuda" and not options.smoke:
         print("precision_cost: not measured: no GPU")
-        launch.shutdown()
+        process_group.shutdown()
         return
     steps = {p: step(cost_config(options.smoke, p), ranks) for p in PRECISIONS}
     losses: dict[str, list[float]] = {p: [] for p in PRECISIONS}
@@ -42,7 +42,7 @@ def main() -> None:
     common.report(
         "precision_cost", cost_config(options.smoke, "fp16"), figures(times), options, hardware
     )
-    launch.shutdown()
+    process_group.shutdown()
 
 
 def cost_config(smoke: bool, precision: str) -> Config:

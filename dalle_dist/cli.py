@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dalle_dist import __version__
 from dalle_dist.config import Config, load, preset_names, to_yaml
-from dalle_dist.distributed.environment import read_environment
+from dalle_dist.distributed.launchers import read_environment
 from dalle_dist.errors import ConfigError, OtherRankError, UserError
-from dalle_dist.generate.sampling import Sampling, flag
+from dalle_dist.generate.sampling_options import Sampling, flag
 from dalle_dist.stages import STAGES, find
 
 if TYPE_CHECKING:
     from dalle_dist.distributed.ending import Ending
 
 Handler = Callable[[argparse.Namespace], None]
-LAUNCH = "dalle_dist.distributed.launch"
+PROCESS_GROUP = "dalle_dist.distributed.process_group"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,9 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         _first_to_tell()
         raise
-    launch = sys.modules.get(LAUNCH)
-    if launch is not None:
-        launch.shutdown()
+    process_group = sys.modules.get(PROCESS_GROUP)
+    if process_group is not None:
+        process_group.shutdown()
     return 0
 
 
@@ -71,13 +71,13 @@ def program() -> NoReturn:
     except Exception:
         traceback.print_exc()
         status = 1
-    launch, ending = sys.modules.get(LAUNCH), _ending()
-    if launch is None or not launch.joined():
+    process_group, ending = sys.modules.get(PROCESS_GROUP), _ending()
+    if process_group is None or not process_group.joined():
         sys.exit(status)
     if ending is not None:  # which a run that went well has left already
         ending.wait_for_all()
     else:
-        launch.finalize_mpi()
+        process_group.finalize_mpi()
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()
@@ -87,8 +87,8 @@ def program() -> NoReturn:
 
 def _ending() -> Ending | None:
     """None before this process has joined others; torch is not imported for the question."""
-    launch = sys.modules.get(LAUNCH)
-    return None if launch is None else launch.ending()
+    process_group = sys.modules.get(PROCESS_GROUP)
+    return None if process_group is None else process_group.ending()
 
 
 def _first_to_tell(error: UserError | None = None) -> bool:
@@ -242,7 +242,7 @@ def _data_emoji(options: argparse.Namespace) -> None:
 
 
 def _data_build(options: argparse.Namespace) -> None:
-    from dalle_dist.data.folder import build_folder
+    from dalle_dist.data.image_folder import build_folder
 
     build_folder(options.folder, options.out, options.size, options.seed, options.held_out)
 
@@ -347,9 +347,9 @@ def _shared_config_of(options: argparse.Namespace) -> Config:
     """The config for a program that all ranks run: what one cannot read, none goes on with."""
     if read_environment(os.environ).world == 1:
         return _config_of(options)
-    from dalle_dist.distributed import launch
+    from dalle_dist.distributed import process_group
 
-    return launch.init().together(lambda: _config_of(options))
+    return process_group.init().together(lambda: _config_of(options))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dalle_dist.distributed import launch
+from dalle_dist.distributed import process_group
 
 
 def run_distributed(
@@ -88,14 +88,14 @@ def _rank_main(
     os.environ.update(environment)
     torch.set_num_threads(threads)
     try:
-        result = fn(launch.init(), *args)
+        result = fn(process_group.init(), *args)
         end.send((True, result))
     except BaseException:
         end.send((False, traceback.format_exc()))
         sys.stdout.flush()
         # Peers may wait for this rank in a collective: leaving at once breaks their connection.
         os._exit(1)
-    launch.shutdown()
+    process_group.shutdown()
 
 
 def _collect(ends: list[Connection], timeout: float) -> dict[int, tuple[bool, Any]]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What both sbatch scripts do: job.sh VERB PRESET [key=value ...]
-# Ranks, address and port are read from Slurm's variables by dalle_dist/distributed/launch.py.
+# Ranks, address and port are read from Slurm's variables by dalle_dist/distributed/process_group.py.
 set -euo pipefail
 here=$(dirname "$0") verb=$1
 shift

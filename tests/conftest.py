@@ -26,6 +26,6 @@ def _clean_state(tmp_path_factory, monkeypatch):
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
-    from dalle_dist.distributed import launch
+    from dalle_dist.distributed import process_group
 
-    launch.shutdown()
+    process_group.shutdown()

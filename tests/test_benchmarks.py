@@ -157,10 +157,10 @@ def test_a_lossy_powersgd_is_not_timed(monkeypatch):
     import torch
 
     from benchmarks import powersgd_math
-    from dalle_dist.distributed import launch
+    from dalle_dist.distributed import process_group
     from dalle_dist.gradients.powersgd import factors
 
-    device = launch.init().device
+    device = process_group.init().device
     powersgd_math.check_ours([(32, 256)] * 2, 8, device)
     right = factors.orthonormal_BMR
     monkeypatch.setattr(factors, "orthonormal_BMR", lambda p: right(torch.flip(p, [0])))

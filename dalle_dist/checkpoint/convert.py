@@ -15,7 +15,7 @@ from dalle_dist.checkpoint.release import CONFIG
 from dalle_dist.checkpoint.weights import KINDS, load_weights
 from dalle_dist.config import Config, from_dict
 from dalle_dist.data import storage
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.stages import STAGES, find
 

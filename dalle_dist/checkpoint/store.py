@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import CheckpointError, UserError
 
 MANIFEST = "manifest.json"

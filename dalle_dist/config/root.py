@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, get_type_hints
 
+from dalle_dist.config.cross_checks import check_together
 from dalle_dist.config.options import Option, check_value, option, option_of
 from dalle_dist.config.sections import (
     DataConfig,
@@ -19,7 +20,6 @@ from dalle_dist.config.sections import (
     TransformerConfig,
 )
 from dalle_dist.config.stages import DVAETrainConfig, TrainConfig
-from dalle_dist.config.together import check_together
 
 
 @dataclass(frozen=True, kw_only=True)

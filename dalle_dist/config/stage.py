@@ -32,10 +32,10 @@ class StageConfig:
     weight_decay: float = required("AdamW: decoupled weight decay", at_least=0)
     clip: float = required("largest norm of the gradient; 0 = not clipped", at_least=0)
     ema: float = required(
-        "decay of the moving average of the weights, at each fold", at_least=0, below=1
+        "decay of the moving average of the weights, at each of its updates", at_least=0, below=1
     )
     ema_every: int = required(
-        "steps between two folds into the moving average", unit="steps", at_least=1
+        "steps between two updates of the moving average", unit="steps", at_least=1
     )
     precision: Literal["auto", "fp16", "bf16", "fp32"] = required("number format of training")
     zero_stage: ZeROStage = required(

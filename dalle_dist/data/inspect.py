@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dalle_dist.data import storage
 from dalle_dist.data.decode import decode_sample
-from dalle_dist.data.images import grid
+from dalle_dist.data.labelled_grid import grid
 from dalle_dist.data.shards import ShardIndex, ShardSet
 from dalle_dist.errors import DataError
 

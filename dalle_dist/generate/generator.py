@@ -20,11 +20,11 @@ from torch import Tensor
 
 from dalle_dist.checkpoint.release import load_release
 from dalle_dist.config import Config
-from dalle_dist.data.images import to_image
-from dalle_dist.distributed.launch import device_of
+from dalle_dist.data.labelled_grid import to_image
+from dalle_dist.distributed.process_group import device_of
 from dalle_dist.errors import UserError
 from dalle_dist.generate.sampler import sample_codes
-from dalle_dist.generate.sampling import Sampling
+from dalle_dist.generate.sampling_options import Sampling
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 from dalle_dist.text_tokenizer.protocol import TextTokenizer
 from dalle_dist.transformer.model import Transformer

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_dist.config import Config
-from dalle_dist.data.images import grid, to_image
+from dalle_dist.data.labelled_grid import grid, to_image
 from dalle_dist.generate.sampler import sample_codes
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 from dalle_dist.text_tokenizer.protocol import TextTokenizer

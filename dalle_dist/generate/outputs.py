@@ -14,10 +14,10 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from dalle_dist.data import storage
-from dalle_dist.data.images import grid
+from dalle_dist.data.labelled_grid import grid
 from dalle_dist.errors import UserError
 from dalle_dist.generate.generator import GeneratedImage
-from dalle_dist.generate.sampling import Sampling
+from dalle_dist.generate.sampling_options import Sampling
 
 GRID, MANIFEST = "grid.png", "manifest.json"
 # What tells rows of one prompt apart.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dalle_dist.generate.sampling import Sampling
+from dalle_dist.generate.sampling_options import Sampling
 from dalle_dist.transformer import checks
 from dalle_dist.transformer.model import Transformer
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dalle_dist.distributed.groups import Groups
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.gradients.piece import Block, Piece
 from dalle_dist.gradients.powersgd.algorithm import Outcome, PowerSGD, PowerSGDOptions
 from dalle_dist.gradients.powersgd.matrices import MatrixShards

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.gradients.piece import Block, Piece
 from dalle_dist.gradients.resblocks import Resblocks
 from dalle_dist.precision.scales import BlockScales

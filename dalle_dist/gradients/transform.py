@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dalle_dist.choices import Skip
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.gradients.finite import nonfinite_blocks
 from dalle_dist.gradients.node_mean import NodeMean
 from dalle_dist.gradients.piece import Block, Piece

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dalle_dist.data.loader import TokenDataset, collate_tokens
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.interface import Engine
 
 MOST = 2_048  # held-out samples per evaluation

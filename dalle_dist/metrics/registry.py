@@ -2,7 +2,7 @@
 
 A new one is a function here, or in a file of its own, and one entry in METRICS. A forward pass of
 the engine gives the sums and counts of both losses; what needs logits extends
-`transformer/training.py`.
+`transformer/loss_model.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dalle_dist.data.loader import TokenDataset
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.interface import Engine
 from dalle_dist.errors import ConfigError
-from dalle_dist.metrics.captions import caption_cycle
+from dalle_dist.metrics.caption_gain import caption_cycle
 from dalle_dist.metrics.held_out import MOST, held_out_losses
 
 

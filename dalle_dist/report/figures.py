@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dalle_dist.data.images import GAP, fit
+from dalle_dist.data.labelled_grid import GAP, fit
 
 CELL, CAPTION = 96, 190  # pixels
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from dalle_dist.checkpoint.release import Release, load_release
 from dalle_dist.config import Config
 from dalle_dist.data import storage
-from dalle_dist.data.images import grid, to_image
+from dalle_dist.data.labelled_grid import grid, to_image
 from dalle_dist.data.loader import ImageDataset, TokenDataset
 from dalle_dist.generate.generator import Generator
-from dalle_dist.metrics.captions import caption_losses
+from dalle_dist.metrics.caption_gain import caption_losses
 from dalle_dist.metrics.reconstruction import psnr, share_in_use
 from dalle_dist.report.figures import Row, curves, table
 from dalle_dist.report.page import page

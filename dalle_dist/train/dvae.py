@@ -16,22 +16,22 @@ from torch import Tensor
 from dalle_dist.config import Config, StageConfig
 from dalle_dist.data import storage
 from dalle_dist.data.augment import Augmentation
-from dalle_dist.data.images import grid, to_image
+from dalle_dist.data.labelled_grid import grid, to_image
 from dalle_dist.data.loader import ImageBatch, ImageDataset, ImageSample, collate_images
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardIndex
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
+from dalle_dist.dvae.loss_model import LossDVAE, computes_in_bf16, gumbel_noise, start_at_data
 from dalle_dist.dvae.model import DVAE
-from dalle_dist.dvae.schedules import DVAESchedule
-from dalle_dist.dvae.training import LossDVAE, computes_in_bf16, gumbel_noise, start_at_data
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.engine.deepspeed.settings import deepspeed_config
 from dalle_dist.engine.interface import Engine
 from dalle_dist.metrics.reconstruction import psnr, reconstruct, share_in_use
+from dalle_dist.optim.dvae_schedule import DVAESchedule
 from dalle_dist.optim.ema import EMA
 from dalle_dist.optim.param_groups import everything
+from dalle_dist.train.banner import dvae_schedule, unfinished
 from dalle_dist.train.loop import train_stage
-from dalle_dist.train.opening import dvae_schedule, unfinished
 from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
 
@@ -129,7 +129,7 @@ class DVAEStage(Stage):
         shown = images_BCHW[:SHOWN], decoded_BCHW[:SHOWN]
         return {"reconstructions": grid([[to_image(image) for image in row] for row in shown])}
 
-    def opening(self, ranks: Ranks, parameters: int) -> dict[str, str]:
+    def banner(self, ranks: Ranks, parameters: int) -> dict[str, str]:
         shape = self.config.dvae
         return {
             "model": f"dVAE of {parameters:,} parameters: {shape.image_size} x {shape.image_size} "

@@ -14,7 +14,7 @@ from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.data.loader import ImageDataset
 from dalle_dist.data.shards import ShardIndex, ShardWriter
-from dalle_dist.distributed import launch
+from dalle_dist.distributed import process_group
 from dalle_dist.errors import DataError
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 from dalle_dist.image_tokenizer.registry import load_configured
@@ -31,7 +31,7 @@ def encode(config: Config) -> None:
             torch does not see.
         DataError: no shards, nothing readable, or the output holds another tokenizer's tokens.
     """
-    device = launch.device_of()
+    device = process_group.device_of()
     tokenizer = load_configured(config, device)
     for part in PARTS:
         _encode_part(config, tokenizer, part)

@@ -16,10 +16,10 @@ from dalle_dist.checkpoint.convert import convert, find_checkpoint, require_chec
 from dalle_dist.checkpoint.release import CONFIG, STAMP
 from dalle_dist.config import Config
 from dalle_dist.data.loader import batches
-from dalle_dist.distributed import launch
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed import process_group
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import UserError
-from dalle_dist.train import opening
+from dalle_dist.train import banner
 from dalle_dist.train.run import Run
 from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
@@ -42,7 +42,7 @@ def train_stage(
         CheckpointError: nothing whole to go on from, or not writable.
         UserError: the run folder is in use, or the loss is no longer a number.
     """
-    ranks = launch.init()
+    ranks = process_group.init()
     stage = ranks.together(lambda: _prepared(make, config, ranks, resume))
     run = Run(
         stage.run_path,
@@ -65,7 +65,7 @@ def _prepared(
     stage = make(config, ranks)
     if resume is not None and resume != "auto":
         require_checkpoint(resume)
-    opening.refuse_endless_warmup(stage.settings)
+    banner.refuse_endless_warmup(stage.settings)
     if ranks.local_rank == 0:
         for dataset in stage.datasets:
             dataset.shards.require_files()
@@ -87,7 +87,7 @@ class _Loop:
 
     def train(self, resume: str | None) -> None:
         self._restore(resume)
-        rows = self._opening()
+        rows = self._banner()
         self.run.open()
         if resume is not None:
             self.run.rewind(self.state.step)
@@ -220,18 +220,18 @@ class _Loop:
         stamp.write_text(source)
         return f"{self.stage.title} {digest} in release/"
 
-    def _opening(self) -> str:
+    def _banner(self) -> str:
         """What the run says of itself before its first step; a collective call."""
         settings, stage = self.settings, self.stage
         parameters = sum(math.prod(shape) for shape in self.engine.shapes.values())
         samples, held_out = map(len, stage.datasets)
         rows = {
-            "device": opening.devices(self.ranks),
-            **stage.opening(self.ranks, parameters),
-            "data": opening.images(stage.data_path, samples, held_out),
+            "device": banner.devices(self.ranks),
+            **stage.banner(self.ranks, parameters),
+            "data": banner.images(stage.data_path, samples, held_out),
             "batch": f"{settings.batch_size:,} = {self._micro_batch} x {self.ranks.world:,} ranks "
             f"x {self.engine.accumulation} accumulated",
-            "length": opening.length(settings.steps, settings.batch_size, samples),
+            "length": banner.length(settings.steps, settings.batch_size, samples),
             "from": "the start" if not self.state.step else f"step {self.state.step:,}",
         }
-        return f"training the {stage.title}\n{opening.table(rows)}"
+        return f"training the {stage.title}\n{banner.table(rows)}"

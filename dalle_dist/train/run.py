@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dalle_dist.config import Config, difference, to_dict, to_yaml
 from dalle_dist.data import storage
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import ConfigError, UserError
 from dalle_dist.train.lock import Lock
 

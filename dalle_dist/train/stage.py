@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dalle_dist.config import Config, StageConfig
 from dalle_dist.data.loader import ImageDataset, TokenDataset
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.interface import Engine
 from dalle_dist.optim.ema import EMA
 from dalle_dist.train.state import Identity, TrainingState
@@ -106,7 +106,7 @@ class Stage(ABC):
         """Images to look at, by name; on rank 0, empty elsewhere; a collective call."""
 
     @abstractmethod
-    def opening(self, ranks: Ranks, parameters: int) -> dict[str, str]:
+    def banner(self, ranks: Ranks, parameters: int) -> dict[str, str]:
         """What the run says of itself before its first step: rows of name and text."""
 
     @property

@@ -24,7 +24,7 @@ from dalle_dist.checkpoint.formats import SUFFIX, load_tree, save_tree
 from dalle_dist.checkpoint.release import CONFIG
 from dalle_dist.checkpoint.weights import load_pieces, save_pieces
 from dalle_dist.config import Config, StageConfig, difference, to_dict, to_yaml
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.interface import Engine, owned
 from dalle_dist.errors import CheckpointError, ConfigError, UserError
 from dalle_dist.gradients.piece import assemble
@@ -87,7 +87,7 @@ class TrainingState:
         self.engine.load_transform_state(load_tree(self._gradients(checkpoint)))
         self.schedule.load_state_dict(saved["schedule"])
         averages = load_pieces(checkpoint, "ema", self.engine.shard_rank)
-        self.ema.load(averages, saved["ema_folds"])
+        self.ema.load(averages, saved["ema_updates"])
         self.step = saved["step"]
 
     def _fitting(self, checkpoint: Path) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class TrainingState:
             "stage": self.identity.stage,
             "step": self.step,
             "schedule": self.schedule.state_dict(),
-            "ema_folds": self.ema.folds,
+            "ema_updates": self.ema.updates,
             "fingerprints": dict(self.identity.fingerprints),
             "made_by": self._made_by(),
         }

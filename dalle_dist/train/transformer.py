@@ -17,7 +17,7 @@ from dalle_dist.data import storage
 from dalle_dist.data.loader import TokenDataset, collate_tokens
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardIndex
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.engine.deepspeed.settings import deepspeed_config, micro_batch
 from dalle_dist.engine.interface import Engine
@@ -25,16 +25,16 @@ from dalle_dist.errors import ConfigError
 from dalle_dist.generate.grid import sample_grid
 from dalle_dist.image_tokenizer.registry import load_configured
 from dalle_dist.metrics.registry import Evaluation, check, measure
-from dalle_dist.optim.schedule import PlateauSchedule
+from dalle_dist.optim.plateau_schedule import PlateauSchedule
 from dalle_dist.text_tokenizer.registry import load_text_tokenizer
-from dalle_dist.train import opening
+from dalle_dist.train import banner
 from dalle_dist.train.loop import train_stage
 from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
 from dalle_dist.transformer.layout import counted_text_targets
 from dalle_dist.transformer.loss import weighted
+from dalle_dist.transformer.loss_model import LossTransformer
 from dalle_dist.transformer.model import Transformer
-from dalle_dist.transformer.training import LossTransformer
 
 Batch = tuple[Tensor, Tensor]  # text_BT, codes_BN
 
@@ -118,7 +118,7 @@ class TransformerStage(Stage):
     ) -> tuple[Tensor, Tensor]:
         text_BT, codes_BN = micro_batch
         device = next(engine.module.parameters()).device
-        text, _, image, _ = engine(text_BT.to(device), codes_BN.to(device))
+        text, _, image, *_ = engine(text_BT.to(device), codes_BN.to(device))
         images = self.settings.batch_size * self.config.transformer.image_tokens
         text, image = text / counts[0], image / images
         return weighted(text, image, self.config.train.text_loss), torch.stack([text, image])
@@ -151,7 +151,7 @@ class TransformerStage(Stage):
             )
             return {"samples": image}
 
-    def opening(self, ranks: Ranks, parameters: int) -> dict[str, str]:
+    def banner(self, ranks: Ranks, parameters: int) -> dict[str, str]:
         settings, shape = self.config.train, self.config.transformer
         return {
             "model": f"transformer of {parameters:,} parameters: {shape.layers} layers of width "
@@ -159,6 +159,6 @@ class TransformerStage(Stage):
             "precision": f"{settings.precision}, moments {settings.moments}",
             "sharding": f"ZeRO-{settings.zero_stage}, between nodes "
             f"{self.config.parallel.between_nodes}",
-            "schedule": opening.schedule(settings),
-            "captions": opening.captions(self.train_set) if ranks.rank == 0 else "",
+            "schedule": banner.schedule(settings),
+            "captions": banner.captions(self.train_set) if ranks.rank == 0 else "",
         }

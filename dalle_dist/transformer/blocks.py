@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dalle_dist.config import HEAD_DIM
 from dalle_dist.gradients.resblocks import Resblocks
-from dalle_dist.precision.flow import scaled_branch
 from dalle_dist.precision.linear import ResblockLinear
+from dalle_dist.precision.scaled_branch import scaled_branch
 from dalle_dist.precision.scales import BlockScale, BlockScales
 from dalle_dist.transformer.embeddings import LayerNorm
 

@@ -12,7 +12,7 @@ from dalle_dist.checkpoint.release import load_release
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.optim.ema import EMA
-from dalle_dist.optim.schedule import PlateauSchedule
+from dalle_dist.optim.plateau_schedule import PlateauSchedule
 from dalle_dist.testing import run_distributed
 from dalle_dist.text_tokenizer.bpe import Tokenizer
 from dalle_dist.train.state import Identity, TrainingState
@@ -28,7 +28,7 @@ def _present(engine, config):
 
 
 def _checkpoint(ranks, folder, stage):
-    """Two updates, each folded into the average, and a checkpoint; weights gathered by the way."""
+    """Two updates, each taken into the average, and a checkpoint; weights gathered by the way."""
     config = tiny_run.make(folder, zero_stage=stage, ema=0.5)
     torch.manual_seed(0)
     engine = build_engine(Transformer(config), config.train, ranks)
@@ -79,7 +79,7 @@ def test_release_holds_the_average_and_can_be_used(saved, stage, tmp_path):
     digests = {convert(str(p), str(tmp_path / p.name)) for p in (path, *list(path.parents)[:2])}
     release = load_release(str(tmp_path / path.name))
     assert digests == {release.fingerprint}
-    share = 1 / 10  # of the first weights, when the second are folded in
+    share = 1 / 10  # of the first weights, when the second come in
     for name, tensor in release.transformer.state_dict().items():
         expected = share * first[name] + (1 - share) * last[name]
         assert np.allclose(tensor.numpy(), expected, rtol=0, atol=1e-6), name

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from dalle_dist.checkpoint import store
-from dalle_dist.distributed import launch
+from dalle_dist.distributed import process_group
 from dalle_dist.errors import CheckpointError
 from dalle_dist.testing import run_distributed
 
@@ -19,7 +19,7 @@ def _writer(ranks, text="x" * 1000):
 
 @pytest.fixture
 def ranks():
-    return launch.init()
+    return process_group.init()
 
 
 def _save(folder, step, ranks, keep=2):

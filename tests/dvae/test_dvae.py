@@ -15,8 +15,8 @@ from dalle_dist.dvae.loss import (
     unmap_pixels,
 )
 from dalle_dist.dvae.model import DVAE
-from dalle_dist.dvae.schedules import DVAESchedule, cosine
 from dalle_dist.metrics.reconstruction import psnr, reconstruct, share_in_use
+from dalle_dist.optim.dvae_schedule import DVAESchedule, cosine
 
 SMALL = DVAEConfig(
     image_size=16, codebook_size=12, width=8, decoder_stem=6, downsamplings=2, blocks_per_group=2

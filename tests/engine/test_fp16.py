@@ -9,7 +9,7 @@ from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.optim.adamw import MOMENT_NAMES
 from dalle_dist.testing import run_distributed
 from dalle_dist.text_tokenizer.protocol import PAD
-from dalle_dist.transformer.training import LossTransformer
+from dalle_dist.transformer.loss_model import LossTransformer
 
 BATCH, STAGES = 8, (0, 1, 2, 3)
 SHAPE = [

@@ -12,7 +12,7 @@ import torch
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.optim.ema import EMA
-from dalle_dist.optim.schedule import PlateauSchedule
+from dalle_dist.optim.plateau_schedule import PlateauSchedule
 from dalle_dist.testing import run_distributed
 from dalle_dist.train.state import Identity, TrainingState
 from tests.engine.test_fp16 import (
@@ -234,7 +234,7 @@ def save_midway(ranks, folder, stage, *overrides):
 def go_on(ranks, place, stage, forget, *overrides):
     engine, state = state_on(ranks, stage, *overrides)
     state.load(place)
-    assert state.step == 4 and state.ema.folds == 4
+    assert state.step == 4 and state.ema.updates == 4
     if forget:
         saved = engine.transform_state()
         for error in saved["powersgd"]["errors"].values():

@@ -13,7 +13,7 @@ from dalle_dist.generate import outputs
 from dalle_dist.generate.generator import Generator, sample_seed
 from dalle_dist.generate.outputs import write_outputs
 from dalle_dist.generate.sampler import choose, sample_codes
-from dalle_dist.generate.sampling import Sampling
+from dalle_dist.generate.sampling_options import Sampling
 from dalle_dist.image_tokenizer.dvae import DVAETokenizer
 from dalle_dist.text_tokenizer.bpe import PAD, train_tokenizer
 from dalle_dist.transformer.model import Transformer

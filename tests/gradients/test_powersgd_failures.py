@@ -181,16 +181,16 @@ def test_an_undone_reduce_comes_with_the_next(error_dtype):
     ],
 )
 def test_arguments_out_of_range_are_refused(options, text):
-    from dalle_dist.distributed import launch
+    from dalle_dist.distributed import process_group
 
     with pytest.raises(ConfigError, match=text):
-        build(launch.init(), 1, **options)
+        build(process_group.init(), 1, **options)
 
 
 def test_a_rank_without_use_is_refused_with_the_shard():
-    from dalle_dist.distributed import launch
+    from dalle_dist.distributed import process_group
 
-    sgd, _ = build(launch.init(), 1, rank=10)
+    sgd, _ = build(process_group.init(), 1, rank=10)
     with pytest.raises(ConfigError, match=r"head@0 of shape 10x30; the largest allowed is 9"):
         sgd.reduce(shards(["head"], 0, 0))
     with pytest.raises(ValueError, match="block: 2 is not in 0 to 1"):

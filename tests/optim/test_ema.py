@@ -13,7 +13,7 @@ def _fold(ema, values):
         ema.update([Piece("w", 4, torch.tensor([float(value), -float(value)]))])
 
 
-def test_early_folds_average_over_the_last_tenth_and_later_ones_by_the_decay():
+def test_early_updates_average_over_the_last_tenth_and_later_ones_by_the_decay():
     ema = EMA(0.5)
     values, expected = list(range(1, 31)), 0.0
     for n, value in enumerate(values):
@@ -46,7 +46,7 @@ def test_a_saved_average_goes_on_bit_for_bit():
     whole, first, second = EMA(0.9), EMA(0.9), EMA(0.9)
     _fold(whole, values)
     _fold(first, values[:13])
-    second.load(first.state([]), first.folds)
+    second.load(first.state([]), first.updates)
     _fold(second, values[13:])
     assert torch.equal(second.state([])["w@4"], whole.state([])["w@4"])
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from dalle_dist.checkpoint.release import load_release
 from dalle_dist.cli import main
 from dalle_dist.config import load
-from dalle_dist.metrics.captions import caption_losses
+from dalle_dist.metrics.caption_gain import caption_losses
 from dalle_dist.testing import run_distributed
 from dalle_dist.transformer.loss import Loss
 

@@ -16,10 +16,10 @@ from slurm.conftest import until
 pytestmark = pytest.mark.slow
 
 ALL_REDUCE = """
-from dalle_dist.distributed import launch
-ranks = launch.init()
+from dalle_dist.distributed import process_group
+ranks = process_group.init()
 print(ranks.launcher, ranks.rank, ranks.world, ranks.sum([ranks.rank + 1.0]))
-launch.shutdown()
+process_group.shutdown()
 """
 
 

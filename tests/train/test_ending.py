@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 from test_train_dvae import write_images
 
-from dalle_dist.distributed import ending, launch
+from dalle_dist.distributed import ending, process_group
 from dalle_dist.errors import ConfigError, DataError
 from dalle_dist.testing import run_distributed
 
@@ -48,7 +48,7 @@ program()
 def start(arguments, **environ):
     """Three ranks under torchrun: what they printed, and the exit codes that it reports of them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"]
-    command += ["--master-port", str(launch.free_port()), *arguments]
+    command += ["--master-port", str(process_group.free_port()), *arguments]
     environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | environ
     done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=120)
     assert done.returncode != 0
@@ -174,7 +174,7 @@ def test_a_fault_is_raised_where_it_happened_and_told_to_the_others_at_once():
 
 
 def _announce(ranks):
-    ending = launch.ending()
+    ending = process_group.ending()
     before = ending.told_elsewhere()
     ranks.barrier()
     first = ending.announce() if ranks.rank != 1 else None
@@ -190,8 +190,8 @@ def test_one_rank_is_the_first_to_tell_and_those_that_have_not_told_know():
 
 
 def test_a_single_process_has_nobody_to_tell():
-    launch.init()
-    assert launch.ending() is None
+    process_group.init()
+    assert process_group.ending() is None
 
 
 def _leaves_after(ranks, seconds):
@@ -200,7 +200,7 @@ def _leaves_after(ranks, seconds):
     if ranks.rank == ranks.world - 1:
         time.sleep(seconds)
     start = time.monotonic()
-    launch.ending().wait_for_all()
+    process_group.ending().wait_for_all()
     os.kill(os.getpid(), signal.SIGTERM)  # as a launcher does to those who have not left yet
     return time.monotonic() - start
 
@@ -221,7 +221,7 @@ def _goes_without_the_last(ranks):
         return 0.0
     start = time.monotonic()
     with mock.patch.object(ending, "GRACE", 0.3):
-        launch.ending().wait_for_all()
+        process_group.ending().wait_for_all()
     return time.monotonic() - start
 
 
@@ -238,7 +238,7 @@ def test_every_run_that_went_well_ends_with_0(tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
         command += [
             "--master-port",
-            str(launch.free_port()),
+            str(process_group.free_port()),
             "-m",
             "dalle_dist",
             "train-dvae",

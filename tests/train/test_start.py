@@ -20,7 +20,7 @@ from dalle_dist.checkpoint.release import load_release
 from dalle_dist.cli import main
 from dalle_dist.config import Config
 from dalle_dist.data.shards import ShardSet, ShardWriter
-from dalle_dist.distributed import launch
+from dalle_dist.distributed import process_group
 from dalle_dist.errors import UserError
 from dalle_dist.image_tokenizer.dvae import DVAETokenizer
 from dalle_dist.testing import run_distributed
@@ -216,7 +216,7 @@ class TestTransformer:
         assert "has 300; train it again" in stage.refused("tokenizer.vocab_size=290")
 
 
-def opening(out: str) -> dict[str, str]:
+def banner(out: str) -> dict[str, str]:
     """The block that begins a run, by name."""
     rows = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  ")]
     return dict(rows)
@@ -226,7 +226,7 @@ def test_stage_1_says_what_it_is_about_to_do(tmp_path):
     stage = Stage(tmp_path, "train-dvae")
     more = ["dvae_train.steps=6", "dvae_train.warmup=3", "dvae_train.lr_steps=6"]
     more += ["dvae_train.temperature_steps=7", "dvae_train.kl_steps=8"]
-    block = opening(stage.works(*more))
+    block = banner(stage.works(*more))
     weights = DVAETokenizer.load(str(stage.run / "release")).model.parameters()
     count = sum(weight.numel() for weight in weights)
     assert block["device"] == "CPU, 1 rank x 1 thread, 1 node (deepspeed)"
@@ -243,7 +243,7 @@ def test_stage_1_says_what_it_is_about_to_do(tmp_path):
 def test_stage_1_names_no_setting_that_ends_in_time(tmp_path):
     stage = Stage(tmp_path, "train-dvae")
     ends = [f"dvae_train.{name}_steps=1" for name in ("lr", "temperature", "kl")]
-    block = opening(stage.works(*ends, "dvae_train.precision=bf16"))
+    block = banner(stage.works(*ends, "dvae_train.precision=bf16"))
     assert "warning" not in block and "schedule" in block
     assert block["precision"] == "bf16 autocast, fp32 weights"
 
@@ -251,7 +251,7 @@ def test_stage_1_names_no_setting_that_ends_in_time(tmp_path):
 def test_stage_2_says_what_it_is_about_to_do(tmp_path):
     stage = Stage(tmp_path, "train")
     more = ["train.steps=2", "train.warmup=2", "train.halve_at=[5, 9]"]
-    block = opening(stage.works(*more))
+    block = banner(stage.works(*more))
     weights = load_release(str(stage.run / "release")).transformer.parameters()
     count = sum(weight.numel() for weight in weights)
     assert block["device"] == "CPU, 1 rank x 1 thread, 1 node (deepspeed)"
@@ -262,14 +262,14 @@ def test_stage_2_says_what_it_is_about_to_do(tmp_path):
     assert block["length"] == f"2 steps of 8 images = {16 / 61:.2f} epochs"
     assert "rate 0.005 after 2 steps of warm-up, halved at 5, 9" in block["schedule"]
     assert block["from"] == "the start"
-    block = opening(stage.works("train.steps=3", "--resume", "auto"))
+    block = banner(stage.works("train.steps=3", "--resume", "auto"))
     assert block["from"] == "step 2"
     assert block["schedule"].endswith("when the loss no longer falls")
 
 
 def _captions_of(config: Config, length: int) -> tuple[int, int, int]:
     """How many captions have more tokens than `length`, of how many, and the longest's."""
-    data = TransformerStage(config, launch.init()).train_set
+    data = TransformerStage(config, process_group.init()).train_set
     counts = [data.caption_tokens(i) for i in range(len(data))]
     return sum(count > length for count in counts), len(counts), max(counts)
 
@@ -280,7 +280,7 @@ def test_stage_2_counts_the_captions_that_it_cuts(tmp_path):
     config = tiny_run.make(tmp_path, **SHORT)
     cut, total, longest = _captions_of(config, 8)
     assert (cut, total) == (5, 12)
-    assert opening(stage.works())["captions"] == (
+    assert banner(stage.works())["captions"] == (
         f"5 of 12 (41.7%) are cut to transformer.text_tokens=8; the longest has {longest} tokens"
     )
 
@@ -288,7 +288,7 @@ def test_stage_2_counts_the_captions_that_it_cuts(tmp_path):
 def test_stage_2_says_that_no_caption_is_cut_even_one_that_just_fits(tmp_path):
     stage = Stage(tmp_path, "train")
     longest = _captions_of(tiny_run.make(tmp_path, **SHORT), 8)[2]
-    said = opening(stage.works(f"transformer.text_tokens={longest}"))["captions"]
+    said = banner(stage.works(f"transformer.text_tokens={longest}"))["captions"]
     assert said == f"none of 61 is cut; the longest has {longest} tokens"
 
 

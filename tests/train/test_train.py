@@ -104,9 +104,9 @@ class TestOneProcess:
 
 
 def _counts(config: Config) -> list[int]:
-    from dalle_dist.distributed import launch
+    from dalle_dist.distributed import process_group
 
-    dataset = program.TransformerStage(config, launch.init()).train_set
+    dataset = program.TransformerStage(config, process_group.init()).train_set
     texts = [collate_tokens([dataset[i]])[0] for i in range(config.train.batch_size)]
     return [int(counted_text_targets(text).sum()) for text in texts]
 

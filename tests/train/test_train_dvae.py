@@ -13,8 +13,8 @@ from dalle_dist.checkpoint.formats import load_tensors
 from dalle_dist.cli import main
 from dalle_dist.config import load
 from dalle_dist.data.shards import ShardSet, ShardWriter
-from dalle_dist.distributed import launch
-from dalle_dist.dvae.training import LossDVAE, gumbel_noise
+from dalle_dist.distributed import process_group
+from dalle_dist.dvae.loss_model import LossDVAE, gumbel_noise
 from dalle_dist.image_tokenizer.dvae import DVAETokenizer
 from dalle_dist.testing import run_distributed
 from dalle_dist.train.dvae import DVAEStage, dvae_engine
@@ -148,14 +148,14 @@ def test_two_ranks_follow_one(tmp_path):
 
 def test_unsharded_weights_are_channels_last_and_read_in_their_own_order():
     config = load("emoji", [*SHAPE, "dvae.width=4"])
-    engine = dvae_engine(LossDVAE(config.dvae), config.dvae_train, launch.init())
+    engine = dvae_engine(LossDVAE(config.dvae), config.dvae_train, process_group.init())
     images_BCHW, noise_BKGG = torch.rand(2, 3, 16, 16), torch.zeros(2, 16, 4, 4)
     weight = engine.module.encoder.group_1_block_1.residual[0].weight
     before = weight.detach().clone()
     engine.backward(engine(images_BCHW, noise_BKGG, 1.0).sum())
     engine.step(1e-3)
     pieces = {piece.name: piece.values for piece in engine.weights()}
-    launch.shutdown()
+    process_group.shutdown()
     for name, parameter in engine.module.named_parameters():
         assert pieces[name].equal(parameter.detach().flatten())
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()

@@ -16,7 +16,7 @@ from torch import nn
 
 from dalle_dist.config import ParallelConfig, StageConfig
 from dalle_dist.distributed.groups import Groups, node_groups
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.engine import DeepSpeedEngine
 from dalle_dist.engine.deepspeed.node_local import NodeLocal, broadcast_weights
 from dalle_dist.engine.deepspeed.safe_pickle import safe_checkpoint_engine

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle_dist.distributed.groups import Groups
-from dalle_dist.distributed.launch import Ranks
-from dalle_dist.engine.deepspeed.pieces import (
+from dalle_dist.distributed.process_group import Ranks
+from dalle_dist.engine.deepspeed.owned_pieces import (
     owned_gradients,
     owned_weights,
     share_whole_gradients,

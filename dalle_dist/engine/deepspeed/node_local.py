@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from dalle_dist.distributed.groups import Groups
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
 
 
 class NodeLocal:

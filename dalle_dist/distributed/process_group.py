@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from dalle_dist.distributed.ending import Ending
-from dalle_dist.distributed.environment import LaunchInfo, gpu_grant, read_environment
+from dalle_dist.distributed.launchers import LaunchInfo, gpu_grant, read_environment
 from dalle_dist.errors import ConfigError, OtherRankError, UserError
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ from PIL import Image
 
 from dalle_dist.data import storage
 from dalle_dist.data.decode import decode_sample
-from dalle_dist.data.folder import build_folder
+from dalle_dist.data.image_folder import build_folder
 from dalle_dist.data.shards import ShardSet
 from dalle_dist.errors import DataError
 

@@ -10,7 +10,7 @@ import torch
 from dalle_dist.config import DVAETrainConfig, StageConfig, TrainConfig
 from dalle_dist.data import storage
 from dalle_dist.data.loader import TokenDataset
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import ConfigError
 
 CAPTIONS = 2_000  # looked at, at most

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dalle_dist.config import TrainConfig
+from dalle_dist.optim.warmup import warmup_factor
 
 
 class PlateauSchedule:
@@ -26,11 +27,11 @@ class PlateauSchedule:
     def rate(self, step: int) -> float:
         """Learning rate of `step`."""
         config = self._config
-        warm = min(1.0, step / config.warmup) if config.warmup else 1.0
         halvings = self.halvings
         if config.halve_at:
             halvings = sum(step > at for at in config.halve_at)
-        return config.lr * warm * 0.5 ** min(halvings, config.halvings)
+        warmup = warmup_factor(step, config.warmup)
+        return config.lr * warmup * 0.5 ** min(halvings, config.halvings)
 
     def observe(self, step: int, loss: float) -> None:
         """Take note of the training loss (nats, the same on all ranks) of a finished step."""

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dalle_dist.distributed import launch
-from dalle_dist.distributed.environment import GPU_GRANTS, LaunchInfo, first_host, read_environment
-from dalle_dist.distributed.launch import Ranks
+from dalle_dist.distributed import process_group
+from dalle_dist.distributed.launchers import GPU_GRANTS, LaunchInfo, first_host, read_environment
+from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import ConfigError
 from dalle_dist.testing import run_distributed
 
@@ -94,9 +94,9 @@ def test_first_host_of_slurms_list(nodelist, host):
 
 
 def test_single_process_is_a_group_of_one_and_init_may_be_called_again():
-    ranks = launch.init()
+    ranks = process_group.init()
     assert (ranks.rank, ranks.world, ranks.launcher) == (0, 1, "single")
-    assert launch.init() is ranks
+    assert process_group.init() is ranks
     assert ranks.sum([1.5, 2.0]) == [1.5, 2.0]
 
 
@@ -150,7 +150,7 @@ def test_ranks_share_their_cores_unless_the_user_chose(monkeypatch, launcher, ch
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    launch._share_cpus(_TwoOfThree(0, 0, 4, launcher, torch.device("cpu")))
+    process_group._share_cpus(_TwoOfThree(0, 0, 4, launcher, torch.device("cpu")))
     assert threads == ([] if expected is None else [expected])
 
 
@@ -160,7 +160,7 @@ def no_gpu(monkeypatch):
     for name in (*GPU_GRANTS, "DS_ACCELERATOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(launch.Path, "exists", lambda path: False)
+    monkeypatch.setattr(process_group.Path, "exists", lambda path: False)
 
 
 @pytest.mark.parametrize(
@@ -175,10 +175,10 @@ def no_gpu(monkeypatch):
 def test_a_gpu_that_was_granted_and_is_not_seen_is_an_error(no_gpu, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=f"{name}={value}.*DS_ACCELERATOR=cpu") as caught:
-        launch.device_of()
+        process_group.device_of()
     assert "\n" not in str(caught.value)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert launch.device_of() == torch.device("cpu")
+    assert process_group.device_of() == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -192,13 +192,13 @@ def test_a_gpu_that_was_granted_and_is_not_seen_is_an_error(no_gpu, monkeypatch,
 )
 def test_where_no_gpu_was_granted_the_cpu_is_used(no_gpu, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    assert launch.device_of() == torch.device("cpu")
+    assert process_group.device_of() == torch.device("cpu")
 
 
 def test_a_gpu_of_the_machine_that_torch_does_not_see_is_an_error(no_gpu, monkeypatch):
-    monkeypatch.setattr(launch.Path, "exists", lambda path: str(path) == "/dev/nvidia0")
+    monkeypatch.setattr(process_group.Path, "exists", lambda path: str(path) == "/dev/nvidia0")
     with pytest.raises(ConfigError, match=r"a GPU is there \(/dev/nvidia0\)"):
-        launch.device_of()
+        process_group.device_of()
 
 
 def test_what_deepspeeds_launcher_sets_by_itself_is_no_grant(no_gpu, monkeypatch):
@@ -206,7 +206,7 @@ def test_what_deepspeeds_launcher_sets_by_itself_is_no_grant(no_gpu, monkeypatch
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     for name, value in RENDEZVOUS.items():
         monkeypatch.setenv(name, value)
-    assert launch.device_of() == torch.device("cpu")
+    assert process_group.device_of() == torch.device("cpu")
     monkeypatch.setenv("SLURM_JOB_GPUS", "0")
     with pytest.raises(ConfigError, match="SLURM_JOB_GPUS=0"):
-        launch.device_of()
+        process_group.device_of()

@@ -1,4 +1,4 @@
-"""Cosine schedules of the dVAE's KL weight, temperature and learning rate (paper A.2)."""
+"""Schedules of stage 1: cosines of KL weight, temperature and learning rate (paper A.2)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dalle_dist.config import DVAETrainConfig
+from dalle_dist.optim.warmup import warmup_factor
 
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:
@@ -25,19 +26,16 @@ class Rates:
 
 
 class DVAESchedule:
-    """The schedules by the optimizer step, counted from 1; they depend on nothing else.
-
-    A warm-up, if any, is linear and multiplies the learning rate.
-    """
+    """The schedules by the optimizer step, counted from 1; they depend on nothing else."""
 
     def __init__(self, config: DVAETrainConfig) -> None:
         self._config = config
 
     def at(self, step: int) -> Rates:
         config, done = self._config, step - 1
-        warmup = min(1.0, step / config.warmup) if config.warmup else 1.0
         return Rates(
-            lr=warmup * cosine(config.lr, config.lr_final, done, config.lr_steps),
+            lr=warmup_factor(step, config.warmup)
+            * cosine(config.lr, config.lr_final, done, config.lr_steps),
             temperature=cosine(
                 config.temperature, config.temperature_final, done, config.temperature_steps
             ),

@@ -1,7 +1,7 @@
 import pytest
 
 from dalle_dist.config import TrainConfig
-from dalle_dist.optim.schedule import PlateauSchedule
+from dalle_dist.optim.plateau_schedule import PlateauSchedule
 
 
 def _rates(schedule, losses):

@@ -18,8 +18,9 @@ def check_together(config: Config) -> None:
     _dvae(config.dvae)
     if config.image_tokenizer.kind == "dvae":
         _image_tokens(config.transformer, config.dvae)
-    for stage in (config.dvae_train, config.train):
-        _stage(stage)
+    for section in vars(config).values():
+        if isinstance(section, StageConfig):
+            _stage(section)
     low, high = config.dvae_train.crop_min, config.dvae_train.crop_max
     _require(low <= high, f"dvae_train.crop_min: {low} is above dvae_train.crop_max {high}")
 

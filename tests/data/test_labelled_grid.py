@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_dist.data.images import GAP, LEAST_WIDTH, LINES, _pixels, grid, wrapped
+from dalle_dist.data.labelled_grid import GAP, LEAST_WIDTH, LINES, _pixels, grid, wrapped
 
 LONG = "a very long prompt that goes on and on, " * 5
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dalle_dist.config import load
-from dalle_dist.precision.flow import scaled_branch
+from dalle_dist.precision.scaled_branch import scaled_branch
 from dalle_dist.precision.scales import BlockScale, BlockScales
 from dalle_dist.transformer.blocks import attach_scales, compile_blocks, resblocks
 from dalle_dist.transformer.embeddings import use_layer_norm

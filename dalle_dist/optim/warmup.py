@@ -1,0 +1,11 @@
+"""The warm-up of the learning rate, of both stages."""
+
+from __future__ import annotations
+
+
+def warmup_factor(step: int, steps: int) -> float:
+    """Factor on the learning rate of `step`, counted from 1: linear up to 1 at step `steps`.
+
+    0 steps are no warm-up.
+    """
+    return min(1.0, step / steps) if steps else 1.0
