@@ -1,8 +1,8 @@
 """The one source of truth of a run: typed, documented, checked settings <-> YAML.
 
 `options.py` has what a key means and may be, `sections.py` and `stages.py` the keys, `root.py` the
-whole `Config`, `together.py` what keys ask of one another, `presets.py` and `loading.py` the way
-from YAML and overrides to a `Config`, `docs.py` its documentation.
+whole `Config`, `cross_checks.py` what keys ask of one another, `presets.py` and `loading.py` the
+way from YAML and overrides to a `Config`, `docs.py` its documentation.
 """
 
 from dalle_dist.config.loading import difference, from_dict, load, to_dict, to_yaml

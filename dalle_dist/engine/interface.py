@@ -25,6 +25,7 @@ class Engine(Protocol):
     shard_rank     rank among those that share the weights between them ...
     shard_world    ... and how many they are
     node           number of this rank's node where nodes hold replicas of the weights, else 0
+    optimizer      name of the optimizer, whose state `save` writes
     skipped        whether the last `step` left every weight and moment as it was
     """
 
@@ -34,6 +35,7 @@ class Engine(Protocol):
     shard_rank: int
     shard_world: int
     node: int
+    optimizer: str
     skipped: bool
 
     @property

@@ -43,7 +43,7 @@ class HeldOut:
     codes_BN: Tensor
 
     def reconstructed(self, generator: Generator) -> Tensor:
-        """What the dVAE makes of its own codes: images_BCHW."""
+        """What the image tokenizer makes of its own codes: images_BCHW."""
         return torch.cat([generator.image_tokenizer.decode(p) for p in self.codes_BN.split(64)])
 
 
@@ -69,12 +69,13 @@ def write_report(config: Config) -> None:
     title = f"{config.name}: {len(rows)} captions the model never saw, {SAMPLES} samples each"
     images = {
         "Captions it never saw": table(rows, title),
-        "Reconstructions by the dVAE: originals above, through the codes below": _pairs(
-            held_out, generator
-        ),
+        "Reconstructions: originals above, through the codes below": _pairs(held_out, generator),
         "Training the transformer": curves(read_log(config.paths.run), TRAIN_PANELS),
-        "Training the dVAE": curves(read_log(config.paths.dvae_run), DVAE_PANELS),
     }
+    stage1 = config.paths.dvae_run
+    # Other image tokenizers come from elsewhere, and so may a dVAE.
+    if config.image_tokenizer.kind == "dvae" and storage.exists(storage.join(stage1, "log.jsonl")):
+        images["Training the dVAE"] = curves(read_log(stage1), DVAE_PANELS)
     _write(config, figures, images)
 
 
@@ -87,7 +88,7 @@ def measure(
     quality_B = psnr(held_out.images_BCHW, held_out.reconstructed(generator))
     return {
         "held-out images": len(held_out.captions),
-        "PSNR of the dVAE, dB (mean over images)": round(quality_B.mean().item(), 2),
+        "PSNR of reconstructions, dB (mean over images)": round(quality_B.mean().item(), 2),
         "share of codes in use": round(share_in_use(codes, config.transformer.codebook_size), 3),
         "image loss, right caption, nats/token": round(losses.right, 3),
         "image loss, captions shuffled, nats/token": round(losses.shuffled, 3),

@@ -146,6 +146,7 @@ class TrainingState:
             "ranks": self.engine.shard_world if self.engine.zero_stage else 1,
             "zero_stage": self.engine.zero_stage,
             "precision": self.identity.precision,
+            "optimizer": self.engine.optimizer,
             "moments": self.identity.settings.moments,
             "between_nodes": self.identity.between_nodes,
         }
@@ -174,7 +175,7 @@ class TrainingState:
             raise CheckpointError(
                 f"{checkpoint}: DeepSpeed's state was written with other settings: "
                 f"{'; '.join(lines)}; start with the same number of ranks (of a node, where ZeRO "
-                "stays inside each), ZeRO stage, precision and moments"
+                "stays inside each), ZeRO stage, precision, optimizer and moments"
             )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dalle_dist.transformer.loss import cross_entropy_sum
 from dalle_dist.transformer.model import Transformer
 
 
@@ -21,5 +22,5 @@ class LossTransformer(Transformer):
     def forward(self, text_BT: Tensor, codes_BN: Tensor) -> Tensor:  # type: ignore[override]
         # The blocks know their dtypes; DeepSpeed's autocast is on where it reduces in fp16.
         with torch.autocast(text_BT.device.type, enabled=False):
-            loss = super().forward(text_BT, codes_BN)
-        return torch.stack([loss.text_sum, loss.text_count, loss.image_sum, loss.image_count])
+            text, image = self.predictions(text_BT, codes_BN)
+            return torch.stack([*cross_entropy_sum(*text), *cross_entropy_sum(*image)])

@@ -50,15 +50,23 @@ class Transformer(nn.Module):
             ValueError: another shape or dtype. Values are not looked at, which would hold up
                 training; `logits` and `prefill` do.
         """
+        text, image = self.predictions(text_BT, codes_BN)
+        return Loss(*cross_entropy_sum(*text), *cross_entropy_sum(*image))
+
+    def predictions(
+        self, text_BT: Tensor, codes_BN: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(logits_MV, targets_M) of the text, then of the image; arguments as those of `forward`.
+
+        M are the targets that count: pads after a caption's first do not.
+        """
         x_BSW = self._stream(text_BT, codes_BN)
         text_BTW, image_BNW = x_BSW.split([text_BT.shape[1], codes_BN.shape[1]], dim=1)
         counted_BT = counted_text_targets(text_BT)
         # Only positions whose target counts are unembedded: most text positions hold pads.
-        text = cross_entropy_sum(self.text_unembedding(text_BTW[counted_BT]), text_BT[counted_BT])
-        image = cross_entropy_sum(
-            self.image_unembedding(image_BNW).flatten(0, 1), codes_BN.flatten()
-        )
-        return Loss(*text, *image)
+        text_MV = self.text_unembedding(text_BTW[counted_BT])
+        image_BNK = self.image_unembedding(image_BNW)
+        return (text_MV, text_BT[counted_BT]), (image_BNK.flatten(0, 1), codes_BN.flatten())
 
     def prefill(self, text_CT: Tensor, samples: Sequence[int]) -> list[DecodeCache]:
         """Run captions through all layers; the caches then take image tokens one by one.

@@ -34,7 +34,7 @@ def arguments(tmp_path, monkeypatch):
     return ["emoji", *named, f"image_tokenizer.path={tmp_path / 'theirs'}", *SIZES]
 
 
-def test_encode_train_and_generate_with_tokenizers_of_another_kind(arguments, tmp_path):
+def test_encode_train_generate_and_report_with_tokenizers_of_another_kind(arguments, tmp_path):
     assert main(["encode", *arguments]) == 0
     assert main(["train", *arguments]) == 0
     names = {path.name for path in (tmp_path / "run/release").iterdir()}
@@ -44,6 +44,9 @@ def test_encode_train_and_generate_with_tokenizers_of_another_kind(arguments, tm
     (image,) = generator.generate("a red ball", seed=1)
     assert image.image.size == (16, 16) and len(image.codes_N) == 16
     assert generator.tokenizer.decode(generator.tokenizer.encode("A red ball")) == "aredball"
+    assert main(["report", *arguments, f"paths.dvae_run={tmp_path}/none"]) == 0
+    page = (tmp_path / "run/report.html").read_text()
+    assert "Training the transformer" in page and "Training the dVAE" not in page
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class DeepSpeedEngine:
         if groups is not None:
             self.shard_rank, self.shard_world = groups.shard_rank, groups.local_world_size
             self.node = groups.node
-        self.skipped = False
+        self.skipped, self.optimizer = False, type(deepspeed_engine.basic_optimizer).__name__
         self.zero_stage = shards(deepspeed_engine)
         self.accumulation = accumulation
         whole_shape = "ds_shape" if self.zero_stage == 3 else "shape"

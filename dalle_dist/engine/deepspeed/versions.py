@@ -1,6 +1,7 @@
 """Which DeepSpeed: the versions tested, those refused, and the private names that are required.
 
-They are used in `pieces.py`, `engine.py` and `build.py`: when one changes, change both.
+They are used in the other files here, most of them in `owned_pieces.py`: when one changes,
+change both.
 
 Assigning to a name that DeepSpeed no longer reads, or asking for one that it no longer sets, would
 give wrong updates in silence. So each is asked for once, when the engine is built.
