@@ -194,10 +194,10 @@ class _Loop:
         if resume is None:
             return
         checkpoints = self.run.folder / "checkpoints"
-        auto = resume == "auto"
-        found = (
-            store.latest(checkpoints, self.ranks) if auto else find_checkpoint(resume, self.ranks)
-        )
+        if resume == "auto":
+            found = store.latest(checkpoints, self.ranks)
+        else:
+            found = find_checkpoint(resume, self.ranks)
         if found is not None:
             self.state.load(found)
             if found.parent.resolve() == checkpoints.resolve():
