@@ -5,7 +5,14 @@ whole `Config`, `cross_checks.py` what keys ask of one another, `presets.py` and
 way from YAML and overrides to a `Config`, `docs.py` its documentation.
 """
 
-from dalle_dist.config.loading import difference, from_dict, load, to_dict, to_yaml
+from dalle_dist.config.loading import (
+    difference,
+    from_dict,
+    load,
+    section_differences,
+    to_dict,
+    to_yaml,
+)
 from dalle_dist.config.presets import preset_names
 from dalle_dist.config.root import Config, validate
 from dalle_dist.config.sections import (
@@ -38,6 +45,7 @@ __all__ = [
     "from_dict",
     "load",
     "preset_names",
+    "section_differences",
     "to_dict",
     "to_yaml",
     "validate",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +62,12 @@ def difference(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
         )
         return [line for lines in parts for line in lines]
     return [] if ours == theirs else [f"{prefix.rstrip('.')}: {ours} -> {theirs}"]
+
+
+def section_differences(ours: Any, theirs: Any, sections: Iterable[str]) -> list[str]:
+    """`difference` of these sections alone, of two configs as nested dicts."""
+    pairs = ((s, ours.get(s, {}), theirs.get(s, {})) for s in sections)
+    return [line for section, a, b in pairs for line in difference(a, b, f"{section}.")]
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,8 +84,3 @@ class Engine(Protocol):
 
     def load_transform_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `transform_state` gave, on any number of nodes."""
-
-
-def owned(pieces: Sequence[Piece]) -> dict[str, Tensor]:
-    """Values by key."""
-    return {piece.key: piece.values for piece in pieces}

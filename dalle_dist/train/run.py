@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from dalle_dist.config import Config, difference, to_dict, to_yaml
+from dalle_dist.config import Config, section_differences, to_dict, to_yaml
 from dalle_dist.data import storage
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import ConfigError, UserError
@@ -183,8 +182,7 @@ def working_copy(path: str, ranks: Ranks) -> Path:
     """Local folder of a run; a remote one is downloaded by each node's first rank."""
     if not storage.is_remote(path):
         return Path(path)
-    cache = Path(os.environ.get("DALLE_DIST_CACHE", Path.home() / ".cache" / "dalle-dist"))
-    local = cache / "runs" / hashlib.sha256(path.encode()).hexdigest()[:16]
+    local = storage.cache_folder() / "runs" / hashlib.sha256(path.encode()).hexdigest()[:16]
     ranks.together(lambda: _download(path, local) if ranks.local_rank == 0 else None)
     return local
 
@@ -237,11 +235,7 @@ def _refuse_other_shape(
 ) -> None:
     if not saved:
         return
-    lines = [
-        line
-        for section in shape
-        for line in difference(saved.get(section, {}), wanted[section], f"{section}.")
-    ]
+    lines = section_differences(saved, wanted, shape)
     if lines:
         raise ConfigError(f"{path}: cannot resume with another shape: {'; '.join(lines)}")
 

@@ -23,9 +23,16 @@ from dalle_dist.checkpoint.convert import TRAINING, read_training
 from dalle_dist.checkpoint.formats import SUFFIX, load_tree, save_tree
 from dalle_dist.checkpoint.release import CONFIG
 from dalle_dist.checkpoint.weights import load_pieces, save_pieces
-from dalle_dist.config import Config, StageConfig, difference, to_dict, to_yaml
+from dalle_dist.config import (
+    Config,
+    StageConfig,
+    difference,
+    section_differences,
+    to_dict,
+    to_yaml,
+)
 from dalle_dist.distributed.process_group import Ranks
-from dalle_dist.engine.interface import Engine, owned
+from dalle_dist.engine.interface import Engine
 from dalle_dist.errors import CheckpointError, ConfigError, UserError
 from dalle_dist.gradients.piece import assemble
 from dalle_dist.optim.ema import EMA
@@ -117,7 +124,7 @@ class TrainingState:
         if self.engine.node > 0:
             return  # the first node's are the same
         weights, shard_rank = self.engine.weights(), self.engine.shard_rank
-        save_pieces(folder, "raw", shard_rank, owned(weights))
+        save_pieces(folder, "raw", shard_rank, {piece.key: piece.values for piece in weights})
         save_pieces(folder, "ema", shard_rank, self.ema.state(weights))
         if self.engine.zero_stage or self.ranks.rank == 0:
             save_tree(self._gradients(folder), transform)
@@ -159,13 +166,9 @@ class TrainingState:
                 "files it was trained with (paths.tokenizer, image_tokenizer.path), or start a "
                 "new run"
             )
-        ours, theirs = (
-            to_dict(self.identity.config),
-            yaml.safe_load((checkpoint / CONFIG).read_text()),
-        )
-        lines = [
-            line for s in self.identity.sections for line in difference(theirs[s], ours[s], f"{s}.")
-        ]
+        theirs = yaml.safe_load((checkpoint / CONFIG).read_text())
+        ours = to_dict(self.identity.config)
+        lines = section_differences(theirs, ours, self.identity.sections)
         if lines:
             raise ConfigError(
                 f"{checkpoint}: these keys must be as in the checkpoint: {'; '.join(lines)}"
