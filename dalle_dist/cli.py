@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NoReturn
 
 from dalle_dist import __version__
@@ -18,7 +19,7 @@ from dalle_dist.config import Config, load, preset_names, to_yaml
 from dalle_dist.distributed.launchers import read_environment
 from dalle_dist.errors import ConfigError, OtherRankError, UserError
 from dalle_dist.generate.sampling_options import Sampling, flag
-from dalle_dist.stages import STAGES, find
+from dalle_dist.stages import STAGES
 
 if TYPE_CHECKING:
     from dalle_dist.distributed.ending import Ending
@@ -283,7 +284,7 @@ def _encode(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     config = _shared_config_of(options)
-    find(options.train)(config, options.resume)
+    resolve_name(options.train)(config, options.resume)
 
 
 def _report(options: argparse.Namespace) -> None:

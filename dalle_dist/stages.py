@@ -6,14 +6,12 @@ entry names is imported when first asked for.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
 class StageEntry:
-    """Functions by their dotted names.
+    """Functions by name, for `pkgutil.resolve_name`.
 
     verb   of the command line, and what --help says of it
     train  (config, resume): runs the stage
@@ -33,21 +31,15 @@ STAGES = {
     "dvae": StageEntry(
         "train-dvae",
         "stage 1: learn image tokens",
-        "dalle_dist.train.dvae.train_dvae",
-        "dalle_dist.dvae.model.configured_dvae",
-        "dalle_dist.checkpoint.release.save_dvae_release",
+        "dalle_dist.train.dvae:train_dvae",
+        "dalle_dist.dvae.model:configured_dvae",
+        "dalle_dist.checkpoint.release:save_dvae_release",
     ),
     "transformer": StageEntry(
         "train",
         "stage 2: learn text and image tokens in one stream",
-        "dalle_dist.train.transformer.train",
-        "dalle_dist.transformer.model.Transformer",
-        "dalle_dist.checkpoint.release.save_transformer_release",
+        "dalle_dist.train.transformer:train",
+        "dalle_dist.transformer.model:Transformer",
+        "dalle_dist.checkpoint.release:save_transformer_release",
     ),
 }
-
-
-def find(name: str) -> Any:
-    """What a dotted name stands for: `package.module.attribute`."""
-    module, _, attribute = name.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from dalle_dist.config import Config, from_dict
 from dalle_dist.data import storage
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import CheckpointError, ConfigError
-from dalle_dist.stages import STAGES, find
+from dalle_dist.stages import STAGES
 
 _NONE = "no whole checkpoint here (a run, checkpoints/ or step-...)"
 TRAINING = "training.json"  # in a checkpoint: which stage wrote it, and where it goes on
@@ -45,9 +46,9 @@ def convert(checkpoint: str, out: str, weights: str = "ema") -> str:
     store.verify(step)
     config, stage = read_config(step), STAGES[read_training(step)["stage"]]
     with torch.device("meta"):
-        model: nn.Module = find(stage.model)(config)
+        model: nn.Module = resolve_name(stage.model)(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    digest: str = find(stage.save)(out, config, load_weights(step, weights, shapes))
+    digest: str = resolve_name(stage.save)(out, config, load_weights(step, weights, shapes))
     return digest
 
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
+
 import torch
 
 from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.errors import ConfigError
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
-from dalle_dist.stages import find
 
-# Module and class; imported when first asked for.
-KINDS = {"dvae": "dalle_dist.image_tokenizer.dvae.DVAETokenizer"}
+# For `pkgutil.resolve_name`: imported when first asked for.
+KINDS = {"dvae": "dalle_dist.image_tokenizer.dvae:DVAETokenizer"}
 
 
 def image_tokenizer_class(kind: str) -> type[ImageTokenizer]:
     """Raises ConfigError: no such kind."""
     if kind not in KINDS:
         raise ConfigError(f"image_tokenizer.kind: '{kind}' is not one of {', '.join(KINDS)}")
-    found: type[ImageTokenizer] = find(KINDS[kind])
+    found: type[ImageTokenizer] = resolve_name(KINDS[kind])
     return found
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
+
 from dalle_dist.errors import ConfigError
-from dalle_dist.stages import find
 from dalle_dist.text_tokenizer.protocol import TextTokenizer
 
-# Module and class; imported when first asked for.
-KINDS = {"bpe": "dalle_dist.text_tokenizer.bpe.Tokenizer"}
+# For `pkgutil.resolve_name`: imported when first asked for.
+KINDS = {"bpe": "dalle_dist.text_tokenizer.bpe:Tokenizer"}
 
 
 def load_text_tokenizer(kind: str, path: str) -> TextTokenizer:
@@ -19,5 +20,5 @@ def load_text_tokenizer(kind: str, path: str) -> TextTokenizer:
     """
     if kind not in KINDS:
         raise ConfigError(f"tokenizer.kind: '{kind}' is not one of {', '.join(KINDS)}")
-    found: type[TextTokenizer] = find(KINDS[kind])
+    found: type[TextTokenizer] = resolve_name(KINDS[kind])
     return found.load(path)

@@ -22,8 +22,8 @@ SIZES = [
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
-    monkeypatch.setitem(image_registry.KINDS, "brightness", "tests.train.toy_tokenizers.Brightness")
-    monkeypatch.setitem(text_registry.KINDS, "letters", "tests.train.toy_tokenizers.Letters")
+    monkeypatch.setitem(image_registry.KINDS, "brightness", "tests.train.toy_tokenizers:Brightness")
+    monkeypatch.setitem(text_registry.KINDS, "letters", "tests.train.toy_tokenizers:Letters")
     write_images(tmp_path / "images")
     (tmp_path / "theirs").mkdir()
     shape = {"image_size": 16, "grid": 4, "levels": 9}
