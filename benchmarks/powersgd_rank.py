@@ -27,15 +27,15 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.slow_network import SENT_BYTES
 from dalle_dist.config import Config, from_dict
 from dalle_dist.data.loader import TokenDataset, batches, collate_tokens
-from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed import process_group
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.optim.adamw import AdamW
-from dalle_dist.optim.param_groups import param_groups, resblock_matrices
+from dalle_dist.optim.param_groups import param_groups
 from dalle_dist.optim.plateau_schedule import PlateauSchedule
 from dalle_dist.text_tokenizer.bpe import Tokenizer
+from dalle_dist.transformer.blocks import resblock_map
 from dalle_dist.transformer.layout import counted_text_targets
 from dalle_dist.transformer.loss import weighted
 from dalle_dist.transformer.loss_model import LossTransformer
@@ -87,7 +87,7 @@ class Replicated:
         else:
             self._model.register_comm_hook(None, default_hooks.fp16_compress_hook)
         self._optimizer = AdamW(
-            param_groups(model, resblock_matrices, train.weight_decay, train.moments),
+            param_groups(model, resblock_map(model).matrices, train.weight_decay, train.moments),
             betas=(train.beta1, train.beta2),
             eps=train.eps,
             variance_clip=train.variance_clip,
@@ -149,7 +149,7 @@ def stepper(
 
     def step(text_BT: Tensor, codes_BN: Tensor, lr: float) -> float:
         texts = ranks.sum([float(counted_text_targets(text_BT).sum())])[0]
-        text, _, image, _ = trainer(text_BT, codes_BN)
+        text, _, image, *_ = trainer(text_BT, codes_BN)
         loss = weighted(text / texts, image / images, config.train.text_loss)
         trainer.backward(loss)
         trainer.step(lr)
@@ -163,7 +163,7 @@ def token_batches(config: Config, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor
     index = ShardIndex.load(folder)
     dataset = TokenDataset(
         folder,
-        SampleOrder(config.seed, [s.samples for s in index.shards], config.data.shuffle_shards),
+        index.order(config.seed, config.data.shuffle_shards),
         Tokenizer.load(config.paths.tokenizer),
         config.transformer.text_tokens,
         bpe_dropout=0.0,

@@ -30,9 +30,9 @@ from benchmarks.common import Measured
 from benchmarks.precision_curves import Curve, means
 from dalle_dist.config import Config, from_dict
 from dalle_dist.optim.adamw import AdamW
-from dalle_dist.optim.param_groups import param_groups, resblock_matrices
+from dalle_dist.optim.param_groups import param_groups
 from dalle_dist.precision.scales import HIGH, WINDOW, BlockScales
-from dalle_dist.transformer.blocks import attach_scales, resblocks
+from dalle_dist.transformer.blocks import attach_scales, resblock_map, resblocks
 from dalle_dist.transformer.model import Transformer
 
 GOOD_STEPS = 25  # custom is 1000 or 2000; short windows suit short runs, and the rival
@@ -215,7 +215,9 @@ class Run:
         inside = {id(p) for block in self._blocks for p in block.parameters()}
         self._rest = [p for p in model.parameters() if id(p) not in inside]
         train = plan.config.train
-        groups = param_groups(model, resblock_matrices, train.weight_decay, scheme.moments)
+        groups = param_groups(
+            model, resblock_map(model).matrices, train.weight_decay, scheme.moments
+        )
         self.optimizer = AdamW(
             groups, betas=(train.beta1, train.beta2), variance_clip=train.variance_clip
         )

@@ -18,7 +18,8 @@ from torch import Tensor
 from benchmarks import common, rivals
 from benchmarks.common import Measured
 from dalle_dist.config import HEAD_DIM, Config
-from dalle_dist.optim.param_groups import param_groups, resblock_matrices
+from dalle_dist.optim.param_groups import param_groups
+from dalle_dist.transformer.blocks import resblock_map
 from dalle_dist.transformer.layout import layer_masks
 from dalle_dist.transformer.model import Transformer
 
@@ -103,7 +104,7 @@ def step_flops(config: Config) -> float:
 
 def _step(model: Transformer, text_BT: Tensor, codes_BN: Tensor) -> Callable[[], None]:
     train = model.config.train
-    groups = param_groups(model, resblock_matrices, train.weight_decay)
+    groups = param_groups(model, resblock_map(model).matrices, train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), fused=True)
     return rivals.trainer(lambda: model(text_BT, codes_BN).total(train.text_loss), optimizer)
 

@@ -23,6 +23,7 @@ from typing import Any
 import webdataset
 
 from dalle_dist.data import storage
+from dalle_dist.data.order import SampleOrder
 from dalle_dist.errors import DataError
 
 INDEX = "index.json"
@@ -49,6 +50,10 @@ class ShardIndex:
     @property
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
+
+    def order(self, seed: int, shuffle_shards: int) -> SampleOrder:
+        """In which to train on the samples."""
+        return SampleOrder(seed, [shard.samples for shard in self.shards], shuffle_shards)
 
     @classmethod
     def load(cls, folder: str) -> ShardIndex:

@@ -18,7 +18,6 @@ from dalle_dist.data import storage
 from dalle_dist.data.augment import Augmentation
 from dalle_dist.data.labelled_grid import grid, to_image
 from dalle_dist.data.loader import ImageBatch, ImageDataset, ImageSample, collate_images
-from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.dvae.loss_model import LossDVAE, computes_in_bf16, gumbel_noise, start_at_data
@@ -29,7 +28,6 @@ from dalle_dist.engine.interface import Engine
 from dalle_dist.metrics.reconstruction import psnr, reconstruct, share_in_use
 from dalle_dist.optim.dvae_schedule import DVAESchedule
 from dalle_dist.optim.ema import EMA
-from dalle_dist.optim.param_groups import everything
 from dalle_dist.train.banner import dvae_schedule, unfinished
 from dalle_dist.train.loop import train_stage
 from dalle_dist.train.stage import Stage
@@ -171,7 +169,7 @@ class DVAEStage(Stage):
 
 def dvae_engine(model: LossDVAE, settings: StageConfig, ranks: Ranks, seed: int = 0) -> Engine:
     """Put the dVAE under DeepSpeed; arguments and errors are those of `build_engine`."""
-    engine = build_engine(model, settings, ranks, seed=seed, decays=everything)
+    engine = build_engine(model, settings, ranks, seed=seed, decay_all=True)
     if engine.zero_stage == 0:
         # Convolutions else reorder their weights at each use. Not before: DeepSpeed's first
         # broadcast takes contiguous ones. ZeRO keeps weights flat, in shards.
@@ -181,8 +179,9 @@ def dvae_engine(model: LossDVAE, settings: StageConfig, ranks: Ranks, seed: int 
 
 def _dataset(config: Config, part: str, augment: Augmentation | None) -> ImageDataset:
     folder = storage.join(config.paths.images, part)
-    sizes = [shard.samples for shard in ShardIndex.load(folder).shards]
-    order = SampleOrder(config.seed, sizes, config.data.shuffle_shards) if part == "train" else None
+    order = None
+    if part == "train":
+        order = ShardIndex.load(folder).order(config.seed, config.data.shuffle_shards)
     return ImageDataset(folder, order, config.dvae.image_size, augment, config.seed)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.data.loader import TokenDataset, collate_tokens
-from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
@@ -76,8 +75,7 @@ class TransformerStage(Stage):
         config, order = self.config, None
         folder = storage.join(config.paths.tokens, part)
         if part == "train":
-            sizes = [shard.samples for shard in ShardIndex.load(folder).shards]
-            order = SampleOrder(config.seed, sizes, config.data.shuffle_shards)
+            order = ShardIndex.load(folder).order(config.seed, config.data.shuffle_shards)
         return TokenDataset(
             folder,
             order,

@@ -14,7 +14,7 @@ from dalle_dist.gradients.node_mean import NodeMean
 from dalle_dist.gradients.piece import Piece, assemble
 from dalle_dist.gradients.powersgd.algorithm import PowerSGDOptions
 from dalle_dist.optim.adamw import AdamW
-from dalle_dist.optim.param_groups import param_groups, resblock_matrices
+from dalle_dist.optim.param_groups import param_groups
 from dalle_dist.testing import run_distributed
 from dalle_dist.transformer.blocks import resblock_map
 from tests.engine.test_fp16 import backward, config_of, model_of
@@ -63,7 +63,7 @@ class ByFSDP2:
         self.module.set_all_reduce_hook(self.hook)
         self.local = {name: p.to_local().detach() for name, p in self.module.named_parameters()}
         decayed, others = param_groups(
-            self.module, resblock_matrices, self.config.train.weight_decay
+            self.module, self.resblocks.matrices, self.config.train.weight_decay
         )
         names = {id(p): name for name, p in self.module.named_parameters()}
         for group in (decayed, others):

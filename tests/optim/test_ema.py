@@ -1,14 +1,16 @@
 import pytest
+import tiny_run
 import torch
-from torch import nn
 
 from dalle_dist.errors import CheckpointError
 from dalle_dist.gradients.piece import Piece, assemble
 from dalle_dist.optim.ema import EMA
-from dalle_dist.optim.param_groups import param_groups, resblock_matrices
+from dalle_dist.optim.param_groups import param_groups
+from dalle_dist.transformer.blocks import resblock_map
+from dalle_dist.transformer.model import Transformer
 
 
-def _fold(ema, values):
+def _update(ema, values):
     for value in values:
         ema.update([Piece("w", 4, torch.tensor([float(value), -float(value)]))])
 
@@ -19,15 +21,15 @@ def test_early_updates_average_over_the_last_tenth_and_later_ones_by_the_decay()
     for n, value in enumerate(values):
         decay = min(0.5, n / (n + 9))
         expected = decay * expected + (1 - decay) * value
-    _fold(ema, values)
+    _update(ema, values)
     state = ema.state([])
     assert state["w@4"].tolist() == pytest.approx([expected, -expected])
 
 
-def test_the_random_start_is_forgotten_after_the_first_fold():
+def test_the_random_start_is_forgotten_after_the_first_update():
     ema = EMA(0.99)
-    _fold(ema, [1e6])
-    _fold(ema, [1.0] * 200)
+    _update(ema, [1e6])
+    _update(ema, [1.0] * 200)
     assert ema.state([])["w@4"][0] == pytest.approx(1.0, abs=1e-2)
 
 
@@ -44,10 +46,10 @@ def test_average_is_a_copy_in_fp32_and_before_the_first_fold_the_present_values(
 def test_a_saved_average_goes_on_bit_for_bit():
     values = torch.rand(40, generator=torch.Generator().manual_seed(3)).tolist()
     whole, first, second = EMA(0.9), EMA(0.9), EMA(0.9)
-    _fold(whole, values)
-    _fold(first, values[:13])
+    _update(whole, values)
+    _update(first, values[:13])
     second.load(first.state([]), first.updates)
-    _fold(second, values[13:])
+    _update(second, values[13:])
     assert torch.equal(second.state([])["w@4"], whole.state([])["w@4"])
 
 
@@ -74,11 +76,13 @@ def test_missing_doubled_and_foreign_fragments_are_refused(fragments, reason):
         assemble(fragments, {"w": (2, 2)})
 
 
-def test_only_matrices_of_resblocks_are_decayed():
-    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(2, 2), nn.LayerNorm(2)])})
-    model["out"] = nn.Linear(2, 3)
-    model["blocks"][0].bias.requires_grad_(True)
-    decayed, others = param_groups(model, resblock_matrices, 0.3)
+def test_only_matrices_of_resblocks_are_decayed(tmp_path):
+    model = Transformer(tiny_run.make(tmp_path))
+    model.blocks[0].attention.qkv.bias.requires_grad_(False)
+    decayed, others = param_groups(model, resblock_map(model).matrices, 0.3)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
-    assert [id(p) for p in decayed["params"]] == [id(model["blocks"][0].weight)]
-    assert len(others["params"]) == 5
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    names = {name_of[id(p)] for p in decayed["params"]}
+    inner = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
+    assert names == {f"blocks.{i}.{n}.weight" for i in range(len(model.blocks)) for n in inner}
+    assert len(others["params"]) == len(name_of) - len(names) - 1

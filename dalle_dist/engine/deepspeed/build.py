@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from dalle_dist.gradients.scaling import BlockScaling
 from dalle_dist.gradients.transform import GradientTransform
 from dalle_dist.optim.adamw import AdamW
 from dalle_dist.optim.apex import fused_layer_norm
-from dalle_dist.optim.param_groups import Decays, param_groups, resblock_matrices
+from dalle_dist.optim.param_groups import param_groups
 from dalle_dist.precision.scales import BlockScales
 from dalle_dist.transformer.blocks import attach_scales, compile_blocks, resblock_map
 from dalle_dist.transformer.embeddings import use_layer_norm
@@ -49,7 +50,7 @@ def build_engine(
     *,
     parallel: ParallelConfig | None = None,
     seed: int = 0,
-    decays: Decays = resblock_matrices,
+    decay_all: bool = False,
 ) -> DeepSpeedEngine:
     """Put `model` under DeepSpeed; rank 0's weights are taken by all.
 
@@ -57,7 +58,9 @@ def build_engine(
         settings: of the training stage; `train` or `dvae_train`.
         parallel: how nodes work together; None: ZeRO over all ranks.
         seed: of PowerSGD's Gaussian matrices.
-        decays: which parameters have weight decay.
+        decay_all: weight decay on all parameters (stage 1: as AdamW does if nothing is said, paper
+            A.2); else on the matrices of resblocks (stage 2: the paper gives the decay and not its
+            targets, B.2; gains, biases and embeddings are left alone, as is the custom).
 
     Raises:
         ConfigError: the DeepSpeed settings contradict the config, sizes do not divide, what is
@@ -85,7 +88,8 @@ def build_engine(
         None if groups is None else _node_mean(resblocks, settings, parallel, groups, ranks, seed)
     )
     transform = GradientTransform(resblocks, ranks, settings.skip, scaling, mean)
-    optimizer = _optimizer(model, settings, decays)
+    decayed = [name for name, _ in model.named_parameters()] if decay_all else resblocks.matrices
+    optimizer = _optimizer(model, settings, decayed)
     if settings.adamw_backend == "apex":
         use_layer_norm(model, fused_layer_norm())
     if settings.compile:
@@ -140,9 +144,9 @@ def _node_mean(
     )
 
 
-def _optimizer(model: nn.Module, settings: StageConfig, decays: Decays) -> AdamW:
+def _optimizer(model: nn.Module, settings: StageConfig, decayed: Container[str]) -> AdamW:
     return AdamW(
-        param_groups(model, decays, settings.weight_decay, settings.moments),
+        param_groups(model, decayed, settings.weight_decay, settings.moments),
         # Some of DeepSpeed's wrappers step once on zero gradients: that must not move a weight.
         lr=0.0,
         betas=(settings.beta1, settings.beta2),
