@@ -1,4 +1,4 @@
-"""What comes with the package besides Python and presets: the Slurm scripts."""
+"""The Slurm scripts that come with the package, which cannot be run from where they are."""
 
 from __future__ import annotations
 
@@ -8,15 +8,10 @@ from pathlib import Path
 from dalle_dist.errors import ConfigError
 
 
-def root() -> Path:
-    """The folder of slurm/: in an installed package, or beside it in the repository."""
+def shipped() -> Path:
+    """The folder slurm/ in an installed package, or beside it in the repository."""
     package = Path(__file__).resolve().parents[1]
-    return package if (package / "slurm").is_dir() else package.parent
-
-
-def names(folder: str) -> list[str]:
-    """The files of a shipped folder."""
-    return sorted(file.name for file in (root() / folder).iterdir() if file.is_file())
+    return next(folder for p in (package, package.parent) if (folder := p / "slurm").is_dir())
 
 
 def write_slurm(folder: str) -> list[str]:
@@ -26,7 +21,8 @@ def write_slurm(folder: str) -> list[str]:
         ConfigError: one of them is there with other contents (then none is written), or `folder`
             cannot be written to.
     """
-    scripts = {Path(folder) / name: _script(name, folder) for name in names("slurm")}
+    files = sorted(file for file in shipped().iterdir() if file.is_file())
+    scripts = {Path(folder) / file.name: _script(file, folder) for file in files}
     try:
         changed = [p for p, text in scripts.items() if p.exists() and p.read_text() != text]
         if changed:
@@ -41,9 +37,9 @@ def write_slurm(folder: str) -> list[str]:
     return [str(path) for path in scripts]
 
 
-def _script(name: str, folder: str) -> str:
-    text = (root() / "slurm" / name).read_text()
-    if not name.endswith(".sbatch"):
+def _script(file: Path, folder: str) -> str:
+    text = file.read_text()
+    if file.suffix != ".sbatch":
         return text
     # sbatch runs a copy from its spool, so that this script cannot find its neighbours by itself.
     return text.replace("slurm/", f"{shlex.quote(str(Path(folder)))}/")

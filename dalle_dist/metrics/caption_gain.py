@@ -23,7 +23,7 @@ class CaptionLosses:
 
 
 def caption_cycle(count: int, seed: int) -> Tensor:
-    """whose caption each of `count` images gets: a seeded cycle, so that none keeps its own."""
+    """Whose caption each of `count` images gets: a seeded cycle, so that none keeps its own."""
     cycle = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     other = torch.empty_like(cycle)
     other[cycle] = cycle.roll(1)

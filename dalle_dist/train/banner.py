@@ -7,26 +7,12 @@ from collections.abc import Mapping
 
 import torch
 
-from dalle_dist.config import DVAETrainConfig, StageConfig, TrainConfig
+from dalle_dist.config import DVAETrainConfig, TrainConfig
 from dalle_dist.data import storage
 from dalle_dist.data.loader import TokenDataset
 from dalle_dist.distributed.process_group import Ranks
-from dalle_dist.errors import ConfigError
 
 CAPTIONS = 2_000  # looked at, at most
-
-
-def refuse_endless_warmup(settings: StageConfig) -> None:
-    """Raise ConfigError for a run that would end before its learning rate has risen.
-
-    Asked of a run that starts, not of every config: releases of older runs stay readable.
-    """
-    if settings.warmup > settings.steps:
-        key = f"{settings.section}.warmup"
-        raise ConfigError(
-            f"{key}: {settings.warmup} steps of warm-up in a run of {settings.steps}; set it too, "
-            f"e.g. {key}={settings.steps // 20}"
-        )
 
 
 def table(block: Mapping[str, str]) -> str:

@@ -14,11 +14,11 @@ from tqdm import tqdm
 from dalle_dist.checkpoint import store
 from dalle_dist.checkpoint.convert import convert, find_checkpoint, require_checkpoint
 from dalle_dist.checkpoint.release import CONFIG, STAMP
-from dalle_dist.config import Config
+from dalle_dist.config import Config, StageConfig
 from dalle_dist.data.loader import batches
 from dalle_dist.distributed import process_group
 from dalle_dist.distributed.process_group import Ranks
-from dalle_dist.errors import UserError
+from dalle_dist.errors import ConfigError, UserError
 from dalle_dist.train import banner
 from dalle_dist.train.run import Run
 from dalle_dist.train.stage import Stage
@@ -65,11 +65,24 @@ def _prepared(
     stage = make(config, ranks)
     if resume is not None and resume != "auto":
         require_checkpoint(resume)
-    banner.refuse_endless_warmup(stage.settings)
+    _refuse_endless_warmup(stage.settings)
     if ranks.local_rank == 0:
         for dataset in stage.datasets:
             dataset.shards.require_files()
     return stage
+
+
+def _refuse_endless_warmup(settings: StageConfig) -> None:
+    """Raise ConfigError for a run that would end before its learning rate has risen.
+
+    Asked of a run that starts, not of every config: releases of older runs stay readable.
+    """
+    if settings.warmup > settings.steps:
+        key = f"{settings.section}.warmup"
+        raise ConfigError(
+            f"{key}: {settings.warmup} steps of warm-up in a run of {settings.steps}; set it too, "
+            f"e.g. {key}={settings.steps // 20}"
+        )
 
 
 class _Loop:

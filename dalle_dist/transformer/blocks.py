@@ -7,6 +7,8 @@ Shape suffixes: B batch, C captions, S positions, W width, H heads, D head width
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from dalle_kernels.masks import AttentionMask
@@ -21,7 +23,7 @@ from dalle_dist.precision.scales import BlockScale, BlockScales
 from dalle_dist.transformer.embeddings import LayerNorm
 
 
-class Resblock(nn.Module):
+class Resblock(nn.Module, ABC):
     """x + inside(norm(x)); `scale` is set by `attach_scales` where gradients are scaled."""
 
     scale: BlockScale | None = None
@@ -35,9 +37,9 @@ class Resblock(nn.Module):
             return x_BSW + self.inside(self.norm(x_BSW)).float()
         return x_BSW + scaled_branch(x_BSW, self.norm, self.inside, self.scale)
 
+    @abstractmethod
     def inside(self, h_BSW: Tensor) -> Tensor:
         """What the block computes, in 16 bits where the precision says so."""
-        raise NotImplementedError
 
 
 class Attention(Resblock):

@@ -103,25 +103,17 @@ class DeepSpeedEngine:
         return float(self._engine.get_global_grad_norm() if plain is None else plain)
 
     def gradients(self) -> list[Piece]:
-        return owned_gradients(
-            self.module,
-            self._engine.optimizer,
-            self.zero_stage,
-            self.shard_rank,
-            self._resblocks.of,
-        )
+        return self._pieces(owned_gradients)
 
     def weights(self) -> list[Piece]:
         return self._owned() if self.zero_stage > 0 or self._ranks.rank == 0 else []
 
     def _owned(self) -> list[Piece]:
-        return owned_weights(
-            self.module,
-            self._engine.optimizer,
-            self.zero_stage,
-            self.shard_rank,
-            self._resblocks.of,
-        )
+        return self._pieces(owned_weights)
+
+    def _pieces(self, find: Callable[..., list[Piece]]) -> list[Piece]:
+        optimizer, blocks = self._engine.optimizer, self._resblocks.of
+        return find(self.module, optimizer, self.zero_stage, self.shard_rank, blocks)
 
     def telemetry(self) -> Telemetry:
         return self.transform.telemetry()
