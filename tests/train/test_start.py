@@ -19,6 +19,7 @@ from test_train_dvae import write_images
 from dalle_dist.checkpoint.release import load_release
 from dalle_dist.cli import main
 from dalle_dist.config import Config
+from dalle_dist.data import storage
 from dalle_dist.data.shards import ShardSet, ShardWriter
 from dalle_dist.distributed import process_group
 from dalle_dist.errors import UserError
@@ -26,6 +27,7 @@ from dalle_dist.image_tokenizer.dvae import DVAETokenizer
 from dalle_dist.testing import run_distributed
 from dalle_dist.text_tokenizer.bpe import train_tokenizer
 from dalle_dist.train.lock import Lock
+from dalle_dist.train.run import working_copy
 from dalle_dist.train.transformer import TransformerStage
 
 SHORT = {"steps": 1, "warmup": 1, "prompts": []}
@@ -302,3 +304,12 @@ def _write_captions(folder: Path, captions: list[str]) -> None:
         for sample, caption in zip(samples, captions, strict=True):
             files = {"npy": sample["npy"], "txt": caption.encode(), "json": sample["json"]}
             writer.write(sample["__key__"].decode(), files)
+
+
+def test_a_remote_runs_working_copy_lies_in_the_cache_that_all_files_share(monkeypatch, tmp_path):
+    monkeypatch.setattr(storage, "list_files", lambda path: [])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DALLE_DIST_CACHE", "")
+    monkeypatch.chdir(tmp_path)
+    copy = working_copy("s3://bucket/run", process_group.init())
+    assert copy.parent == tmp_path / ".cache/dalle-dist/runs"
