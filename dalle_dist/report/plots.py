@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dalle_dist.data import storage
 from dalle_dist.errors import DataError
+from dalle_dist.train.run import read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,12 +23,10 @@ def plot(what: str, run: str) -> str:
     Raises:
         DataError: the run has logged nothing of the kind.
     """
-    path = storage.join(run, "log.jsonl")
-    if not storage.exists(path):
+    if not storage.exists(storage.join(run, "log.jsonl")):
         raise DataError(f"{run}: no run here (log.jsonl is missing)")
-    lines = [json.loads(line) for line in storage.read_bytes(path).decode().splitlines()]
     buffer = io.BytesIO()
-    PLOTS[what](run, lines).savefig(buffer, format="png")
+    PLOTS[what](run, read_log(run)).savefig(buffer, format="png")
     out = storage.join(run, f"plots/{what}.png")
     storage.write_bytes(out, buffer.getvalue())
     return out
