@@ -143,6 +143,14 @@ class TrainConfig(StageConfig):
         at_least=0,
         below=1,
     )
+    caption_dropout: float = option(
+        0.0,
+        "probability that a training sample has the empty caption instead of its own; above 0, "
+        "images can be generated with guidance (sampling.guidance)",
+        source="Ho & Salimans 2022 (arXiv 2207.12598); the paper has none",
+        at_least=0,
+        below=1,
+    )
     precision: Literal["fp16", "bf16", "fp32"] = option(
         "bf16",
         "number format of training; fp16 = with a gradient scale per resblock, on fp32 parameters",

@@ -6,6 +6,7 @@ Shape suffixes: B batch, C colour channels, H and W pixels, T text positions, N 
 from __future__ import annotations
 
 import io
+import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from dalle_dist.data.decode import decode_sample
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardSet
 from dalle_dist.errors import ConfigError, DataError
-from dalle_dist.text_tokenizer.protocol import TextTokenizer
+from dalle_dist.text_tokenizer.protocol import PAD, TextTokenizer
 
 CACHE_BYTES = 256 << 20  # decoded images kept per process, for data sets that fit
 
@@ -132,7 +133,8 @@ class ImageDataset(Dataset):
 class TokenDataset(Dataset):
     """(text_T int64, codes_N int64) of a folder of token shards.
 
-    Captions longer than the text block are cut. `fingerprint` is the image tokenizer's.
+    Captions longer than the text block are cut. `caption_dropout` is the probability that a sample
+    has the empty caption, all pads, instead of its own. `fingerprint` is the image tokenizer's.
 
     Raises:
         DataError: the shards were made by another image tokenizer, or have another grid.
@@ -148,9 +150,11 @@ class TokenDataset(Dataset):
         seed: int,
         fingerprint: str,
         grid: int,
+        caption_dropout: float = 0.0,
     ) -> None:
         self.shards, self.order, self.tokenizer = ShardSet(folder, "tokens"), order, tokenizer
         self.text_tokens, self.bpe_dropout, self.seed = text_tokens, bpe_dropout, seed
+        self.caption_dropout = caption_dropout
         meta = self.shards.index.meta
         for name, wanted in (("image_tokenizer", fingerprint), ("grid", grid)):
             if meta.get(name) != wanted:
@@ -174,12 +178,19 @@ class TokenDataset(Dataset):
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         epoch, index = self.order.at(position) if self.order else (0, position)
         files = self.shards.read(index)
+        codes_N = np.load(io.BytesIO(files["npy"]), allow_pickle=False).astype(np.int64)
+        sample_seed = f"{self.seed} {epoch} {index}"
+        if self._drops_caption(sample_seed):
+            return torch.full((self.text_tokens,), PAD), torch.from_numpy(codes_N)
         caption = files.get("txt", b"").decode(errors="replace")
         ids, _ = self.tokenizer.encode_padded(
-            caption, self.text_tokens, dropout=self.bpe_dropout, seed=f"{self.seed} {epoch} {index}"
+            caption, self.text_tokens, dropout=self.bpe_dropout, seed=sample_seed
         )
-        codes_N = np.load(io.BytesIO(files["npy"]), allow_pickle=False).astype(np.int64)
         return torch.tensor(ids), torch.from_numpy(codes_N)
+
+    def _drops_caption(self, sample_seed: str) -> bool:
+        # Not the stream of BPE dropout, which starts from the sample's seed itself.
+        return random.Random(f"caption {sample_seed}").random() < self.caption_dropout
 
 
 def collate_images(samples: Sequence[ImageSample]) -> ImageBatch:

@@ -27,6 +27,8 @@ def held_out_losses(
 ) -> tuple[float, float]:
     """Nats per text token and per image token over the held-out set; all ranks share the work.
 
+    The first is 0 where all captions are empty.
+
     Every rank makes the same number of forward passes, as ZeRO-3 gathers weights in each.
 
     Args:
@@ -44,7 +46,7 @@ def held_out_losses(
             sums = [total + part for total, part in zip(sums, parts, strict=True)]
     engine.module.train()
     text, texts, image, images = ranks.sum(sums)
-    return text / texts, image / images
+    return text / max(texts, 1), image / images
 
 
 def _batch(

@@ -64,18 +64,21 @@ class TransformerStage(Stage):
             )
         device = ranks.device if ranks.rank == 0 else "cpu"  # only rank 0 samples
         self.image_tokenizer = load_configured(config, device)
-        self.train_set = self._dataset("train", config.tokenizer.bpe_dropout)
-        self.held_out = self._dataset("held-out", 0.0)
+        self.train_set = self._dataset("train")
+        self.held_out = self._dataset("held-out")
         self.fingerprints = {
             "tokenizer": self.tokenizer.fingerprint,
             "image tokenizer": self.image_tokenizer.fingerprint,
         }
 
-    def _dataset(self, part: str, bpe_dropout: float) -> TokenDataset:
+    def _dataset(self, part: str) -> TokenDataset:
         config, order = self.config, None
         folder = storage.join(config.paths.tokens, part)
+        bpe_dropout = caption_dropout = 0.0
         if part == "train":
             order = ShardIndex.load(folder).order(config.seed, config.data.shuffle_shards)
+            bpe_dropout = config.tokenizer.bpe_dropout
+            caption_dropout = config.train.caption_dropout
         return TokenDataset(
             folder,
             order,
@@ -85,6 +88,7 @@ class TransformerStage(Stage):
             config.seed,
             self.image_tokenizer.fingerprint,
             config.transformer.image_grid,
+            caption_dropout,
         )
 
     @property
@@ -118,7 +122,8 @@ class TransformerStage(Stage):
         device = next(engine.module.parameters()).device
         text, _, image, *_ = engine(text_BT.to(device), codes_BN.to(device))
         images = self.settings.batch_size * self.config.transformer.image_tokens
-        text, image = text / counts[0], image / images
+        # No text target is left where all captions of a step were dropped.
+        text, image = text / max(counts[0], 1), image / images
         return weighted(text, image, self.config.train.text_loss), torch.stack([text, image])
 
     def numbers(self, terms: Sequence[float], step: int) -> dict[str, float]:

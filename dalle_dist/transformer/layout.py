@@ -45,7 +45,10 @@ def text_inputs(text_BT: Tensor) -> Tensor:
 
 
 def counted_text_targets(text_BT: Tensor) -> Tensor:
-    """bool: text, and the first pad, which ends it; later pads teach nothing."""
+    """bool: text, and the pad that ends it; later pads teach nothing, nor does an empty caption.
+
+    The empty caption replaces others at random: that text ends at once is not to be learned.
+    """
     is_text_BT = text_BT != PAD
-    ended_before_BT = torch.cat([torch.ones_like(is_text_BT[:, :1]), is_text_BT[:, :-1]], dim=1)
-    return is_text_BT | ended_before_BT
+    after_text_BT = torch.cat([torch.zeros_like(is_text_BT[:, :1]), is_text_BT[:, :-1]], dim=1)
+    return is_text_BT | after_text_BT

@@ -24,8 +24,9 @@ class Loss:
     image_count: Tensor
 
     def total(self, text_weight: float) -> Tensor:
-        """`weighted` of the means over these targets."""
-        text, image = self.text_sum / self.text_count, self.image_sum / self.image_count
+        """`weighted` of the means over these targets; 0 for the text where none counts."""
+        text = self.text_sum / self.text_count.clamp(min=1)
+        image = self.image_sum / self.image_count
         return weighted(text, image, text_weight)
 
 

@@ -195,6 +195,42 @@ def test_dropout_differs_between_epochs_and_is_reproducible(tmp_path, tokenizer)
     assert len({tuple(ids) for ids in epochs()}) > 3
 
 
+def _texts(folder, tokenizer, samples, caption_dropout, bpe_dropout=0.3, seed=0):
+    """Two epochs of rows, by position."""
+    order = SampleOrder(0, [samples], 1)
+    dataset = TokenDataset(
+        folder, order, tokenizer, 30, bpe_dropout, seed, "aa", GRID, caption_dropout
+    )
+    return {p: dataset[p][0].tolist() for p in reversed(range(2 * samples))}
+
+
+def test_a_dropped_caption_is_all_pads_and_the_others_are_as_without_dropout(tmp_path, tokenizer):
+    folder = _write_tokens(tmp_path / "t", ["one two three a red heart"] * 200)
+    kept, some = (_texts(folder, tokenizer, 200, share) for share in (0.0, 0.3))
+    dropped = {p for p, row in some.items() if row == [PAD] * 30}
+    assert 90 <= len(dropped) <= 150
+    assert not any(row == [PAD] * 30 for row in kept.values())
+    assert {p: row for p, row in some.items() if p not in dropped} == {
+        p: row for p, row in kept.items() if p not in dropped
+    }
+    # Other samples in the second epoch.
+    order = SampleOrder(0, [200], 1)
+    first, second = (
+        {order.at(p)[1] for p in dropped if order.at(p)[0] == epoch} for epoch in (0, 1)
+    )
+    assert first != second
+
+
+def test_which_captions_are_dropped_depends_on_the_seed_not_on_bpe_dropout(tmp_path, tokenizer):
+    folder = _write_tokens(tmp_path / "t", ["a red heart"] * 100)
+
+    def dropped(bpe_dropout, seed):
+        texts = _texts(folder, tokenizer, 100, 0.3, bpe_dropout, seed)
+        return {p for p, row in texts.items() if row[0] == PAD}
+
+    assert dropped(0.0, 0) == dropped(0.3, 0) != dropped(0.3, 1)
+
+
 @pytest.mark.parametrize(
     ("fingerprint", "grid", "message"),
     [

@@ -103,6 +103,15 @@ class TestOneProcess:
         assert len(set(setup_counts)) > 1
 
 
+    def test_steps_whose_captions_are_all_dropped_have_no_text_loss(self, inputs):
+        config = in_folder(inputs, "dropped", caption_dropout=0.9999, steps=2, **zero(0))
+        (curves,), (held_out,) = run_distributed(train_all, 1, [config])[0]
+        assert [row[1] for row in curves] == [0, 0]
+        assert [row[0] for row in curves] == [pytest.approx(row[2] * 7 / 8) for row in curves]
+        # Held-out captions are never dropped, and no text was learned.
+        assert held_out == [[pytest.approx(torch.tensor(300.0).log().item()), held_out[0][1]]]
+
+
 def _counts(config: Config) -> list[int]:
     from dalle_dist.distributed import process_group
 

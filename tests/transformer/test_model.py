@@ -64,7 +64,19 @@ def test_text_layout():
     text_BT = torch.tensor([[5, 6, PAD, PAD], [5, 6, 7, 8], [PAD, PAD, PAD, PAD]])
     assert text_inputs(text_BT).tolist() == [[1, 5, 6, 0], [1, 5, 6, 7], [1, 0, 0, 0]]
     counted = counted_text_targets(text_BT).int().tolist()
-    assert counted == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert counted == [[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
+
+
+def test_a_batch_of_empty_captions_has_a_loss_of_the_image_alone():
+    model = tiny()
+    text_BT, codes_BN = batch()
+    loss = model(torch.full_like(text_BT, PAD), codes_BN)
+    total = loss.total(1 / 8)
+    assert (loss.text_count, loss.text_sum) == (0, 0)
+    torch.testing.assert_close(total, 7 / 8 * loss.image_sum / loss.image_count)
+    total.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert model.text_embedding.pad.grad.any() and not model.text_unembedding.weight.grad.any()
 
 
 def slow_stream(model, text, codes):
