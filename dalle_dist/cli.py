@@ -8,17 +8,17 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, get_args
 
 from dalle_dist import __version__
-from dalle_dist.config import Config, load, preset_names, to_yaml
+from dalle_dist.config import Config, SamplingConfig, load, preset_names, to_yaml
+from dalle_dist.config.root import keys_of
 from dalle_dist.distributed.launchers import read_environment
 from dalle_dist.errors import ConfigError, OtherRankError, UserError
-from dalle_dist.generate.sampling_options import Sampling, flag
+from dalle_dist.generate.sampling_options import flag
 from dalle_dist.stages import STAGES
 
 if TYPE_CHECKING:
@@ -203,9 +203,10 @@ def _add_generate(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("release", metavar="RELEASE", help="a release folder, e.g. runs/demo/release")
     verb.add_argument("prompts", nargs="+", metavar="PROMPT")
     verb.add_argument("-n", type=int, default=1, help="images per prompt")
-    for option in fields(Sampling):
-        kind, help_ = type(option.default), option.metadata["help"]
-        verb.add_argument(flag(option.name), type=kind, default=option.default, help=help_)
+    for name, kind, meaning in keys_of(SamplingConfig):
+        choices = get_args(kind) or None
+        help_ = f"{meaning.description} (default: the release's)"
+        verb.add_argument(flag(name), type=str if choices else kind, choices=choices, help=help_)
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--batch-size", type=int, default=64, help="images generated at once")
     verb.add_argument("-o", "--out", default="generated", help="folder (default generated)")
@@ -316,7 +317,7 @@ def _generate(options: argparse.Namespace) -> None:
         n=options.n,
         seed=options.seed,
         batch_size=options.batch_size,
-        **{option.name: getattr(options, option.name) for option in fields(Sampling)},
+        **{name: getattr(options, name) for name, *_ in keys_of(SamplingConfig)},
     )
     write_outputs(images, options.out, fingerprint=generator.fingerprint)
     print(f"{len(images)} images in {options.out}/, all of them in {options.out}/grid.png")

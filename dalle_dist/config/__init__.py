@@ -22,6 +22,7 @@ from dalle_dist.config.sections import (
     ImageTokenizerConfig,
     ParallelConfig,
     PathsConfig,
+    SamplingConfig,
     TokenizerConfig,
     TransformerConfig,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "ImageTokenizerConfig",
     "ParallelConfig",
     "PathsConfig",
+    "SamplingConfig",
     "StageConfig",
     "TokenizerConfig",
     "TrainConfig",

@@ -16,6 +16,7 @@ from dalle_dist.config.sections import (
     ImageTokenizerConfig,
     ParallelConfig,
     PathsConfig,
+    SamplingConfig,
     TokenizerConfig,
     TransformerConfig,
 )
@@ -41,6 +42,7 @@ class Config:
     dvae_train: DVAETrainConfig = field(default_factory=DVAETrainConfig)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:

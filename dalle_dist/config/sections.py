@@ -11,6 +11,7 @@ from dalle_dist.choices import (
     BetweenNodes,
     CommDtype,
     ErrorDtype,
+    GuidanceSchedule,
     MaskPattern,
     MaskVariant,
     RankOf,
@@ -188,6 +189,35 @@ class TransformerConfig:
     def tokens(self) -> int:
         """Positions of the sequence: text then image."""
         return self.text_tokens + self.image_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How image tokens are chosen when images are generated; a release's are its defaults."""
+
+    temperature: float = option(
+        1.0, "divides the logits; 0 = always the likeliest token", at_least=0
+    )
+    top_k: int = option(0, "only this many likeliest tokens; 0 = all", unit="tokens", at_least=0)
+    top_p: float = option(
+        1.0,
+        "only the fewest likeliest tokens that reach this probability",
+        above=0,
+        at_most=1,
+    )
+    guidance: float = option(
+        1.0,
+        "weight w of the caption: the logits are empty + w x (captioned - empty), where empty is "
+        "what the model gives for the empty caption; 1 = off, more follows the caption more "
+        "closely. For models trained with train.caption_dropout",
+        source="Ho & Salimans 2022 (arXiv 2207.12598); the paper has none",
+        at_least=0,
+    )
+    guidance_schedule: GuidanceSchedule = option(
+        "constant",
+        "guidance from the first image token to the last: constant, or rising from 1 to its value "
+        "along a line or half a cosine",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_dist.checkpoint.release import load_release
+from dalle_dist.choices import GuidanceSchedule
 from dalle_dist.config import Config
 from dalle_dist.data.labelled_grid import to_image
 from dalle_dist.distributed.process_group import device_of
 from dalle_dist.errors import UserError
-from dalle_dist.generate.sampler import sample_codes
+from dalle_dist.generate.sampler import sample_codes, warn_if_never_empty
 from dalle_dist.generate.sampling_options import Sampling
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 from dalle_dist.text_tokenizer.protocol import TextTokenizer
@@ -80,16 +81,20 @@ class Generator:
         prompts: str | Sequence[str],
         *,
         n: int = 1,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+        guidance_schedule: GuidanceSchedule | None = None,
         seed: int = 0,
         batch_size: int = 64,
     ) -> list[GeneratedImage]:
         """`n` images per prompt, prompt by prompt.
 
-        An image depends on (seed, prompt, its index), not on what is generated beside it. Prompts
-        longer than the text block are cut, with a warning.
+        Sampling options that are None are those of the release (section `sampling` of its config).
+        An image depends on (seed, prompt, its index) and on them, not on what is generated beside
+        it. Prompts longer than the text block are cut, with a warning; so is there one for guidance
+        of a model that was trained without empty captions.
 
         Raises:
             UserError: an option out of its range, or an empty prompt.
@@ -98,7 +103,15 @@ class Generator:
         _check_prompts(prompts)
         _check_numbers(n, seed, batch_size)
         n, seed = int(n), int(seed)
-        sampling = Sampling(temperature, top_k, top_p)
+        sampling = Sampling.of(
+            self.config.sampling,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance=guidance,
+            guidance_schedule=guidance_schedule,
+        )
+        warn_if_never_empty(self.config, sampling)
         texts = {prompt: self._text(prompt) for prompt in prompts}
         wanted = [(prompt, index) for prompt in prompts for index in range(n)]
         made: list[GeneratedImage] = []

@@ -98,7 +98,7 @@ def measure(
 
 
 def sample_rows(generator: Generator, held_out: HeldOut, seed: int) -> list[Row]:
-    """Samples at temperature 1, untruncated, for captions spread over the held-out set."""
+    """Samples by the release's sampling options, for captions spread over the held-out set."""
     count = min(CAPTIONS, len(held_out.captions))
     chosen = [i * len(held_out.captions) // count for i in range(count)]
     captions = [held_out.captions[i] for i in chosen]

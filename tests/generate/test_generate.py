@@ -94,8 +94,7 @@ def test_samples_follow_the_probabilities():
     uniform_B = torch.rand(30_000, generator=torch.Generator().manual_seed(0), dtype=torch.double)
 
     def shares(**options):
-        defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        drawn = choose(logits_BK, uniform_B, Sampling(**(defaults | options)))
+        drawn = choose(logits_BK, uniform_B, Sampling(**options))
         return (torch.bincount(drawn, minlength=3) / 30_000).tolist()
 
     assert shares() == pytest.approx([0.5, 0.3, 0.2], abs=0.01)
@@ -127,6 +126,14 @@ def test_pictures_depend_on_seed_prompt_and_index_alone():
         ({"temperature": float("inf")}, "--temperature: inf is not"),
         ({"top_k": -1}, "--top-k"),
         ({"top_p": 0.0}, "--top-p"),
+        ({"top_p": 1.5}, "--top-p: 1.5 is not above 0, at most 1"),
+        ({"top_k": 1.5}, "--top-k: 1.5 is not an integer"),
+        ({"guidance": -0.5}, "--guidance: -0.5 is not at least 0"),
+        ({"guidance": float("nan")}, "--guidance: nan is not a finite number"),
+        ({"guidance": float("inf")}, "--guidance: inf is not a finite number"),
+        ({"guidance": "3"}, "--guidance: '3' is not a number"),
+        ({"guidance_schedule": "square"}, "--guidance-schedule: 'square' is not one of constant,"),
+        ({"guidance_schedule": 1}, "--guidance-schedule: 1 is not one of constant"),
         ({"batch_size": 0}, "--batch-size"),
         ({"batch_size": 2.5}, "--batch-size: 2.5 is not an integer"),
         ({"n": "3"}, "-n: '3' is not an integer"),
@@ -169,7 +176,8 @@ def test_outputs_are_pictures_a_grid_and_a_manifest(tmp_path):
     assert all(map(str.startswith, files, starts))
     assert entries[3] == {
         "file": files[3], "prompt": "a blue car", "index": 1, "seed": 3, "model": "f" * 16,
-        "temperature": 1.0, "top_k": 5, "top_p": 1.0,
+        "temperature": 1.0, "top_k": 5, "top_p": 1.0, "guidance": 1.0,
+        "guidance_schedule": "constant",
     }  # fmt: skip
     with Image.open(out / files[3]) as kept:
         assert kept.tobytes() == drawn[3].image.tobytes()
@@ -177,10 +185,12 @@ def test_outputs_are_pictures_a_grid_and_a_manifest(tmp_path):
 
 def test_the_manifest_says_how_to_draw_a_picture_again(tmp_path):
     generator = build()
-    drawn = generator.generate(["a blue car", "a red heart"], n=3, seed=7, temperature=0.5)
+    options = {"temperature": 0.5, "guidance": 2, "guidance_schedule": "linear"}
+    drawn = generator.generate(["a blue car", "a red heart"], n=3, seed=7, **options)
     write_outputs(drawn, str(tmp_path), fingerprint="")
     entry = manifest(tmp_path)[5]
-    options = {key: entry[key] for key in ("seed", "temperature", "top_k", "top_p")}
+    kept = ("seed", "temperature", "top_k", "top_p", "guidance", "guidance_schedule")
+    options = {key: entry[key] for key in kept}
     again = generator.generate(entry["prompt"], n=entry["index"] + 1, **options)[-1]
     with Image.open(tmp_path / entry["file"]) as kept:
         assert kept.tobytes() == again.image.tobytes()
@@ -207,6 +217,8 @@ def test_a_repeated_call_replaces_its_own_pictures(tmp_path):
         ("a red heart", {"temperature": 0.5}, "old"),
         ("a red heart", {"top_k": 3}, "old"),
         ("a red heart", {"top_p": 0.5}, "old"),
+        ("a red heart", {"guidance": 2}, "old"),
+        ("a red heart", {"guidance_schedule": "linear"}, "old"),
         ("a red heart", {}, "new"),
     ],
 )

@@ -102,7 +102,6 @@ class TestOneProcess:
         setup_counts = _counts(config)
         assert len(set(setup_counts)) > 1
 
-
     def test_steps_whose_captions_are_all_dropped_have_no_text_loss(self, inputs):
         config = in_folder(inputs, "dropped", caption_dropout=0.9999, steps=2, **zero(0))
         (curves,), (held_out,) = run_distributed(train_all, 1, [config])[0]

@@ -4,8 +4,8 @@ Text keys and values are kept once per caption, and all its samples look at them
 Image keys and values go into a ring of `span(mask).slots`, where scan position p is in slot
 p % slots; masks by column keep whole columns, each of them contiguous.
 
-Shape suffixes: C captions, S samples of a caption (padded to the most), B samples of all captions,
-H heads, D head width, T text tokens, J slots.
+Shape suffixes: C captions, B samples of all captions, H heads, D head width, T text tokens,
+J slots.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -61,7 +61,6 @@ class DecodeCache:
         self.k_CHTD, self.v_CHTD = k_CHTD.contiguous(), v_CHTD.contiguous()
         self.k_BHJD = k_CHTD.new_empty(sum(self.samples), heads, self.slots, width)
         self.v_BHJD = torch.empty_like(self.k_BHJD)
-        self.padded_row_B = _padded_rows(self.samples, k_CHTD.device)
         first = [0, *accumulate(self.samples)]  # sample of each caption, and one past the last
         self.first_C = torch.tensor(first, device=k_CHTD.device)
 
@@ -148,22 +147,16 @@ class DecodeCache:
 
     def _per_caption(self, x_BHn: Tensor, y_CHnm: Tensor) -> Tensor:
         """Each sample's rows times its caption's matrix: [B, H, m]."""
-        captions, most = len(self.samples), max(self.samples)
-        if self.padded_row_B is not None:
-            padded = x_BHn.new_zeros(captions * most, *x_BHn.shape[1:])
-            x_BHn = padded.index_copy(0, self.padded_row_B, x_BHn)
-        x_CHSn = x_BHn.unflatten(0, (captions, most)).transpose(1, 2)
-        out_BHm = (x_CHSn @ y_CHnm).transpose(1, 2).flatten(0, 1)
-        return out_BHm if self.padded_row_B is None else out_BHm[self.padded_row_B]
-
-
-def _padded_rows(samples: tuple[int, ...], device: torch.device) -> Tensor | None:
-    """int64 [B]: each sample's row among captions padded to the most samples; None if all alike."""
-    most = max(samples)
-    if min(samples) == most:
-        return None
-    rows = [c * most + s for c, count in enumerate(samples) for s in range(count)]
-    return torch.tensor(rows, device=device)
+        # One product for neighbouring captions with equally many samples. To pad all to the most
+        # is costly where one has as many as all others together, as guidance has.
+        runs = [(len(list(run)), count) for count, run in groupby(self.samples)]
+        xs = x_BHn.split([captions * count for captions, count in runs])
+        ys = y_CHnm.split([captions for captions, _ in runs])
+        products = [
+            (x_BHn.unflatten(0, run).transpose(1, 2) @ y_CHnm).transpose(1, 2).flatten(0, 1)
+            for run, x_BHn, y_CHnm in zip(runs, xs, ys, strict=True)
+        ]
+        return torch.cat(products)
 
 
 # Kept for later calls, so never an inference tensor, which autograd would refuse.
