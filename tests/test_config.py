@@ -197,9 +197,11 @@ def test_each_choice_of_the_config_is_known_to_the_code_that_obeys_it():
     from dalle_kernels.masks import variants
 
     from dalle_dist import choices
+    from dalle_dist.generate.sampling_options import SCHEDULES
     from dalle_dist.gradients.all_reduce import _DTYPES
     from dalle_dist.optim.adamw import MOMENTS
 
     assert set(choices.values(choices.MaskVariant)) == set(variants())
     assert set(choices.values(choices.Moments)) == set(MOMENTS)
+    assert set(choices.values(choices.GuidanceSchedule)) == set(SCHEDULES)
     assert set(choices.values(choices.CommDtype)) - set(_DTYPES) == {"1-6-9"}

@@ -14,7 +14,7 @@ import torch
 
 from dalle_dist.checkpoint.release import load_release, save_dvae_release
 from dalle_dist.checkpoint.weights import load_pieces
-from dalle_dist.config import Config
+from dalle_dist.config import Config, SamplingConfig
 from dalle_dist.data.loader import collate_tokens
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import CheckpointError, ConfigError, DataError, UserError
@@ -252,6 +252,11 @@ class TestRefusals:
     def test_a_used_folder_needs_resume(self, alone):
         with pytest.raises(UserError, match="--resume auto"):
             program.train(alone[0])
+
+    def test_other_sampling_options_are_no_reason_to_refuse(self, alone, capsys):
+        config = dataclasses.replace(alone[0], sampling=SamplingConfig(guidance=3))
+        program.train(config, "auto")
+        assert "complete at step 6; nothing to do" in capsys.readouterr().out
 
     def test_another_shape(self, alone):
         tree = dataclasses.replace(alone[0].transformer, conv_kernel=5)

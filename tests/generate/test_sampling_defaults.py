@@ -1,0 +1,98 @@
+"""The sampling options of a release are those of its config, unless a call says otherwise."""
+
+import inspect
+import json
+
+import pytest
+import tiny_run
+import torch
+from test_generate import build
+
+from dalle_dist import Generator
+from dalle_dist.checkpoint.release import save_release
+from dalle_dist.cli import main
+from dalle_dist.config import SamplingConfig, from_dict, to_dict
+from dalle_dist.config.root import keys_of
+from dalle_dist.generate.sampling_options import Sampling, flag
+from dalle_dist.report.report import HeldOut, sample_rows
+from dalle_dist.transformer.model import Transformer
+
+OPTIONS = {"guidance": 3.0, "temperature": 0.5}
+NAMES = [name for name, *_ in keys_of(SamplingConfig)]
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    """release(guidance=3): folder of a release whose config has this section `sampling`."""
+    folder = tmp_path_factory.mktemp("releases")
+    tree = to_dict(tiny_run.make(folder))
+    tree["train"]["caption_dropout"] = 0.1
+    torch.manual_seed(3)
+    weights = {
+        name: 0.3 * torch.randn(shape.shape)
+        for name, shape in Transformer(from_dict(tree)).state_dict().items()
+    }
+
+    def make(**sampling):
+        config = from_dict(tree | {"sampling": sampling})
+        target = folder / "-".join(map(str, sampling.values())) / "release"
+        dvae = f"{config.paths.dvae_run}/release"
+        save_release(str(target), config, weights, config.paths.tokenizer, dvae)
+        return str(target)
+
+    return make
+
+
+def codes(release, **options):
+    made = Generator.load(release, device="cpu").generate("red heart", n=4, **options)
+    return [image.codes_N.tolist() for image in made]
+
+
+def test_a_release_generates_by_its_own_options_and_a_call_may_say_otherwise(release):
+    set_, plain = release(**OPTIONS), release()
+    assert codes(set_) == codes(plain, **OPTIONS) != codes(plain)
+    assert codes(set_, guidance=1, temperature=1) == codes(plain)
+    assert codes(set_, temperature=0) == codes(plain, guidance=3, temperature=0)
+
+
+def test_the_command_line_takes_the_releases_options_too(release, tmp_path):
+    set_ = release(guidance_schedule="linear", top_k=7, **OPTIONS)
+
+    def in_force(*flags):
+        out = tmp_path / "-".join(("out", *flags))
+        assert main(["generate", set_, "red heart", "-o", str(out), *flags]) == 0
+        (entry,) = json.loads((out / "manifest.json").read_text())["images"]
+        return {name: entry[name] for name in NAMES}
+
+    defaults = {"top_p": 1.0, "top_k": 7, "guidance_schedule": "linear", **OPTIONS}
+    assert in_force() == defaults
+    # 0 and 1 are given, not absent.
+    flags = ("--top-k", "0", "--guidance", "1", "--guidance-schedule", "cosine")
+    assert in_force(*flags) == defaults | {
+        "top_k": 0, "guidance": 1.0, "guidance_schedule": "cosine",
+    }  # fmt: skip
+
+
+def test_help_says_whose_defaults_are_meant(capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(flag(name) in shown for name in NAMES)
+    assert shown.count("(default: the release's)") == len(NAMES)
+    assert "--guidance-schedule {constant,linear,cosine}" in shown
+
+
+def test_every_option_of_the_config_is_an_argument_of_generate():
+    arguments = inspect.signature(Generator.generate).parameters
+    assert [name for name in NAMES if name not in arguments] == []
+    assert [arguments[name].default for name in NAMES] == [None] * len(NAMES)
+    assert Sampling.of(SamplingConfig(top_k=3), top_k=None, top_p=0.5) == Sampling(
+        top_k=3, top_p=0.5
+    )
+
+
+def test_the_report_samples_by_the_releases_options():
+    held_out = HeldOut(["a red heart"], torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1))
+    for temperature, different in ((1, 4), (0, 1)):
+        (row,) = sample_rows(build(f"sampling.temperature={temperature}"), held_out, seed=0)
+        assert len({image.tobytes() for image in row.samples}) == different
