@@ -66,6 +66,7 @@ TRIES = [
     (r"mpirun .* train emoji", r"\g<0> $SMALL paths.run=runs/mpirun"),
     (r"sbatch .* (slurm/\S+) (\S+)", r"dalle-dist slurm && bash -n \1 && dalle-dist config \2"),
     (r"train\.steps=1000 train\.warmup=50", r"dalle-dist config cc3m \g<0>"),
+    (r"(train\.caption_dropout|sampling\.guidance)=.*", r"dalle-dist config cc3m \g<0>"),
     (r"train\.zero_stage=\d", r"dalle-dist train emoji $SMALL paths.run=runs/stage \g<0>"),
     (r"dalle-dist convert RUN OUT", r"dalle-dist convert runs/demo converted"),
     (r"train\.precision=fp16", r"dalle-dist train emoji $SMALL paths.run=runs/fp16 \g<0>"),
