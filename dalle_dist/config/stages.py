@@ -60,6 +60,13 @@ class DVAETrainConfig(StageConfig):
         source="paper A.2",
         at_least=0,
     )
+    min_scale: float = option(
+        0.0,
+        "added to the scale b of the logit-Laplace likelihood, which else falls towards 0 where "
+        "pixels can be told exactly; 0 = the paper's likelihood",
+        source="paper A.3",
+        at_least=0,
+    )
     beta1: float = shared("beta1", 0.9, "paper A.2")
     beta2: float = shared("beta2", 0.999, "paper A.2")
     eps: float = shared("eps", 1e-8, "paper A.2")

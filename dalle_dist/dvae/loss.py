@@ -38,13 +38,19 @@ def kl_to_uniform(logits_BKGG: Tensor) -> Tensor:
 
 
 def elb_terms(
-    images_BCHW: Tensor, logits_BKGG: Tensor, stats_BSHW: Tensor
+    images_BCHW: Tensor, logits_BKGG: Tensor, stats_BSHW: Tensor, min_scale: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """(reconstruction nll, KL), both nats per channel value averaged over the batch.
 
     The loss is nll + weight * KL: both terms carry the paper's division by H * W * 3. The bound
     itself is their sum with weight 1.
+
+    Args:
+        min_scale: added to b. The gradient to mu is 1 / b, and where pixels can be told exactly,
+            as on a plain background, nothing else keeps b from falling towards 0.
     """
     mu_BCHW, log_b_BCHW = stats_BSHW.chunk(2, dim=1)
+    if min_scale:
+        log_b_BCHW = torch.logaddexp(log_b_BCHW, log_b_BCHW.new_tensor(min_scale).log())
     nll = logit_laplace_nll(map_pixels(images_BCHW), mu_BCHW, log_b_BCHW).mean()
     return nll, kl_to_uniform(logits_BKGG).mean() / images_BCHW[0].numel()

@@ -22,11 +22,12 @@ class LossDVAE(DVAE):
 
     Args:
         bf16: compute under bf16 autocast; the weights stay as they are.
+        min_scale: see `elb_terms`.
     """
 
-    def __init__(self, config: DVAEConfig, bf16: bool = False) -> None:
+    def __init__(self, config: DVAEConfig, bf16: bool = False, min_scale: float = 0.0) -> None:
         super().__init__(config)
-        self._bf16 = bf16
+        self._bf16, self._min_scale = bf16, min_scale
 
     def forward(  # type: ignore[override]
         self, images_BCHW: Tensor, gumbel_BKGG: Tensor, temperature: float
@@ -35,7 +36,7 @@ class LossDVAE(DVAE):
         device = images_BCHW.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._bf16):
             logits_BKGG, stats_BSHW = super().forward(images_BCHW, gumbel_BKGG, temperature)
-        return torch.stack(elb_terms(images_BCHW, logits_BKGG, stats_BSHW))
+        return torch.stack(elb_terms(images_BCHW, logits_BKGG, stats_BSHW, self._min_scale))
 
 
 def computes_in_bf16(precision: str, device: torch.device) -> bool:

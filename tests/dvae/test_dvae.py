@@ -153,6 +153,19 @@ def test_both_terms_are_per_colour_value():
     assert kl.item() == pytest.approx(kl_to_uniform(logits).sum().item() / 2 / 48, rel=1e-5)
 
 
+def test_least_scale_is_added_to_b_and_bounds_the_gradient():
+    images, logits = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, 5, 2, 2)
+    stats = torch.full((1, 6, 4, 4), -9.0)  # b of e^-9
+    stats[:, :3] = 0.3
+    stats.requires_grad_()
+    nll, _ = elb_terms(images, logits, stats, min_scale=0.1)
+    b = math.log(0.1 + math.exp(-9))
+    expected = logit_laplace_nll(map_pixels(images), stats[:, :3], torch.tensor(b)).mean()
+    assert nll.item() == pytest.approx(expected.item(), rel=1e-5)
+    nll.backward()
+    assert stats.grad[:, :3].abs().max().item() * 48 == pytest.approx(1 / math.exp(b), rel=1e-4)
+
+
 def test_pixel_map_and_its_inverse():
     x = torch.linspace(0, 1, 11)
     assert map_pixels(x)[[0, -1]].tolist() == pytest.approx([0.1, 0.9])
