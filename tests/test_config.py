@@ -63,7 +63,7 @@ def test_overrides_convert_types():
         ("train.prompts=7", "train.prompts: 7 is not a list"),
         ("train.prompts=[7]", r"train.prompts\[0\]: 7 is not text"),
         ("train.checkpoint_activations=1", "train.checkpoint_activations: 1 is not true or false"),
-        ("train.precision=fp8", "train.precision: 'fp8' is not one of fp16, bf16, fp32"),
+        ("train.precision=fp8", "train.precision: 'fp8' is not one of auto, fp16, bf16, fp32"),
         ("train=7", "train: 7 is not a section with keys"),
         ("train.steps", "'train.steps' is not of the form key=value"),
         ("train.lr.x=1", "train.lr.x: 'lr' is not a section"),

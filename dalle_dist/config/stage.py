@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from dalle_dist.choices import AdamWBackend, Moments, Skip, ZeROStage
+from dalle_dist.choices import AdamWBackend, Moments, Precision, Skip, ZeROStage
 from dalle_dist.config.options import inherited, option, required
 
 
@@ -37,7 +37,7 @@ class StageConfig:
     ema_every: int = required(
         "steps between two updates of the moving average", unit="steps", at_least=1
     )
-    precision: Literal["auto", "fp16", "bf16", "fp32"] = required("number format of training")
+    precision: Precision = required("number format of training")
     zero_stage: ZeROStage = required(
         "ZeRO stage: what DeepSpeed shards over ranks; 0 = nothing, 1 = optimizer state, "
         "2 = gradients too, 3 = parameters too"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from dalle_dist.choices import ZeROStage
+from dalle_dist.choices import Precision, ZeROStage
 from dalle_dist.config.options import option
 from dalle_dist.config.stage import StageConfig, shared
 
@@ -158,9 +158,10 @@ class TrainConfig(StageConfig):
         at_least=0,
         below=1,
     )
-    precision: Literal["fp16", "bf16", "fp32"] = option(
+    precision: Precision = option(
         "bf16",
-        "number format of training; fp16 = with a gradient scale per resblock, on fp32 parameters",
+        "number format of training; fp16 = with a gradient scale per resblock, on fp32 parameters; "
+        "auto = bf16 where the hardware computes in bf16, else fp32",
         source="ours; fp16: paper 2.4",
     )
     variance_clip: float = shared("variance_clip", 5.0, "paper B.2")

@@ -39,15 +39,6 @@ class LossDVAE(DVAE):
         return torch.stack(elb_terms(images_BCHW, logits_BKGG, stats_BSHW, self._min_scale))
 
 
-def computes_in_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to autocast; emulated bf16 is slower than fp32, so "auto" asks the hardware."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
-
-
 @torch.no_grad()
 def start_at_data(dvae: DVAE, images_BCHW: Tensor) -> None:
     """Set the output biases to the likelihood's optimum for a constant image.

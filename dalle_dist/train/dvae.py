@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle_dist.config import Config, StageConfig
+from dalle_dist.config import Config, DVAETrainConfig, StageConfig
 from dalle_dist.data import storage
 from dalle_dist.data.augment import Augmentation
 from dalle_dist.data.labelled_grid import grid, to_image
 from dalle_dist.data.loader import ImageBatch, ImageDataset, ImageSample, collate_images
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed.process_group import Ranks
-from dalle_dist.dvae.loss_model import LossDVAE, computes_in_bf16, gumbel_noise, start_at_data
+from dalle_dist.dvae.loss_model import LossDVAE, gumbel_noise, start_at_data
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.engine.deepspeed.settings import deepspeed_config
@@ -28,6 +28,7 @@ from dalle_dist.engine.interface import Engine
 from dalle_dist.metrics.reconstruction import psnr, reconstruct, share_in_use
 from dalle_dist.optim.dvae_schedule import DVAESchedule
 from dalle_dist.optim.ema import EMA
+from dalle_dist.precision.hardware import decided
 from dalle_dist.train.banner import dvae_schedule, unfinished
 from dalle_dist.train.loop import train_stage
 from dalle_dist.train.stage import Stage
@@ -44,12 +45,13 @@ def train_dvae(config: Config, resume: str | None = None) -> None:
 
 class DVAEStage(Stage):
     kind, title, sections = "dvae", "dVAE", ("dvae",)
+    settings: DVAETrainConfig
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, settings = config, config.dvae_train
         # The weights stay fp32; what computes in bf16 is under autocast, inside the model.
-        # All ranks the same, also on mixed hardware; first of all, since no rank may miss the call.
-        self._bf16 = not ranks.any(not computes_in_bf16(settings.precision, ranks.device))
+        # Decided first of all, since no rank may miss the call.
+        self._bf16 = decided(settings.precision, ranks) == "bf16"
         self.settings = dataclasses.replace(settings, precision="fp32")
         self.run_path, self.data_path = config.paths.dvae_run, config.paths.images
         deepspeed_config(self.settings, ranks.world)

@@ -5,6 +5,7 @@ Shape suffixes: B batch, T text positions, N image tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle_dist.config import Config
+from dalle_dist.config import Config, TrainConfig
 from dalle_dist.data import storage
 from dalle_dist.data.loader import TokenDataset, collate_tokens
 from dalle_dist.data.shards import ShardIndex
@@ -25,6 +26,7 @@ from dalle_dist.generate.grid import sample_grid
 from dalle_dist.image_tokenizer.registry import load_configured
 from dalle_dist.metrics.registry import Evaluation, check, measure
 from dalle_dist.optim.plateau_schedule import PlateauSchedule
+from dalle_dist.precision.hardware import decided
 from dalle_dist.text_tokenizer.registry import load_text_tokenizer
 from dalle_dist.train import banner
 from dalle_dist.train.loop import train_stage
@@ -46,13 +48,15 @@ def train(config: Config, resume: str | None = None) -> None:
 class TransformerStage(Stage):
     kind, title = "transformer", "transformer"
     sections = ("tokenizer", "dvae", "transformer")
+    settings: TrainConfig
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
-        self.config, self.settings = config, config.train
-        self.precision = config.train.precision
+        precision = decided(config.train.precision, ranks)  # first: no rank may miss the call
+        self.config, self.precision = config, precision
+        self.settings = dataclasses.replace(config.train, precision=precision)
         self.between_nodes = config.parallel.between_nodes
         self.run_path, self.data_path = config.paths.run, config.paths.tokens
-        deepspeed_config(config.train, ranks.world)
+        deepspeed_config(self.settings, ranks.world)
         check(config.train.metrics)
         self.tokenizer = load_text_tokenizer(config.tokenizer.kind, config.paths.tokenizer)
         # Fewer is fine: a small corpus may have fewer pairs to merge than the model has classes.
@@ -99,7 +103,7 @@ class TransformerStage(Stage):
         config = self.config
         return build_engine(
             LossTransformer(config),
-            config.train,
+            self.settings,
             ranks,
             parallel=config.parallel,
             seed=config.seed,
@@ -155,7 +159,7 @@ class TransformerStage(Stage):
             return {"samples": image}
 
     def banner(self, ranks: Ranks, parameters: int) -> dict[str, str]:
-        settings, shape = self.config.train, self.config.transformer
+        settings, shape = self.settings, self.config.transformer
         return {
             "model": f"transformer of {parameters:,} parameters: {shape.layers} layers of width "
             f"{shape.width}, {shape.text_tokens} text + {shape.image_tokens:,} image tokens",
