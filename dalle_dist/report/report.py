@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from dalle_dist.data.labelled_grid import grid, to_image
 from dalle_dist.data.loader import ImageDataset, TokenDataset
 from dalle_dist.generate.generator import Generator
 from dalle_dist.metrics.caption_gain import caption_losses
-from dalle_dist.metrics.reconstruction import psnr, share_in_use
+from dalle_dist.metrics.codes import code_counts, entropy, share_in_use
+from dalle_dist.metrics.reconstruction import psnr, ssim
 from dalle_dist.report.figures import Row, curves, table
 from dalle_dist.report.page import page
 from dalle_dist.train.run import read_log
@@ -85,11 +87,15 @@ def measure(
     """Held-out figures: PSNR of hard codes, share of codes in use, what the captions are worth."""
     codes = torch.cat([held_out.codes_BN, torch.stack([train[i][1] for i in range(len(train))])])
     losses = caption_losses(generator.model, held_out.text_BT, held_out.codes_BN, seed=config.seed)
-    quality_B = psnr(held_out.images_BCHW, held_out.reconstructed(generator))
+    counts_K = code_counts(codes, config.transformer.codebook_size)
+    reconstructed_BCHW = held_out.reconstructed(generator).cpu()
+    psnr_B, ssim_B = (f(held_out.images_BCHW, reconstructed_BCHW) for f in (psnr, ssim))
     return {
         "held-out images": len(held_out.captions),
-        "PSNR of reconstructions, dB (mean over images)": round(quality_B.mean().item(), 2),
-        "share of codes in use": round(share_in_use(codes, config.transformer.codebook_size), 3),
+        "PSNR of reconstructions, dB (mean over images)": round(psnr_B.mean().item(), 2),
+        "SSIM of reconstructions (mean over images)": round(ssim_B.mean().item(), 3),
+        "share of codes in use": round(share_in_use(counts_K), 3),
+        "perplexity of the codes": round(math.exp(entropy(counts_K)), 1),
         "image loss, right caption, nats/token": round(losses.right, 3),
         "image loss, captions shuffled, nats/token": round(losses.shuffled, 3),
         "what the caption is worth, nats/token": round(losses.gain, 3),

@@ -180,7 +180,11 @@ class _Loop:
     def _measure(self) -> None:
         step = self.state.step
         if self._due(step, self.settings.eval_every):
-            self.run.log(step, **self.stage.validate(self.state))
+            measures = self.stage.validate(self.state)
+            found, warning = self.stage.alarm(step, measures, self.run.lines())
+            self.run.log(step, **measures, **found)
+            if warning:
+                self.run.say(warning)
         if self._due(step, self.settings.sample_every):
             for name, image in self.stage.sample(self.state).items():
                 self.run.image(step, name, image)

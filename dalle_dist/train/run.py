@@ -123,11 +123,13 @@ class Run:
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
+    def lines(self) -> list[dict[str, Any]]:
+        """Those of the log so far, also those of before a resume; empty but on rank 0."""
+        return read_log(self.folder) if self.main else []
+
     def measured(self, step: int) -> bool:
         """Whether the log has what an evaluation after this step found; on rank 0 alone."""
-        if not self.main:
-            return False
-        return any(line["step"] == step and "loss" not in line for line in read_log(self.folder))
+        return any(line["step"] == step and "loss" not in line for line in self.lines())
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """samples/step-00001000-NAME.png, and the same image to TensorBoard."""

@@ -101,6 +101,17 @@ class Stage(ABC):
     def validate(self, state: TrainingState) -> dict[str, float]:
         """Measures on the held-out set, for the log; a collective call."""
 
+    def alarm(
+        self, step: int, measures: Mapping[str, float], log: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, float], str]:
+        """What is wrong with these measures: (numbers for the log, one line or "").
+
+        Args:
+            measures: what `validate` found after this step.
+            log: the run's lines so far, also those of before it was resumed.
+        """
+        return {}, ""
+
     @abstractmethod
     def sample(self, state: TrainingState) -> dict[str, Image.Image]:
         """Images to look at, by name; on rank 0, empty elsewhere; a collective call."""
