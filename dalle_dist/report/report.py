@@ -17,20 +17,30 @@ from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.data.labelled_grid import grid, to_image
 from dalle_dist.data.loader import ImageDataset, TokenDataset
-from dalle_dist.generate.generator import Generator
+from dalle_dist.generate.generator import Generator, sample_seed
+from dalle_dist.generate.sampling_options import Sampling
 from dalle_dist.metrics.caption_gain import caption_losses
 from dalle_dist.metrics.codes import code_counts, entropy, share_in_use
+from dalle_dist.metrics.identification import identify, sample_images, summary
 from dalle_dist.metrics.reconstruction import psnr, ssim
 from dalle_dist.report.figures import Row, curves, table
 from dalle_dist.report.page import page
 from dalle_dist.train.run import read_log
 
 CAPTIONS, SAMPLES, RECONSTRUCTIONS = 24, 4, 24
-DVAE_PANELS = ({"nll": "reconstruction, nats/dim"}, {"kl": "KL, nats/dim"}, {"psnr": "PSNR, dB"})
+DVAE_PANELS = (
+    {"nll": "reconstruction, nats/dim"},
+    {"kl": "KL, nats/dim"},
+    {"psnr": "PSNR, dB"},
+    {"ssim": "SSIM"},
+    {"codes_in_use": "share of codes in use"},
+    {"codes_perplexity": "perplexity of the codes"},
+)
 TRAIN_PANELS = (
     {"loss_image": "image, training", "held_out_image": "image, held out"},
     {"loss_text": "text, training", "held_out_text": "text, held out"},
     {"caption_gain": "what the caption is worth, nats per image token"},
+    {"identification_r1": "identification, R@1", "identification_r10": "identification, R@10"},
     {"lr": "learning rate"},
 )
 
@@ -84,7 +94,7 @@ def write_report(config: Config) -> None:
 def measure(
     config: Config, generator: Generator, held_out: HeldOut, train: TokenDataset
 ) -> dict[str, Any]:
-    """Held-out figures: PSNR of hard codes, share of codes in use, what the captions are worth."""
+    """Held-out figures: of reconstructions, codes, what captions are worth, identification."""
     codes = torch.cat([held_out.codes_BN, torch.stack([train[i][1] for i in range(len(train))])])
     losses = caption_losses(generator.model, held_out.text_BT, held_out.codes_BN, seed=config.seed)
     counts_K = code_counts(codes, config.transformer.codebook_size)
@@ -99,7 +109,25 @@ def measure(
         "image loss, right caption, nats/token": round(losses.right, 3),
         "image loss, captions shuffled, nats/token": round(losses.shuffled, 3),
         "what the caption is worth, nats/token": round(losses.gain, 3),
+        **identification(generator, held_out, config.seed),
         "model": generator.fingerprint,
+    }
+
+
+def identification(generator: Generator, held_out: HeldOut, seed: int) -> dict[str, float]:
+    """Of the whole held-out set, one image per caption, by the default sampling."""
+    generated_BCHW = sample_images(
+        generator.model,
+        generator.image_tokenizer,
+        held_out.text_BT,
+        [sample_seed(seed, caption, 0) for caption in held_out.captions],
+        Sampling(),
+    )
+    found = summary(identify(generated_BCHW, held_out.images_BCHW))
+    return {
+        "identification R@1": round(found["r1"], 3),
+        "identification R@10": round(found["r10"], 3),
+        "identification, median rank": found["rank"],
     }
 
 

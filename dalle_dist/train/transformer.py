@@ -22,6 +22,7 @@ from dalle_dist.engine.deepspeed.settings import deepspeed_config, micro_batch
 from dalle_dist.engine.interface import Engine
 from dalle_dist.errors import ConfigError
 from dalle_dist.generate.grid import sample_grid
+from dalle_dist.generate.sampling_options import Sampling
 from dalle_dist.image_tokenizer.registry import load_configured
 from dalle_dist.metrics.registry import Evaluation, check, measure
 from dalle_dist.optim.plateau_schedule import PlateauSchedule
@@ -131,7 +132,15 @@ class TransformerStage(Stage):
 
     def validate(self, state: TrainingState) -> dict[str, float]:
         size = micro_batch(self.settings, state.ranks.world)
-        evaluation = Evaluation(state.engine, self.held_out, size, state.ranks)
+        evaluation = Evaluation(
+            state.engine,
+            self.held_out,
+            size,
+            state.ranks,
+            self.config,
+            self.image_tokenizer,
+            Sampling(),
+        )
         return measure(self.config.train.metrics, evaluation)
 
     def sample(self, state: TrainingState) -> dict[str, Image.Image]:
