@@ -28,6 +28,7 @@ from dalle_dist.metrics.reconstruction import reconstruct
 from dalle_dist.optim.dvae_schedule import DVAESchedule
 from dalle_dist.optim.ema import EMA
 from dalle_dist.train.banner import dvae_schedule, unfinished
+from dalle_dist.train.flop import dvae_flop
 from dalle_dist.train.held_out_images import HeldOutImages, averaged_dvae, collapse, image_stack
 from dalle_dist.train.loop import train_stage
 from dalle_dist.train.stage import Stage
@@ -60,6 +61,7 @@ class DVAEStage(Stage):
         self.train_set = _dataset(config, "train", augmentation)
         self.held_out = _dataset(config, "held-out", None)
         self.precision = "bf16 autocast, fp32 weights" if self._bf16 else "fp32"
+        self.dtype = torch.bfloat16 if self._bf16 else torch.float32
         self.fingerprints = {}
         self._measured: HeldOutImages | None = None
         # Images for the first biases, and the proof that there are some that can be read.
@@ -106,8 +108,8 @@ class DVAEStage(Stage):
             "kl_weight": now.kl_weight,
         }
 
-    def speed(self, seconds: float) -> dict[str, float]:
-        return {"images_per_s": self.settings.batch_size / seconds}
+    def flop(self, device: torch.device) -> float:
+        return dvae_flop(self.config.dvae, device)
 
     def validate(self, state: TrainingState) -> dict[str, float]:
         """Those of `HeldOutImages.measure`, by the averaged weights."""

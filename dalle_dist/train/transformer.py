@@ -5,6 +5,7 @@ Shape suffixes: B batch, T text positions, N image tokens.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -28,6 +29,8 @@ from dalle_dist.metrics.registry import Evaluation, check, measure
 from dalle_dist.optim.plateau_schedule import PlateauSchedule
 from dalle_dist.text_tokenizer.registry import load_text_tokenizer
 from dalle_dist.train import banner
+from dalle_dist.train.captions import Captions
+from dalle_dist.train.flop import transformer_flop
 from dalle_dist.train.loop import train_stage
 from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
@@ -36,6 +39,7 @@ from dalle_dist.transformer.loss import weighted
 from dalle_dist.transformer.loss_model import LossTransformer
 from dalle_dist.transformer.model import Transformer
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Batch = tuple[Tensor, Tensor]  # text_BT, codes_BN
 
 
@@ -51,6 +55,7 @@ class TransformerStage(Stage):
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.settings = config, config.train
         self.precision = config.train.precision
+        self.dtype, self.tokens = DTYPES[self.precision], config.transformer.tokens
         self.between_nodes = config.parallel.between_nodes
         self.run_path, self.data_path = config.paths.run, config.paths.tokens
         deepspeed_config(config.train, ranks.world)
@@ -127,8 +132,8 @@ class TransformerStage(Stage):
         total = weighted(text, image, self.config.train.text_loss)
         return {"loss": total, "loss_text": text, "loss_image": image}
 
-    def speed(self, seconds: float) -> dict[str, float]:
-        return {"tokens_per_s": self.settings.batch_size * self.config.transformer.tokens / seconds}
+    def flop(self, device: torch.device) -> float:
+        return transformer_flop(self.config)
 
     def validate(self, state: TrainingState) -> dict[str, float]:
         size = micro_batch(self.settings, state.ranks.world)
@@ -167,5 +172,17 @@ class TransformerStage(Stage):
             "sharding": f"ZeRO-{settings.zero_stage}, between nodes "
             f"{self.config.parallel.between_nodes}",
             "schedule": banner.schedule(settings),
-            "captions": banner.captions(self.train_set) if ranks.rank == 0 else "",
+            "captions": str(self._captions) if ranks.rank == 0 else "",
         }
+
+    def data_measures(self, ranks: Ranks) -> dict[str, float]:
+        return self._captions.measures if ranks.rank == 0 else {}
+
+    @property
+    def texts(self) -> dict[str, str]:
+        prompts = self.config.train.prompts
+        return {"prompts": "\n".join(f"- {prompt}" for prompt in prompts)} if prompts else {}
+
+    @functools.cached_property
+    def _captions(self) -> Captions:
+        return Captions.of(self.train_set)
