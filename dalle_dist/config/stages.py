@@ -180,7 +180,8 @@ class TrainConfig(StageConfig):
     metrics: list[str] = option(
         ["losses"],
         "measures at each evaluation; losses = of text and image tokens, caption_gain = what the "
-        "right captions are worth in image loss",
+        "right captions are worth in image loss, identification = how often an image sampled for a "
+        "held-out caption is nearest to that caption's true image",
     )
     prompts: list[str] = option([], "captions of the sample images")
     samples_per_prompt: int = option(4, "sample images of each prompt", unit="images", at_least=1)

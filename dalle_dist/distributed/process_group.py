@@ -19,6 +19,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dalle_dist.distributed.ending import Ending
 from dalle_dist.distributed.launchers import LaunchInfo, gpu_grant, read_environment
@@ -59,6 +60,10 @@ class Ranks:
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def broadcast_tensor(self, values: Tensor) -> None:
+        """Rank 0's values in this tensor on every rank, in place; it lies on the rank's device."""
+        dist.broadcast(values, src=0)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""

@@ -1,7 +1,9 @@
 """Measures of a model, each usable while training and afterwards.
 
-reconstruction.py   PSNR of the image tokenizer, share of its codes in use
+reconstruction.py   PSNR and SSIM of the image tokenizer
+codes.py            its codes in use, and their entropy
 held_out.py         cross-entropies per token on pairs that were not trained on
 caption_gain.py     what the right caption is worth in image loss
+identification.py   whether a generated image is nearest to the true one of its caption
 registry.py         measures by name, for the config's `train.metrics`
 """

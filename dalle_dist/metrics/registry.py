@@ -2,31 +2,53 @@
 
 A new one is a function here, or in a file of its own, and one entry in METRICS. A forward pass of
 the engine gives the sums and counts of both losses; what needs logits extends
-`transformer/loss_model.py`.
+`transformer/loss_model.py`, what needs samples asks `Evaluation.sampling_model`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
-from dalle_dist.data.loader import TokenDataset
+from torch import Tensor
+
+from dalle_dist.config import Config
+from dalle_dist.data.loader import TokenDataset, collate_tokens
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.interface import Engine
 from dalle_dist.errors import ConfigError
+from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 from dalle_dist.metrics.caption_gain import caption_cycle
 from dalle_dist.metrics.held_out import MOST, held_out_losses
+from dalle_dist.metrics.identification import identify, sample_images, summary
+from dalle_dist.transformer.model import Transformer
+
+MOST_IDENTIFIED = 64  # held-out captions of one evaluation that an image is sampled for
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation: what measures look at, and what several of them need, found once."""
+    """One evaluation: what measures look at, and what several of them need, found once.
+
+    config           of the run
+    image_tokenizer  on rank 0 on that rank's device; others do not decode
+    """
 
     engine: Engine
     held_out: TokenDataset
     micro_batch: int
     ranks: Ranks
+    config: Config
+    image_tokenizer: ImageTokenizer
+
+    @contextmanager
+    def sampling_model(self) -> Iterator[Transformer | None]:
+        """On rank 0 the model with the present weights, None elsewhere; a collective call."""
+        with self.engine.sampling_model(lambda: Transformer(self.config)) as model:
+            yield cast("Transformer | None", model)
 
     @cached_property
     def losses(self) -> tuple[float, float]:
@@ -58,7 +80,38 @@ def caption_gain(evaluation: Evaluation) -> dict[str, float]:
     return {"caption_gain": evaluation.losses_shuffled[1] - evaluation.losses[1]}
 
 
-METRICS: dict[str, Metric] = {"losses": losses, "caption_gain": caption_gain}
+def identification(evaluation: Evaluation) -> dict[str, float]:
+    """`identification_r1` and `_r10`, shares, and `_rank`, a median: see `identification.py`.
+
+    Of the first MOST_IDENTIFIED held-out captions, one image each, sampled on rank 0 by seeds that
+    never change. The true image is what the image tokenizer decodes from the held-out codes: no
+    image shards are needed, and what the tokenizer loses is not held against the transformer.
+    """
+    found: dict[str, float] = {}
+    with evaluation.sampling_model() as model:
+        if model is not None:
+            found = summary(_ranks(evaluation, model))
+    found = evaluation.ranks.broadcast(found)
+    return {f"identification_{name}": value for name, value in found.items()}
+
+
+def _ranks(evaluation: Evaluation, model: Transformer) -> Tensor:
+    count = min(MOST_IDENTIFIED, len(evaluation.held_out))
+    text_BT, codes_BN = collate_tokens([evaluation.held_out[i] for i in range(count)])
+    generated_BCHW = sample_images(
+        model,
+        evaluation.image_tokenizer,
+        text_BT.to(evaluation.ranks.device),
+        [evaluation.config.seed + i for i in range(count)],
+    )
+    return identify(generated_BCHW, evaluation.image_tokenizer.decode(codes_BN).cpu())
+
+
+METRICS: dict[str, Metric] = {
+    "losses": losses,
+    "caption_gain": caption_gain,
+    "identification": identification,
+}
 
 
 def measure(names: Sequence[str], evaluation: Evaluation) -> dict[str, float]:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dalle_dist.data.labelled_grid import GAP, fit
 
 CELL, CAPTION = 96, 190  # pixels
+COLUMNS = 3  # plots side by side
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,17 @@ def table(rows: Sequence[Row], title: str, columns: int = 2) -> Image.Image:
 
 
 def curves(log: list[dict[str, float]], panels: Sequence[dict[str, str]]) -> Image.Image:
-    """One plot per panel, a panel being {key of log.jsonl: label}; absent keys are left out."""
+    """One plot per panel, a panel being {key of log.jsonl: label}; without those not logged."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * len(panels), 3), dpi=110)
+    logged = set().union(*log)
+    panels = [panel for panel in panels if logged & panel.keys()]
+    columns = max(1, min(COLUMNS, len(panels)))
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(4.2 * columns, 3 * rows), dpi=110)
     for i, panel in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), i + 1)
+        axes = figure.add_subplot(rows, columns, i + 1)
         for key, label in panel.items():
             points = [(line["step"], line[key]) for line in log if key in line]
             if points:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +17,30 @@ from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.data.labelled_grid import grid, to_image
 from dalle_dist.data.loader import ImageDataset, TokenDataset
-from dalle_dist.generate.generator import Generator
+from dalle_dist.generate.generator import Generator, sample_seed
 from dalle_dist.metrics.caption_gain import caption_losses
-from dalle_dist.metrics.reconstruction import psnr, share_in_use
+from dalle_dist.metrics.codes import code_counts, entropy, share_in_use
+from dalle_dist.metrics.identification import identify, sample_images, summary
+from dalle_dist.metrics.reconstruction import psnr, ssim
 from dalle_dist.report.figures import Row, curves, table
 from dalle_dist.report.page import page
 from dalle_dist.train.run import read_log
 
 CAPTIONS, SAMPLES, RECONSTRUCTIONS = 24, 4, 24
-DVAE_PANELS = ({"nll": "reconstruction, nats/dim"}, {"kl": "KL, nats/dim"}, {"psnr": "PSNR, dB"})
+IDENTIFIED = 512  # captions of the identification, at most
+DVAE_PANELS = (
+    {"nll": "reconstruction, nats/dim"},
+    {"kl": "KL, nats/dim"},
+    {"psnr": "PSNR, dB"},
+    {"ssim": "SSIM"},
+    {"codes_in_use": "share of codes in use"},
+    {"codes_perplexity": "perplexity of the codes"},
+)
 TRAIN_PANELS = (
     {"loss_image": "image, training", "held_out_image": "image, held out"},
     {"loss_text": "text, training", "held_out_text": "text, held out"},
     {"caption_gain": "what the caption is worth, nats per image token"},
+    {"identification_r1": "identification, R@1", "identification_r10": "identification, R@10"},
     {"lr": "learning rate"},
 )
 
@@ -82,18 +94,40 @@ def write_report(config: Config) -> None:
 def measure(
     config: Config, generator: Generator, held_out: HeldOut, train: TokenDataset
 ) -> dict[str, Any]:
-    """Held-out figures: PSNR of hard codes, share of codes in use, what the captions are worth."""
+    """Held-out figures: of reconstructions, codes, what captions are worth, identification."""
     codes = torch.cat([held_out.codes_BN, torch.stack([train[i][1] for i in range(len(train))])])
     losses = caption_losses(generator.model, held_out.text_BT, held_out.codes_BN, seed=config.seed)
-    quality_B = psnr(held_out.images_BCHW, held_out.reconstructed(generator))
+    counts_K = code_counts(codes, config.transformer.codebook_size)
+    reconstructed_BCHW = held_out.reconstructed(generator).cpu()
+    psnr_B, ssim_B = (f(held_out.images_BCHW, reconstructed_BCHW) for f in (psnr, ssim))
     return {
         "held-out images": len(held_out.captions),
-        "PSNR of reconstructions, dB (mean over images)": round(quality_B.mean().item(), 2),
-        "share of codes in use": round(share_in_use(codes, config.transformer.codebook_size), 3),
+        "PSNR of reconstructions, dB (mean over images)": round(psnr_B.mean().item(), 2),
+        "SSIM of reconstructions (mean over images)": round(ssim_B.mean().item(), 3),
+        "share of codes in use": round(share_in_use(counts_K), 3),
+        "perplexity of the codes": round(math.exp(entropy(counts_K)), 1),
         "image loss, right caption, nats/token": round(losses.right, 3),
         "image loss, captions shuffled, nats/token": round(losses.shuffled, 3),
         "what the caption is worth, nats/token": round(losses.gain, 3),
+        **identification(generator, held_out, config.seed),
         "model": generator.fingerprint,
+    }
+
+
+def identification(generator: Generator, held_out: HeldOut, seed: int) -> dict[str, float]:
+    """Of the first held-out captions, one image each, by the release's sampling options."""
+    captions = held_out.captions[:IDENTIFIED]
+    generated_BCHW = sample_images(
+        generator.model,
+        generator.image_tokenizer,
+        held_out.text_BT[: len(captions)],
+        [sample_seed(seed, caption, 0) for caption in captions],
+    )
+    found = summary(identify(generated_BCHW, held_out.images_BCHW[: len(captions)]))
+    return {
+        "identification R@1": round(found["r1"], 3),
+        "identification R@10": round(found["r10"], 3),
+        "identification, median rank": found["rank"],
     }
 
 

@@ -8,11 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from dalle_dist.config import DVAETrainConfig, TrainConfig
-from dalle_dist.data import storage
-from dalle_dist.data.loader import TokenDataset
 from dalle_dist.distributed.process_group import Ranks
-
-CAPTIONS = 2_000  # looked at, at most
 
 
 def table(block: Mapping[str, str]) -> str:
@@ -65,23 +61,6 @@ def unfinished(settings: DVAETrainConfig) -> str:
     names = ("lr_steps", "temperature_steps", "kl_steps")
     late = [f"dvae_train.{name}" for name in names if getattr(settings, name) > settings.steps]
     return f"THE RUN ENDS BEFORE {', '.join(late)}" if late else ""
-
-
-def captions(dataset: TokenDataset) -> str:
-    """How many captions do not fit into the text block, of some that are read first anyway."""
-    remote = storage.is_remote(dataset.shards.folder)
-    # A shard on S3 is fetched whole for one caption of it.
-    range_ = dataset.shards.sizes[0] if remote else len(dataset)
-    count = min(range_, CAPTIONS)
-    lengths = [dataset.caption_tokens(i * range_ // count) for i in range(count)]
-    cut = sum(length > dataset.text_tokens for length in lengths)
-    of = "" if count == len(dataset) else f" looked at, of {len(dataset):,}"
-    if not cut:
-        return f"none of {count:,}{of} is cut; the longest has {max(lengths)} tokens"
-    return (
-        f"{cut:,} of {count:,}{of} ({cut / count:.1%}) are cut to transformer.text_tokens="
-        f"{dataset.text_tokens}; the longest has {max(lengths)} tokens"
-    )
 
 
 def _counted(number: int, noun: str) -> str:

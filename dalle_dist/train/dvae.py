@@ -6,8 +6,8 @@ Shape suffixes as in `dalle_dist.dvae.model`.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,21 +21,21 @@ from dalle_dist.data.loader import ImageBatch, ImageDataset, ImageSample, collat
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.dvae.loss_model import LossDVAE, gumbel_noise, start_at_data
-from dalle_dist.dvae.model import DVAE
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.engine.deepspeed.settings import deepspeed_config
 from dalle_dist.engine.interface import Engine
-from dalle_dist.metrics.reconstruction import psnr, reconstruct, share_in_use
+from dalle_dist.metrics.reconstruction import reconstruct
 from dalle_dist.optim.dvae_schedule import DVAESchedule
 from dalle_dist.optim.ema import EMA
 from dalle_dist.precision.hardware import decided
 from dalle_dist.train.banner import dvae_schedule, unfinished
+from dalle_dist.train.flop import dvae_flop
+from dalle_dist.train.held_out_images import HeldOutImages, averaged_dvae, collapse, image_stack
 from dalle_dist.train.loop import train_stage
 from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
 
 SHOWN = 16  # images in a reconstruction grid
-MEASURED = 512  # held-out images of one validation, at most
 
 
 def train_dvae(config: Config, resume: str | None = None) -> None:
@@ -63,10 +63,11 @@ class DVAEStage(Stage):
         self.train_set = _dataset(config, "train", augmentation)
         self.held_out = _dataset(config, "held-out", None)
         self.precision = "bf16 autocast, fp32 weights" if self._bf16 else "fp32"
+        self.dtype = torch.bfloat16 if self._bf16 else torch.float32
         self.fingerprints = {}
-        self._found: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._measured: HeldOutImages | None = None
         # Images for the first biases, and the proof that there are some that can be read.
-        self._first_BCHW = _stack(self.train_set, 256)
+        self._first_BCHW = _first(self.train_set, 256)
 
     @property
     def datasets(self) -> tuple[ImageDataset, ImageDataset]:
@@ -109,24 +110,26 @@ class DVAEStage(Stage):
             "kl_weight": now.kl_weight,
         }
 
-    def speed(self, seconds: float) -> dict[str, float]:
-        return {"images_per_s": self.settings.batch_size / seconds}
+    def flop(self, device: torch.device) -> float:
+        return dvae_flop(self.config.dvae, device)
 
     def validate(self, state: TrainingState) -> dict[str, float]:
-        """PSNR and codes in use on held-out images, by the averaged weights; rank 0 alone."""
-        images_BCHW, codes_BGG, decoded_BCHW = self._reconstructed(state)
-        if not len(images_BCHW):
-            return {}
-        return {
-            "psnr": psnr(images_BCHW, decoded_BCHW).mean().item(),
-            "codes_in_use": share_in_use(codes_BGG, self.config.dvae.codebook_size),
-        }
+        """Those of `HeldOutImages.measure`, by the averaged weights."""
+        if self._measured is None:
+            self._measured = HeldOutImages(self.held_out, state.ranks)
+        return self._measured.measure(averaged_dvae(self.config.dvae, state))
+
+    def alarm(
+        self, step: int, measures: Mapping[str, float], log: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, float], str]:
+        return collapse(step, measures, log)
 
     def sample(self, state: TrainingState) -> dict[str, Image.Image]:
-        images_BCHW, _, decoded_BCHW = self._reconstructed(state)
-        if not len(images_BCHW):
+        dvae = averaged_dvae(self.config.dvae, state)
+        if state.ranks.rank != 0:
             return {}
-        shown = images_BCHW[:SHOWN], decoded_BCHW[:SHOWN]
+        images_BCHW = _first(self.held_out, SHOWN).to(state.ranks.device)
+        shown = images_BCHW, reconstruct(dvae, images_BCHW)[1]
         return {"reconstructions": grid([[to_image(image) for image in row] for row in shown])}
 
     def banner(self, ranks: Ranks, parameters: int) -> dict[str, str]:
@@ -143,30 +146,6 @@ class DVAEStage(Stage):
     def ema(self) -> EMA:
         # Folded in at each step: a copy to the host would cost more than the average itself.
         return EMA(self.settings.ema, device=None)
-
-    def _reconstructed(self, state: TrainingState) -> tuple[Tensor, Tensor, Tensor]:
-        """(images, codes, decoded images) by the averaged weights; empty but on rank 0.
-
-        A collective call; what was found is kept for the other measure of the same step.
-        """
-        if self._found is None or self._found[0] != state.step:
-            self._found = state.step, self._reconstruct(state)
-        return self._found[1]
-
-    def _reconstruct(self, state: TrainingState) -> tuple[Tensor, Tensor, Tensor]:
-        averaged = state.averaged_weights()
-        if averaged is None:
-            return torch.empty(0), torch.empty(0), torch.empty(0)
-        with torch.device("meta"):
-            dvae = DVAE(self.config.dvae)
-        dvae.load_state_dict(averaged, assign=True)
-        dvae.to(state.ranks.device).eval()
-        images_BCHW = self._held_out_images.to(state.ranks.device)
-        return images_BCHW, *reconstruct(dvae, images_BCHW)
-
-    @functools.cached_property
-    def _held_out_images(self) -> Tensor:
-        return _stack(self.held_out, MEASURED)
 
 
 def dvae_engine(model: LossDVAE, settings: StageConfig, ranks: Ranks, seed: int = 0) -> Engine:
@@ -187,7 +166,6 @@ def _dataset(config: Config, part: str, augment: Augmentation | None) -> ImageDa
     return ImageDataset(folder, order, config.dvae.image_size, augment, config.seed)
 
 
-def _stack(dataset: ImageDataset, most: int) -> Tensor:
+def _first(dataset: ImageDataset, most: int) -> Tensor:
     """The first images of a data set, floats in [0, 1]: images_BCHW."""
-    count = min(most, len(dataset))
-    return torch.stack([dataset[i].image_CHW for i in range(count)]).float() / 255
+    return image_stack(dataset, range(min(most, len(dataset)))).float() / 255

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,15 +11,16 @@ import torch
 from tqdm import tqdm
 
 from dalle_dist.checkpoint import store
-from dalle_dist.checkpoint.convert import convert, find_checkpoint, require_checkpoint
-from dalle_dist.checkpoint.release import CONFIG, STAMP
+from dalle_dist.checkpoint.convert import find_checkpoint, require_checkpoint
 from dalle_dist.config import Config, StageConfig
 from dalle_dist.data.loader import batches
 from dalle_dist.distributed import process_group
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import ConfigError, UserError
 from dalle_dist.train import banner
+from dalle_dist.train.release import write_release
 from dalle_dist.train.run import Run
+from dalle_dist.train.speed import Speed
 from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
 from dalle_dist.train.stop import StopRequest
@@ -50,6 +50,7 @@ def train_stage(
         ranks,
         resume=resume is not None,
         shape=stage.sections,
+        texts=stage.texts,
         wandb=stage.settings.wandb,
     )
     try:
@@ -90,13 +91,13 @@ class _Loop:
 
     def __init__(self, stage: Stage, ranks: Ranks, run: Run) -> None:
         self.stage, self.settings, self.ranks, self.run = stage, stage.settings, ranks, run
+        self.speed = Speed(stage, ranks)
         torch.manual_seed(stage.config.seed)
         self.engine = stage.build_engine(ranks)
         self.schedule = stage.schedule()
         self.state = TrainingState(stage.identity, ranks, self.engine, stage.ema(), self.schedule)
         self._micro_batch = self.settings.batch_size // (ranks.world * self.engine.accumulation)
         self._saved = -1  # the step that was saved last
-        self._busy, self._counted = 0.0, 0  # seconds in steps since the last log line, and how many
 
     def train(self, resume: str | None) -> None:
         self._restore(resume)
@@ -106,7 +107,7 @@ class _Loop:
             self.run.rewind(self.state.step)
             self._catch_up()
         if self.state.step < self.settings.steps:
-            self.run.say(rows)
+            self._say_what_is_trained(rows)
             self._run_steps()
         if self._saved != self.state.step:
             self._save()
@@ -114,6 +115,12 @@ class _Loop:
             self.run.say(f"stopped at step {self.state.step}; --resume auto goes on")
         else:
             self._finish()
+
+    def _say_what_is_trained(self, rows: str) -> None:
+        self.run.say(rows)
+        measures = self.stage.data_measures(self.ranks)
+        if self.state.step == 0 and measures and not self.run.measured(0):
+            self.run.log(0, **measures)
 
     def _run_steps(self) -> None:
         stop, bar = StopRequest(), self.run.progress(self.settings.steps, self.state.step)
@@ -151,7 +158,7 @@ class _Loop:
         norm = self.engine.step(lr, measure=self._due(step, self.settings.log_every))
         numbers = self.stage.numbers(self.ranks.sum(terms.tolist()), step)
         self._finished(numbers["loss"], norm)
-        self._busy, self._counted = self._busy + time.perf_counter() - began, self._counted + 1
+        self.speed.add(time.perf_counter() - began)
         return numbers | {"lr": lr, "grad_norm": norm}
 
     def _finished(self, loss: float, norm: float) -> None:
@@ -171,7 +178,8 @@ class _Loop:
         settings, step = self.settings, self.state.step
         bar.update()
         if self._due(step, settings.log_every):
-            self.run.log(step, **numbers, **self._speed(), **self.engine.telemetry())
+            speed, telemetry = self.speed.numbers(step), self.engine.telemetry()
+            self.run.log(step, **numbers, **speed, **telemetry)
             bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
         if self._due(step, settings.save_every):
             self._save()
@@ -180,7 +188,11 @@ class _Loop:
     def _measure(self) -> None:
         step = self.state.step
         if self._due(step, self.settings.eval_every):
-            self.run.log(step, **self.stage.validate(self.state))
+            measures = self.stage.validate(self.state)
+            found, warning = self.stage.alarm(step, measures, self.run.lines())
+            self.run.log(step, **measures, **found)
+            if warning:
+                self.run.say(warning)
         if self._due(step, self.settings.sample_every):
             for name, image in self.stage.sample(self.state).items():
                 self.run.image(step, name, image)
@@ -192,11 +204,6 @@ class _Loop:
 
     def _due(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.settings.steps
-
-    def _speed(self) -> dict[str, float]:
-        seconds, self._busy = self._busy / self._counted, 0.0
-        self._counted = 0
-        return {"seconds_per_step": seconds} | self.stage.speed(seconds)
 
     def _save(self) -> None:
         self.state.save(self.run.folder / "checkpoints")
@@ -218,20 +225,10 @@ class _Loop:
 
     def _finish(self) -> None:
         """The release folder, from the checkpoint of this step; made anew when it is of another."""
-        made = self.ranks.on_main(self._release)
-        self.run.say(f"complete at step {self.state.step}; {made}")
-
-    def _release(self) -> str:
-        folder = self.run.folder / "release"
-        stamp = folder / STAMP
-        checkpoint = store.step_folder(self.run.folder / "checkpoints", self.state.step)
-        source = store.fingerprint(checkpoint)
-        if stamp.is_file() and (folder / CONFIG).is_file() and stamp.read_text() == source:
-            return "nothing to do"
-        shutil.rmtree(folder, ignore_errors=True)
-        digest = convert(str(checkpoint), str(folder), "ema")
-        stamp.write_text(source)
-        return f"{self.stage.title} {digest} in release/"
+        folder, step = self.run.folder, self.state.step
+        digest = self.ranks.on_main(lambda: write_release(folder, step))
+        made = f"{self.stage.title} {digest} in release/" if digest else "nothing to do"
+        self.run.say(f"complete at step {step}; {made}")
 
     def _banner(self) -> str:
         """What the run says of itself before its first step; a collective call."""

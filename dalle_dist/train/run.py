@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,7 @@ from dalle_dist.data import storage
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import ConfigError, UserError
 from dalle_dist.train.lock import Lock
+from dalle_dist.train.tags import single, tagged
 
 LOCK = ".lock"
 
@@ -30,7 +31,7 @@ class Run:
     Making one is for all ranks: it looks at the folder and keeps other processes out of it. `close`
     without `open` leaves the disk as it was. A remote run (`s3://`) is written to a local working
     copy; `sync` uploads what changed. `shape` names the config sections that a resumed run must not
-    change.
+    change; `texts`, by name and in Markdown, go to TensorBoard beside the config.
 
     Raises:
         UserError: the folder holds a run and `resume` is false, another process trains in it, or
@@ -46,10 +47,12 @@ class Run:
         *,
         resume: bool,
         shape: tuple[str, ...],
+        texts: Mapping[str, str] | None = None,
         wandb: bool = False,
     ) -> None:
         self.path, self.main, self._config = path, ranks.rank == 0, config
         self._resume, self._shape, self._use_wandb = resume, shape, wandb
+        self._texts = {"config": f"```yaml\n{to_yaml(config)}```"} | dict(texts or {})
         self.folder = working_copy(path, ranks)
         self._lock: Lock | None = None
         self._log: IO[str] | None = None
@@ -84,6 +87,8 @@ class Run:
             self._write_config()
         self._log = (self.folder / "log.jsonl").open("a", buffering=1)
         self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+        for name, text in self._texts.items():
+            self._tensorboard.add_text(name, text)
         if self._use_wandb:
             import wandb
 
@@ -109,25 +114,26 @@ class Run:
     def log(self, step: int, **numbers: float | list[float]) -> None:
         """One line of log.jsonl, and the same numbers to TensorBoard (and W&B if asked for).
 
-        Of a list there is one number per resblock; TensorBoard has them as NAME/000 and so on.
-        NaN, which JSON does not have, is written as null.
+        Of a list there is one number per resblock. TensorBoard has the numbers in groups, by
+        `tags.py`. NaN, which JSON does not have, is written as null.
         """
         if not self.main or self._log is None:
             return
         finite = {name: _without_nan(number) for name, number in numbers.items()}
         line = {"step": step, "time": round(time.time(), 3), **finite}
         self._log.write(json.dumps(line) + "\n")
-        numbers = dict(_single(numbers))
-        for name, number in numbers.items():
-            self._tensorboard.add_scalar(name, number, step)
+        for tag, number in tagged(numbers):
+            self._tensorboard.add_scalar(tag, number, step)
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            self._wandb.log(dict(single(numbers)), step=step)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Those of the log so far, also those of before a resume; empty but on rank 0."""
+        return read_log(self.folder) if self.main else []
 
     def measured(self, step: int) -> bool:
         """Whether the log has what an evaluation after this step found; on rank 0 alone."""
-        if not self.main:
-            return False
-        return any(line["step"] == step and "loss" not in line for line in read_log(self.folder))
+        return any(line["step"] == step and "loss" not in line for line in self.lines())
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """samples/step-00001000-NAME.png, and the same image to TensorBoard."""
@@ -203,14 +209,6 @@ def _without_nan(value: float | list[float]) -> Any:
     if isinstance(value, list):
         return [_without_nan(number) for number in value]
     return None if math.isnan(value) else value
-
-
-def _single(numbers: dict[str, float | list[float]]) -> Iterator[tuple[str, float]]:
-    for name, value in numbers.items():
-        if isinstance(value, list):
-            yield from ((f"{name}/{block:03d}", number) for block, number in enumerate(value))
-        else:
-            yield name, value
 
 
 def _download(path: str, local: Path) -> None:

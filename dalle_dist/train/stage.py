@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -40,7 +41,9 @@ class Stage(ABC):
     sections      sections of the config that a resumed run must not change
     config        of the run
     settings      this stage's section of it
-    precision     in which the model computes
+    precision     in which the model computes, in words
+    dtype         of its matrix products
+    tokens        per sample that the model is trained on; 0: it is not trained on tokens
     between_nodes a value of `parallel.between_nodes`
     run_path      the run's folder
     data_path     folder of the shards
@@ -53,6 +56,8 @@ class Stage(ABC):
     config: Config
     settings: StageConfig
     precision: str
+    dtype: torch.dtype
+    tokens: int = 0
     between_nodes: str = "zero"
     run_path: str
     data_path: str
@@ -94,16 +99,36 @@ class Stage(ABC):
         """For the log, from the terms summed over all micro-batches of all ranks: `loss`, ..."""
 
     @abstractmethod
-    def speed(self, seconds: float) -> dict[str, float]:
-        """For the log: throughput at this many seconds per optimizer step."""
+    def flop(self, device: torch.device) -> float:
+        """Model FLOP of the forward and backward pass of one sample; `device` may count them."""
 
     @abstractmethod
     def validate(self, state: TrainingState) -> dict[str, float]:
         """Measures on the held-out set, for the log; a collective call."""
 
+    def alarm(
+        self, step: int, measures: Mapping[str, float], log: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, float], str]:
+        """What is wrong with these measures: (numbers for the log, one line or "").
+
+        Args:
+            measures: what `validate` found after this step.
+            log: the run's lines so far, also those of before it was resumed.
+        """
+        return {}, ""
+
     @abstractmethod
     def sample(self, state: TrainingState) -> dict[str, Image.Image]:
         """Images to look at, by name; on rank 0, empty elsewhere; a collective call."""
+
+    def data_measures(self, ranks: Ranks) -> dict[str, float]:
+        """What is known of the training set before the first step, for the log; on rank 0."""
+        return {}
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Texts for TensorBoard, by name, in Markdown."""
+        return {}
 
     @abstractmethod
     def banner(self, ranks: Ranks, parameters: int) -> dict[str, str]:

@@ -6,6 +6,7 @@ Shape suffixes: B batch, T text positions, N image tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -29,6 +30,8 @@ from dalle_dist.optim.plateau_schedule import PlateauSchedule
 from dalle_dist.precision.hardware import decided
 from dalle_dist.text_tokenizer.registry import load_text_tokenizer
 from dalle_dist.train import banner
+from dalle_dist.train.captions import Captions
+from dalle_dist.train.flop import transformer_flop
 from dalle_dist.train.loop import train_stage
 from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
@@ -37,6 +40,7 @@ from dalle_dist.transformer.loss import weighted
 from dalle_dist.transformer.loss_model import LossTransformer
 from dalle_dist.transformer.model import Transformer
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Batch = tuple[Tensor, Tensor]  # text_BT, codes_BN
 
 
@@ -54,6 +58,7 @@ class TransformerStage(Stage):
         precision = decided(config.train.precision, ranks)  # first: no rank may miss the call
         self.config, self.precision = config, precision
         self.settings = dataclasses.replace(config.train, precision=precision)
+        self.dtype, self.tokens = DTYPES[self.precision], config.transformer.tokens
         self.between_nodes = config.parallel.between_nodes
         self.run_path, self.data_path = config.paths.run, config.paths.tokens
         deepspeed_config(self.settings, ranks.world)
@@ -135,12 +140,19 @@ class TransformerStage(Stage):
         total = weighted(text, image, self.config.train.text_loss)
         return {"loss": total, "loss_text": text, "loss_image": image}
 
-    def speed(self, seconds: float) -> dict[str, float]:
-        return {"tokens_per_s": self.settings.batch_size * self.config.transformer.tokens / seconds}
+    def flop(self, device: torch.device) -> float:
+        return transformer_flop(self.config)
 
     def validate(self, state: TrainingState) -> dict[str, float]:
         size = micro_batch(self.settings, state.ranks.world)
-        evaluation = Evaluation(state.engine, self.held_out, size, state.ranks)
+        evaluation = Evaluation(
+            state.engine,
+            self.held_out,
+            size,
+            state.ranks,
+            self.config,
+            self.image_tokenizer,
+        )
         return measure(self.config.train.metrics, evaluation)
 
     def sample(self, state: TrainingState) -> dict[str, Image.Image]:
@@ -167,5 +179,17 @@ class TransformerStage(Stage):
             "sharding": f"ZeRO-{settings.zero_stage}, between nodes "
             f"{self.config.parallel.between_nodes}",
             "schedule": banner.schedule(settings),
-            "captions": banner.captions(self.train_set) if ranks.rank == 0 else "",
+            "captions": str(self._captions) if ranks.rank == 0 else "",
         }
+
+    def data_measures(self, ranks: Ranks) -> dict[str, float]:
+        return self._captions.measures if ranks.rank == 0 else {}
+
+    @property
+    def texts(self) -> dict[str, str]:
+        prompts = self.config.train.prompts
+        return {"prompts": "\n".join(f"- {prompt}" for prompt in prompts)} if prompts else {}
+
+    @functools.cached_property
+    def _captions(self) -> Captions:
+        return Captions.of(self.train_set)

@@ -15,7 +15,7 @@ from dalle_dist.dvae.loss import (
     unmap_pixels,
 )
 from dalle_dist.dvae.model import DVAE
-from dalle_dist.metrics.reconstruction import psnr, reconstruct, share_in_use
+from dalle_dist.metrics.reconstruction import reconstruct
 from dalle_dist.optim.dvae_schedule import DVAESchedule, cosine
 
 SMALL = DVAEConfig(
@@ -193,12 +193,7 @@ def test_relaxation_tends_to_hard_samples():
     torch.testing.assert_close(stats, dvae.decode_soft(hard), rtol=1e-3, atol=1e-3)
 
 
-def test_metrics():
-    images = torch.zeros(2, 3, 4, 4)
-    other = images.clone()
-    other[1] += 0.1
-    assert psnr(images, other).tolist() == pytest.approx([100, 20])
-    assert share_in_use(torch.tensor([1, 1, 3]), 8) == 0.25
+def test_images_are_reconstructed_batch_by_batch():
     codes, pictures = reconstruct(DVAE(SMALL), torch.rand(3, 3, 16, 16), batch_size=2)
     assert codes.shape == (3, 4, 4) and pictures.shape == (3, 3, 16, 16)
 

@@ -68,7 +68,7 @@ def test_tensorboard_has_them_too(run):
     _, path = run
     events = EventAccumulator(f"{path}/tensorboard").Reload()
     for tag in ("scale/003", "overflows/000", "underflow/001", "block_norm/002"):
-        assert len(events.Scalars(tag)) == 6, tag
+        assert len(events.Scalars(f"gradients/{tag}")) == 6, tag
 
 
 @pytest.mark.slow

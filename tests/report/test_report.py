@@ -77,6 +77,10 @@ def test_the_road_ends_in_a_report(walked):
     assert figures["held-out images"] >= 2
     assert 3 < figures["PSNR of reconstructions, dB (mean over images)"] < 60
     assert 0 < figures["share of codes in use"] <= 1
+    assert 0 < figures["SSIM of reconstructions (mean over images)"] < 1
+    assert 1 <= figures["perplexity of the codes"] <= 16 * figures["share of codes in use"] + 0.1
+    assert 0 <= figures["identification R@1"] <= figures["identification R@10"] <= 1
+    assert 1 <= figures["identification, median rank"] <= figures["held-out images"]
     gain = figures["what the caption is worth, nats/token"]
     right = figures["image loss, right caption, nats/token"]
     shuffled = figures["image loss, captions shuffled, nats/token"]
@@ -117,6 +121,25 @@ def test_a_run_folder_holds_what_it_promises(walked):
     log = [json.loads(line) for line in (walked / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "loss" in line] == list(range(1, 9))
     assert load(str(walked / "run/config.yaml")).name == "emoji"
+
+
+def test_identification_is_over_the_whole_held_out_set(walked):
+    """Against the images themselves, by the images that `generate` makes of the same captions."""
+    from dalle_dist import Generator
+    from dalle_dist.data.loader import ImageDataset
+    from dalle_dist.metrics.identification import identify
+
+    config = load(str(walked / "run/config.yaml"))
+    images = ImageDataset(f"{config.paths.images}/held-out", None, 16, None, 0)
+    true = [images[i] for i in range(len(images))]
+    generator = Generator.load(str(walked / "run/release"))
+    made = [generator.generate(one.caption, seed=config.seed)[0].codes_N for one in true]
+    made_BCHW = generator.image_tokenizer.decode(torch.stack(made))
+    ranks = identify(made_BCHW, torch.stack([one.image_CHW for one in true]).float() / 255)
+    figures = json.loads((walked / "run/figures.json").read_text())
+    assert figures["identification, median rank"] == ranks.double().quantile(0.5).item()
+    share = (ranks == 1).double().mean().item()
+    assert figures["identification R@1"] == pytest.approx(share, abs=1e-3)
 
 
 class Biased:

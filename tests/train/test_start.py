@@ -27,7 +27,7 @@ from dalle_dist.image_tokenizer.dvae import DVAETokenizer
 from dalle_dist.testing import run_distributed
 from dalle_dist.text_tokenizer.bpe import train_tokenizer
 from dalle_dist.train.lock import Lock
-from dalle_dist.train.run import working_copy
+from dalle_dist.train.run import read_log, working_copy
 from dalle_dist.train.transformer import TransformerStage
 
 SHORT = {"steps": 1, "warmup": 1, "prompts": []}
@@ -285,6 +285,16 @@ def test_stage_2_counts_the_captions_that_it_cuts(tmp_path):
     assert banner(stage.works())["captions"] == (
         f"5 of 12 (41.7%) are cut to transformer.text_tokens=8; the longest has {longest} tokens"
     )
+
+
+def test_empty_captions_are_counted_and_both_shares_logged_once(tmp_path):
+    stage = Stage(tmp_path, "train")
+    _write_captions(tmp_path, [""] * 3 + ["red heart"] * 8 + ["a very long quick caption " * 4])
+    assert "; 3 (25.0%) are empty; the longest has" in banner(stage.works())["captions"]
+    stage.works("train.steps=2", "--resume", "auto")
+    lines = [line for line in read_log(stage.run) if "captions_cut" in line]
+    assert [line["step"] for line in lines] == [0]
+    assert (lines[0]["captions_cut"], lines[0]["captions_empty"]) == (1 / 12, 3 / 12)
 
 
 def test_stage_2_says_that_no_caption_is_cut_even_one_that_just_fits(tmp_path):

@@ -1,0 +1,53 @@
+"""Model FLOP of the training of one sample: what the model needs, whatever the hardware then does.
+
+A backward pass counts as two forward passes (gradients of inputs and of weights); activations that
+are computed again, optimizer and moving average count nothing.
+
+Shape suffixes: B batch, C channels, H and W pixels, K codebook entries, G codes per side.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dalle_dist.config import Config, DVAEConfig
+from dalle_dist.dvae.model import CHANNELS, DVAE
+from dalle_dist.transformer.blocks import resblock_map
+from dalle_dist.transformer.layout import layer_masks
+from dalle_dist.transformer.model import Transformer
+
+PASSES = 3  # forward, and backward as two of them
+
+
+@torch.no_grad()
+def dvae_flop(config: DVAEConfig, device: torch.device) -> float:
+    """Of one image: the convolutions, counted in a forward pass of an image of zeros."""
+    dvae = DVAE(config).to(device)
+    image_BCHW = torch.zeros(1, CHANNELS, config.image_size, config.image_size, device=device)
+    noise_BKGG = torch.zeros(1, config.codebook_size, config.grid, config.grid, device=device)
+    with FlopCounterMode(display=False) as counter:
+        dvae(image_BCHW, noise_BKGG, 1.0)
+    return float(PASSES * counter.get_total_flops())
+
+
+def transformer_flop(config: Config) -> float:
+    """Of one sequence: the resblocks' matrices, and attention on the pairs that its masks allow.
+
+    Embeddings and unembeddings are left out.
+    """
+    with torch.device("meta"):
+        matrices = resblock_map(Transformer(config)).matrices.values()
+    weights = sum(math.prod(shape) for shape in matrices)
+    # Queries with keys, then weights with values: each a product and a sum per pair and channel.
+    attention = sum(4 * mask_pairs * config.transformer.width for mask_pairs in _pairs(config))
+    return float(PASSES * (2 * weights * config.transformer.tokens + attention))
+
+
+def _pairs(config: Config) -> list[int]:
+    """(query, key) pairs that each layer's mask allows."""
+    masks = layer_masks(config.transformer)
+    counted = {mask: int(mask.dense().sum()) for mask in set(masks)}
+    return [counted[mask] for mask in masks]
