@@ -26,8 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.slow_network import SENT_BYTES
 from dalle_dist.config import Config, from_dict
-from dalle_dist.data.loader import TokenDataset, batches, collate_tokens
+from dalle_dist.data.loader import batches
 from dalle_dist.data.shards import ShardIndex
+from dalle_dist.data.token_dataset import TokenDataset, TokenSample, collate_tokens
 from dalle_dist.distributed import process_group
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
@@ -158,7 +159,7 @@ def stepper(
     return step
 
 
-def token_batches(config: Config, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor]]:
+def token_batches(config: Config, ranks: Ranks) -> Iterator[TokenSample]:
     folder = f"{config.paths.tokens}/train"
     index = ShardIndex.load(folder)
     dataset = TokenDataset(
@@ -166,8 +167,6 @@ def token_batches(config: Config, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor
         index.order(config.seed, config.data.shuffle_shards),
         Tokenizer.load(config.paths.tokenizer),
         config.transformer.text_tokens,
-        bpe_dropout=0.0,
-        seed=config.seed,
         fingerprint=index.meta["image_tokenizer"],
         grid=config.transformer.image_grid,
     )

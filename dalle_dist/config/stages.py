@@ -158,6 +158,15 @@ class TrainConfig(StageConfig):
         at_least=0,
         below=1,
     )
+    image_noise: float = option(
+        0.0,
+        "largest share of the image tokens that the model sees replaced by random ones in "
+        "training; each sample's own share is uniform between 0 and this. The model then leans on "
+        "the caption, and learns to go on from its own mistakes",
+        source="ours; the paper has none",
+        at_least=0,
+        at_most=1,
+    )
     precision: Precision = option(
         "bf16",
         "number format of training; fp16 = with a gradient scale per resblock, on fp32 parameters; "

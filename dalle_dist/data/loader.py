@@ -1,12 +1,10 @@
-"""Samples in an order that depends on (seed, position) alone, and the batches made of them.
+"""Images in an order that depends on (seed, position) alone, and the batches of any data set.
 
-Shape suffixes: B batch, C colour channels, H and W pixels, T text positions, N image tokens.
+Shape suffixes: B batch, C colour channels, H and W pixels.
 """
 
 from __future__ import annotations
 
-import io
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,6 @@ from dalle_dist.data.decode import decode_sample
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardSet
 from dalle_dist.errors import ConfigError, DataError
-from dalle_dist.text_tokenizer.protocol import PAD, TextTokenizer
 
 CACHE_BYTES = 256 << 20  # decoded images kept per process, for data sets that fit
 
@@ -130,69 +127,6 @@ class ImageDataset(Dataset):
         return decoded
 
 
-class TokenDataset(Dataset):
-    """(text_T int64, codes_N int64) of a folder of token shards.
-
-    Captions longer than the text block are cut. `caption_dropout` is the probability that a sample
-    has the empty caption, all pads, instead of its own. `fingerprint` is the image tokenizer's.
-
-    Raises:
-        DataError: the shards were made by another image tokenizer, or have another grid.
-    """
-
-    def __init__(
-        self,
-        folder: str,
-        order: SampleOrder | None,
-        tokenizer: TextTokenizer,
-        text_tokens: int,
-        bpe_dropout: float,
-        seed: int,
-        fingerprint: str,
-        grid: int,
-        caption_dropout: float = 0.0,
-    ) -> None:
-        self.shards, self.order, self.tokenizer = ShardSet(folder, "tokens"), order, tokenizer
-        self.text_tokens, self.bpe_dropout, self.seed = text_tokens, bpe_dropout, seed
-        self.caption_dropout = caption_dropout
-        meta = self.shards.index.meta
-        for name, wanted in (("image_tokenizer", fingerprint), ("grid", grid)):
-            if meta.get(name) != wanted:
-                raise DataError(
-                    f"{folder}: tokens of {name.replace('_', ' ')} {meta.get(name)}, but the run's "
-                    f"is {wanted}; encode the images again"
-                )
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def key(self, index: int) -> str:
-        """Key of the image that sample `index` was made from."""
-        return self.shards.read(index)["__key__"].decode()
-
-    def caption_tokens(self, index: int) -> int:
-        """Tokens of sample `index`'s caption, uncut and without dropout."""
-        caption = self.shards.read(index).get("txt", b"").decode(errors="replace")
-        return len(self.tokenizer.encode(caption))
-
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        epoch, index = self.order.at(position) if self.order else (0, position)
-        files = self.shards.read(index)
-        codes_N = np.load(io.BytesIO(files["npy"]), allow_pickle=False).astype(np.int64)
-        sample_seed = f"{self.seed} {epoch} {index}"
-        if self._drops_caption(sample_seed):
-            return torch.full((self.text_tokens,), PAD), torch.from_numpy(codes_N)
-        caption = files.get("txt", b"").decode(errors="replace")
-        ids, _ = self.tokenizer.encode_padded(
-            caption, self.text_tokens, dropout=self.bpe_dropout, seed=sample_seed
-        )
-        return torch.tensor(ids), torch.from_numpy(codes_N)
-
-    def _drops_caption(self, sample_seed: str) -> bool:
-        # Not the stream of BPE dropout, which starts from the sample's seed itself.
-        return random.Random(f"caption {sample_seed}").random() < self.caption_dropout
-
-
 def collate_images(samples: Sequence[ImageSample]) -> ImageBatch:
     return ImageBatch(
         [sample.key for sample in samples],
@@ -200,11 +134,6 @@ def collate_images(samples: Sequence[ImageSample]) -> ImageBatch:
         torch.stack([sample.image_CHW for sample in samples]),
         torch.tensor([sample.position for sample in samples]),
     )
-
-
-def collate_tokens(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(text_BT, codes_BN)."""
-    return torch.stack([text for text, _ in samples]), torch.stack([codes for _, codes in samples])
 
 
 def batches(

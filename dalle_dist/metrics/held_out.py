@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dalle_dist.data.loader import TokenDataset, collate_tokens
+from dalle_dist.data.token_dataset import TokenDataset, collate_tokens
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.interface import Engine
 
@@ -52,8 +52,7 @@ def held_out_losses(
 def _batch(
     dataset: TokenDataset, indices: range, caption_of: Callable[[int], int] | None
 ) -> tuple[Tensor, Tensor]:
-    samples = [dataset[i] for i in indices]
+    text_BT, codes_BN, _ = collate_tokens([dataset[i] for i in indices])
     if caption_of is not None:
-        texts = [dataset[caption_of(i)][0] for i in indices]
-        samples = [(text_T, codes_N) for text_T, (_, codes_N) in zip(texts, samples, strict=True)]
-    return collate_tokens(samples)
+        text_BT = torch.stack([dataset[caption_of(i)].text for i in indices])
+    return text_BT, codes_BN

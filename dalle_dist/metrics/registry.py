@@ -16,7 +16,7 @@ from typing import cast
 from torch import Tensor
 
 from dalle_dist.config import Config
-from dalle_dist.data.loader import TokenDataset, collate_tokens
+from dalle_dist.data.token_dataset import TokenDataset, collate_tokens
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.interface import Engine
 from dalle_dist.errors import ConfigError
@@ -97,7 +97,7 @@ def identification(evaluation: Evaluation) -> dict[str, float]:
 
 def _ranks(evaluation: Evaluation, model: Transformer) -> Tensor:
     count = min(MOST_IDENTIFIED, len(evaluation.held_out))
-    text_BT, codes_BN = collate_tokens([evaluation.held_out[i] for i in range(count)])
+    text_BT, codes_BN, _ = collate_tokens([evaluation.held_out[i] for i in range(count)])
     generated_BCHW = sample_images(
         model,
         evaluation.image_tokenizer,

@@ -16,7 +16,8 @@ from dalle_dist.checkpoint.release import Release, load_release
 from dalle_dist.config import Config
 from dalle_dist.data import storage
 from dalle_dist.data.labelled_grid import grid, to_image
-from dalle_dist.data.loader import ImageDataset, TokenDataset
+from dalle_dist.data.loader import ImageDataset
+from dalle_dist.data.token_dataset import TokenDataset
 from dalle_dist.generate.generator import Generator, sample_seed
 from dalle_dist.metrics.caption_gain import caption_losses
 from dalle_dist.metrics.codes import code_counts, entropy, share_in_use
@@ -95,7 +96,7 @@ def measure(
     config: Config, generator: Generator, held_out: HeldOut, train: TokenDataset
 ) -> dict[str, Any]:
     """Held-out figures: of reconstructions, codes, what captions are worth, identification."""
-    codes = torch.cat([held_out.codes_BN, torch.stack([train[i][1] for i in range(len(train))])])
+    codes = torch.cat([held_out.codes_BN, torch.stack([train[i].codes for i in range(len(train))])])
     losses = caption_losses(generator.model, held_out.text_BT, held_out.codes_BN, seed=config.seed)
     counts_K = code_counts(codes, config.transformer.codebook_size)
     reconstructed_BCHW = held_out.reconstructed(generator).cpu()
@@ -150,8 +151,6 @@ def _tokens(config: Config, part: str, release: Release) -> TokenDataset:
         None,
         release.tokenizer,
         config.transformer.text_tokens,
-        0.0,
-        config.seed,
         release.image_tokenizer.fingerprint,
         config.transformer.image_grid,
     )
@@ -167,8 +166,8 @@ def _held_out(config: Config, tokens: TokenDataset, size: int) -> HeldOut:
     return HeldOut(
         [sample.caption for sample in samples],
         torch.stack([sample.image_CHW for sample in samples]).float() / 255,
-        torch.stack([text_T for text_T, _ in pairs]),
-        torch.stack([codes_N for _, codes_N in pairs]),
+        torch.stack([pair.text for pair in pairs]),
+        torch.stack([pair.codes for pair in pairs]),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dalle_dist.data import storage
-from dalle_dist.data.loader import TokenDataset
+from dalle_dist.data.token_dataset import TokenDataset
 
 CAPTIONS = 2_000  # looked at, at most
 

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_dist.config import Config, StageConfig
-from dalle_dist.data.loader import ImageDataset, TokenDataset
+from dalle_dist.data.loader import ImageDataset
+from dalle_dist.data.token_dataset import TokenDataset
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.interface import Engine
 from dalle_dist.optim.ema import EMA

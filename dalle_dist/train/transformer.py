@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dalle_dist.config import Config, TrainConfig
 from dalle_dist.data import storage
-from dalle_dist.data.loader import TokenDataset, collate_tokens
 from dalle_dist.data.shards import ShardIndex
+from dalle_dist.data.token_dataset import TokenDataset, TokenNoise, TokenSample, collate_tokens
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.engine.deepspeed.settings import deepspeed_config, micro_batch
@@ -41,7 +41,6 @@ from dalle_dist.transformer.loss_model import LossTransformer
 from dalle_dist.transformer.model import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Batch = tuple[Tensor, Tensor]  # text_BT, codes_BN
 
 
 def train(config: Config, resume: str | None = None) -> None:
@@ -81,23 +80,22 @@ class TransformerStage(Stage):
         }
 
     def _dataset(self, part: str) -> TokenDataset:
-        config, order = self.config, None
+        config, order, noise = self.config, None, None
         folder = storage.join(config.paths.tokens, part)
-        bpe_dropout = caption_dropout = 0.0
         if part == "train":
             order = ShardIndex.load(folder).order(config.seed, config.data.shuffle_shards)
-            bpe_dropout = config.tokenizer.bpe_dropout
-            caption_dropout = config.train.caption_dropout
+            noise = TokenNoise(
+                config.tokenizer.bpe_dropout, config.train.caption_dropout, config.train.image_noise
+            )
         return TokenDataset(
             folder,
             order,
             self.tokenizer,
             config.transformer.text_tokens,
-            bpe_dropout,
-            config.seed,
             self.image_tokenizer.fingerprint,
             config.transformer.image_grid,
-            caption_dropout,
+            seed=config.seed,
+            noise=noise,
         )
 
     @property
@@ -117,19 +115,18 @@ class TransformerStage(Stage):
     def schedule(self) -> PlateauSchedule:
         return PlateauSchedule(self.config.train)
 
-    def collate(self, samples: Sequence[Any]) -> Batch:
+    def collate(self, samples: Sequence[Any]) -> TokenSample:
         return collate_tokens(samples)
 
-    def counts(self, micro_batches: Sequence[Batch]) -> list[float]:
+    def counts(self, micro_batches: Sequence[TokenSample]) -> list[float]:
         """Text targets: captions differ in length, so ranks and micro-batches differ in weight."""
-        return [float(sum(int(counted_text_targets(text).sum()) for text, _ in micro_batches))]
+        return [float(sum(int(counted_text_targets(batch.text).sum()) for batch in micro_batches))]
 
     def loss(
-        self, engine: Engine, micro_batch: Batch, counts: Sequence[float], step: int
+        self, engine: Engine, micro_batch: TokenSample, counts: Sequence[float], step: int
     ) -> tuple[Tensor, Tensor]:
-        text_BT, codes_BN = micro_batch
         device = next(engine.module.parameters()).device
-        text, _, image, *_ = engine(text_BT.to(device), codes_BN.to(device))
+        text, _, image, *_ = engine(*(part.to(device) for part in micro_batch))
         images = self.settings.batch_size * self.config.transformer.image_tokens
         # No text target is left where all captions of a step were dropped.
         text, image = text / max(counts[0], 1), image / images

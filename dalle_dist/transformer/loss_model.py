@@ -19,8 +19,10 @@ class LossTransformer(Transformer):
     into a dataclass: with one, bf16 under ZeRO-1 counts earlier micro-batches twice.
     """
 
-    def forward(self, text_BT: Tensor, codes_BN: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, text_BT: Tensor, codes_BN: Tensor, seen_BN: Tensor | None = None
+    ) -> Tensor:
         # The blocks know their dtypes; DeepSpeed's autocast is on where it reduces in fp16.
         with torch.autocast(text_BT.device.type, enabled=False):
-            text, image = self.predictions(text_BT, codes_BN)
+            text, image = self.predictions(text_BT, codes_BN, seen_BN)
             return torch.stack([*cross_entropy_sum(*text), *cross_entropy_sum(*image)])

@@ -54,13 +54,17 @@ class Transformer(nn.Module):
         return Loss(*cross_entropy_sum(*text), *cross_entropy_sum(*image))
 
     def predictions(
-        self, text_BT: Tensor, codes_BN: Tensor
+        self, text_BT: Tensor, codes_BN: Tensor, seen_BN: Tensor | None = None
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(logits_MV, targets_M) of the text, then of the image; arguments as those of `forward`.
 
         M are the targets that count: pads after a caption's first do not.
+
+        Args:
+            seen_BN: what stands at the positions of the codes when later ones are predicted; None:
+                the codes themselves.
         """
-        x_BSW = self._stream(text_BT, codes_BN)
+        x_BSW = self._stream(text_BT, codes_BN if seen_BN is None else seen_BN)
         text_BTW, image_BNW = x_BSW.split([text_BT.shape[1], codes_BN.shape[1]], dim=1)
         counted_BT = counted_text_targets(text_BT)
         # Only positions whose target counts are unembedded: most text positions hold pads.

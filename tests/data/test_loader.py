@@ -1,25 +1,19 @@
-import io
-import json
 import warnings
 
-import numpy as np
 import pytest
 import torch
 
 from dalle_dist.data.augment import Augmentation
 from dalle_dist.data.loader import (
     ImageDataset,
-    TokenDataset,
     batches,
     collate_images,
-    collate_tokens,
 )
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.errors import ConfigError, DataError
-from dalle_dist.text_tokenizer.bpe import PAD, train_tokenizer
 
-N, GRID = 23, 2
+N = 23
 
 
 def _write_images(folder, image, corrupt=()):
@@ -28,23 +22,6 @@ def _write_images(folder, image, corrupt=()):
             data = b"not an image" if i in corrupt else image((i, 0, 0))
             writer.write(f"{i:03d}", {"png": data, "txt": f"number {i}".encode()})
     return str(folder)
-
-
-def _write_tokens(folder, captions):
-    with ShardWriter(str(folder), "tokens", {"image_tokenizer": "aa", "grid": GRID}) as writer:
-        for i, caption in enumerate(captions):
-            buffer = io.BytesIO()
-            np.save(buffer, np.arange(i, i + GRID**2, dtype=np.uint16))
-            about = json.dumps({"source": str(i)}).encode()
-            writer.write(
-                f"{i:03d}", {"npy": buffer.getvalue(), "txt": caption.encode(), "json": about}
-            )
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["a red heart", "a blue heart", "one two three"], 300)
 
 
 def _order(seed=0):
@@ -157,88 +134,3 @@ def test_nothing_but_corrupt_pictures_is_fatal(tmp_path, image):
         pytest.raises(DataError, match="none of 23 images can be decoded"),
     ):
         dataset[0]
-
-
-def test_token_samples(tmp_path, tokenizer):
-    captions = ["a red heart", "one two three", ""]
-    dataset = TokenDataset(
-        _write_tokens(tmp_path / "t", captions), None, tokenizer, 12, 0.0, 0, "aa", GRID
-    )
-    text_BT, codes_BN = collate_tokens([dataset[i] for i in range(3)])
-    assert text_BT.dtype == codes_BN.dtype == torch.int64
-    assert codes_BN.tolist() == [[i, i + 1, i + 2, i + 3] for i in range(3)]
-    for row, caption in zip(text_BT.tolist(), captions, strict=True):
-        ids = tokenizer.encode(caption)
-        assert row == ids + [PAD] * (12 - len(ids))
-    assert dataset.key(1) == "001"
-
-
-def test_captions_long_or_empty_have_the_length_of_the_text_block(tmp_path, tokenizer):
-    captions = ["a red heart " * 5, "a", " "]
-    dataset = TokenDataset(
-        _write_tokens(tmp_path / "t", captions), None, tokenizer, 4, 0.0, 0, "aa", GRID
-    )
-    long, short, empty = (dataset[i][0].tolist() for i in range(3))
-    assert long == tokenizer.encode(captions[0])[:4] and len(tokenizer.encode(captions[0])) > 4
-    assert len(short) == len(empty) == 4 and short[-1] == empty[-1] == PAD
-
-
-def test_dropout_differs_between_epochs_and_is_reproducible(tmp_path, tokenizer):
-    folder = _write_tokens(tmp_path / "t", ["one two three a red heart"])
-
-    def epochs():
-        order = SampleOrder(0, [1], 1)
-        dataset = TokenDataset(folder, order, tokenizer, 30, 0.3, 0, "aa", GRID)
-        return [dataset[p][0].tolist() for p in range(8)]
-
-    assert epochs() == epochs()
-    assert len({tuple(ids) for ids in epochs()}) > 3
-
-
-def _texts(folder, tokenizer, samples, caption_dropout, bpe_dropout=0.3, seed=0):
-    """Two epochs of rows, by position."""
-    order = SampleOrder(0, [samples], 1)
-    dataset = TokenDataset(
-        folder, order, tokenizer, 30, bpe_dropout, seed, "aa", GRID, caption_dropout
-    )
-    return {p: dataset[p][0].tolist() for p in reversed(range(2 * samples))}
-
-
-def test_a_dropped_caption_is_all_pads_and_the_others_are_as_without_dropout(tmp_path, tokenizer):
-    folder = _write_tokens(tmp_path / "t", ["one two three a red heart"] * 200)
-    kept, some = (_texts(folder, tokenizer, 200, share) for share in (0.0, 0.3))
-    dropped = {p for p, row in some.items() if row == [PAD] * 30}
-    assert 90 <= len(dropped) <= 150
-    assert not any(row == [PAD] * 30 for row in kept.values())
-    assert {p: row for p, row in some.items() if p not in dropped} == {
-        p: row for p, row in kept.items() if p not in dropped
-    }
-    # Other samples in the second epoch.
-    order = SampleOrder(0, [200], 1)
-    first, second = (
-        {order.at(p)[1] for p in dropped if order.at(p)[0] == epoch} for epoch in (0, 1)
-    )
-    assert first != second
-
-
-def test_which_captions_are_dropped_depends_on_the_seed_not_on_bpe_dropout(tmp_path, tokenizer):
-    folder = _write_tokens(tmp_path / "t", ["a red heart"] * 100)
-
-    def dropped(bpe_dropout, seed):
-        texts = _texts(folder, tokenizer, 100, 0.3, bpe_dropout, seed)
-        return {p for p, row in texts.items() if row[0] == PAD}
-
-    assert dropped(0.0, 0) == dropped(0.3, 0) != dropped(0.3, 1)
-
-
-@pytest.mark.parametrize(
-    ("fingerprint", "grid", "message"),
-    [
-        ("bb", GRID, "tokens of image tokenizer aa, but the run's is bb"),
-        ("aa", 4, "tokens of grid 2, but"),
-    ],
-)
-def test_tokens_of_another_dvae_are_refused(tmp_path, tokenizer, fingerprint, grid, message):
-    folder = _write_tokens(tmp_path / "t", ["a"])
-    with pytest.raises(DataError, match=message):
-        TokenDataset(folder, None, tokenizer, 8, 0.0, 0, fingerprint, grid)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dalle_dist.data.token_dataset import TokenSample
 from dalle_dist.distributed import process_group
 from dalle_dist.metrics import identification, registry
 from dalle_dist.metrics.identification import identify, summary
@@ -63,7 +64,7 @@ class Engine:
 
 def test_the_first_captions_are_sampled_once_each(monkeypatch, tmp_path):
     """A model that swaps the images of the first two captions."""
-    held_out = [(torch.full((2,), i), torch.full((4,), i)) for i in range(70)]
+    held_out = [TokenSample(*(torch.full((n,), i) for n in (2, 4, 4))) for i in range(70)]
     random.Random(0).shuffle(held_out)
     seeds_seen = []
 

@@ -15,7 +15,7 @@ import torch
 from dalle_dist.checkpoint.release import load_release, save_dvae_release
 from dalle_dist.checkpoint.weights import load_pieces
 from dalle_dist.config import Config, SamplingConfig
-from dalle_dist.data.loader import collate_tokens
+from dalle_dist.data.token_dataset import collate_tokens
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import CheckpointError, ConfigError, DataError, UserError
 from dalle_dist.testing import run_distributed

@@ -8,6 +8,7 @@ from dalle_kernels.masks import AttentionMask
 from dalle_dist.config import load, preset_names
 from dalle_dist.text_tokenizer.protocol import PAD
 from dalle_dist.transformer.layout import counted_text_targets, layer_masks, text_inputs
+from dalle_dist.transformer.loss_model import LossTransformer
 from dalle_dist.transformer.model import Transformer
 
 TINY = [
@@ -295,3 +296,20 @@ def test_ids_outside_the_vocabulary_are_refused_outside_training(name, value, mo
     if name == "text":
         with pytest.raises(ValueError, match=f"to {value} are not in 0 to {most}"):
             tiny().prefill(text_BT, [1, 1, 1])
+
+
+def test_what_is_seen_is_embedded_and_what_is_true_is_the_target():
+    model = LossTransformer(tiny().config)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    text_BT, codes_BN = batch()
+    seen_BN = codes_BN.clone()
+    seen_BN[0, 5] = (seen_BN[0, 5] + 1) % model.config.transformer.codebook_size
+    own = model.predictions(text_BT, codes_BN)[1]
+    noisy = model.predictions(text_BT, codes_BN, seen_BN)[1]
+    assert torch.equal(noisy[1], own[1])
+    changed_BN = (noisy[0] != own[0]).any(dim=-1).unflatten(0, codes_BN.shape)
+    assert changed_BN[0, 6] and not changed_BN[0, :6].any() and not changed_BN[1:].any()
+    assert not torch.equal(model(text_BT, codes_BN, seen_BN)[2], model(text_BT, codes_BN)[2])
+    torch.testing.assert_close(model(text_BT, codes_BN, codes_BN), model(text_BT, codes_BN))
