@@ -72,7 +72,7 @@ def test_overrides_convert_types():
         ("dvae.image_size=70", "dvae.image_size: 70 is not a multiple"),
         ("dvae.codebook_size=70000", "dvae.codebook_size: 70000 is not at least 2, at most 65,536"),
         ("transformer.conv_kernel=4", "transformer.conv_kernel: 4 is not odd"),
-        ("train.micro_batch=7", "train.batch_size: 64 is not a multiple of train.micro_batch 7"),
+        ("train.micro_batch=7", "train.batch_size: 16 is not a multiple of train.micro_batch 7"),
         ("train.ema=1", r"train.ema: 1.0 is not at least 0, below 1"),
         ("tokenizer.bpe_dropout=1", r"tokenizer.bpe_dropout: 1.0 is not at least 0, below 1"),
         ("train.steps=0", "train.steps: 0 is not at least 1"),

@@ -173,6 +173,12 @@ class TransformerConfig:
         "variant of the attention masks where the paper's text and other programs differ: what "
         "column and convolutional attention see at the edges of the image",
     )
+    scale_embeddings: bool = option(
+        False,
+        "multiply the embeddings by sqrt(width): the stream then starts no smaller than what the "
+        "first resblocks add to it, and AdamW moves what a token is as fast as what is made of it",
+        source="Vaswani et al. 2017 (arXiv 1706.03762, 3.4); the paper does not say",
+    )
     masks: MaskPattern = option(
         "paper",
         "paper = row, column, row, row, ... attention and convolutional in the last layer; "

@@ -15,10 +15,11 @@ from dalle_dist.text_tokenizer.protocol import PAD
 
 
 class TextEmbedding(nn.Module):
-    """Token, or that position's own learned pad, plus position."""
+    """Token, or that position's own learned pad, plus position; `scale` times their sum."""
 
-    def __init__(self, vocab_size: int, positions: int, width: int) -> None:
+    def __init__(self, vocab_size: int, positions: int, width: int, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.token = nn.Embedding(vocab_size, width)
         self.pad = nn.Parameter(torch.empty(positions, width))
         self.position = nn.Parameter(torch.empty(positions, width))
@@ -27,15 +28,15 @@ class TextEmbedding(nn.Module):
         """Tokens of the text positions (START first, PAD after the text) to x_BTW."""
         x_BTW = self.token(tokens_BT).float()
         x_BTW = torch.where((tokens_BT == PAD)[..., None], self.pad.float(), x_BTW)
-        return x_BTW + self.position.float()
+        return self.scale * (x_BTW + self.position.float())
 
 
 class ImageEmbedding(nn.Module):
-    """Code, or start-of-image, plus row and column of the cell to be predicted."""
+    """Code, or start-of-image, plus row and column of the cell to be predicted, times `scale`."""
 
-    def __init__(self, codebook_size: int, grid: int, width: int) -> None:
+    def __init__(self, codebook_size: int, grid: int, width: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.start = codebook_size
+        self.start, self.scale = codebook_size, scale
         self.code = nn.Embedding(codebook_size + 1, width)
         self.row = nn.Parameter(torch.empty(grid, width))
         self.column = nn.Parameter(torch.empty(grid, width))
@@ -43,7 +44,8 @@ class ImageEmbedding(nn.Module):
     def forward(self, codes_BN: Tensor, first: int = 0) -> Tensor:
         """Codes of the image positions from `first` on to x_BNW; position 0 holds `self.start`."""
         position_NW = (self.row[:, None] + self.column[None, :]).flatten(0, 1).float()
-        return self.code(codes_BN).float() + position_NW[first : first + codes_BN.shape[1]]
+        x_BNW = self.code(codes_BN).float() + position_NW[first : first + codes_BN.shape[1]]
+        return self.scale * x_BNW
 
 
 class Unembedding(nn.Linear):

@@ -31,11 +31,12 @@ class Transformer(nn.Module):
         super().__init__()
         shape = config.transformer
         self.config = config
+        scale = shape.width**0.5 if shape.scale_embeddings else 1.0
         self.text_embedding = TextEmbedding(
-            config.tokenizer.vocab_size, shape.text_tokens, shape.width
+            config.tokenizer.vocab_size, shape.text_tokens, shape.width, scale
         )
         self.image_embedding = ImageEmbedding(
-            config.transformer.codebook_size, shape.image_grid, shape.width
+            shape.codebook_size, shape.image_grid, shape.width, scale
         )
         self.blocks = nn.ModuleList(Layer(shape.width, mask) for mask in layer_masks(shape))
         self.norm = LayerNorm(shape.width)

@@ -19,6 +19,7 @@ from dalle_dist.text_tokenizer.bpe import PAD, train_tokenizer
 from dalle_dist.transformer.model import Transformer
 
 TINY = [
+    "sampling.guidance=1",
     "transformer.layers=4", "transformer.width=64", "transformer.heads=1",
     "transformer.text_tokens=6", "transformer.image_grid=4", "transformer.conv_kernel=3",
     "tokenizer.vocab_size=300", "dvae.image_size=8", "dvae.downsamplings=1", "dvae.width=8",

@@ -13,6 +13,7 @@ from dalle_dist.transformer.model import Transformer
 
 TINY = [
     "transformer.layers=4", "transformer.width=64", "transformer.heads=1",
+    "transformer.scale_embeddings=false",
     "transformer.text_tokens=6", "transformer.image_grid=4", "transformer.conv_kernel=3",
     "tokenizer.vocab_size=300", "dvae.image_size=32", "dvae.downsamplings=3",
     "dvae.codebook_size=20", "transformer.codebook_size=20", "train.checkpoint_activations=false",
@@ -313,3 +314,20 @@ def test_what_is_seen_is_embedded_and_what_is_true_is_the_target():
     assert changed_BN[0, 6] and not changed_BN[0, :6].any() and not changed_BN[1:].any()
     assert not torch.equal(model(text_BT, codes_BN, seen_BN)[2], model(text_BT, codes_BN)[2])
     torch.testing.assert_close(model(text_BT, codes_BN, codes_BN), model(text_BT, codes_BN))
+
+
+def test_scaled_embeddings_are_those_of_a_model_whose_embeddings_are_larger():
+    model, scaled = tiny(), tiny("transformer.scale_embeddings=true")
+    with torch.no_grad():
+        for embedding in (model.text_embedding, model.image_embedding):
+            for parameter in embedding.parameters():
+                parameter.mul_(64**0.5)
+    text_BT, codes_BN = batch()
+    expected = model.logits(text_BT, codes_BN)
+    torch.testing.assert_close(scaled.logits(text_BT, codes_BN), expected)
+    caches = scaled.prefill(text_BT, [1, 1, 1])
+    held_B = torch.full((3,), scaled.image_embedding.start)
+    for position in range(3):
+        logits_BK = scaled.step(held_B, caches, position)
+        torch.testing.assert_close(logits_BK, expected[1][:, position])
+        held_B = codes_BN[:, position]
