@@ -1,13 +1,16 @@
 """Parts of a report, without a run: which captions, the table's layout, what is said of the run."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dalle_dist.config import from_dict
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.errors import DataError
-from dalle_dist.report import facts, inputs
+from dalle_dist.report import facts, inputs, report
 from dalle_dist.report.figures import CAPTION, CELL, HEAD, Row, table
 from dalle_dist.report.page import Section, page
 from dalle_dist.report.samples import CAPTIONS, chosen_captions
@@ -130,3 +133,41 @@ def test_samples_are_compared_with_the_first_training_images(tmp_path, monkeypat
     said = facts.table_facts(1, 30, train)
     assert "among the first 7 of 12 training images" in said["nearest in training"]
     assert said["captions shown"].startswith("1 of 30 held-out ones")
+
+
+def test_rows_and_figures_are_each_of_their_own_samples(tmp_path, monkeypatch):
+    """Image i of 30 is grey of value 8 i; a sample is 3 brighter, the other figures' 1 brighter."""
+    greys = (torch.arange(30) * 8).byte()[:, None, None, None].expand(-1, 3, 4, 4).contiguous()
+    captions = [f"grey {i}" for i in range(30)]
+
+    class Greys:
+        def generate(self, prompts, n, seed):
+            values = [8 * int(prompt.split()[1]) + 3 for prompt in prompts for _ in range(n)]
+            images = [Image.new("RGB", (4, 4), (value,) * 3) for value in values]
+            return [SimpleNamespace(image=image) for image in images]
+
+    monkeypatch.setattr(report, "sample_captions", lambda *_: (greys.float() + 1) / 255)
+    with ShardWriter(str(tmp_path / "train"), "images", {}) as writer:
+        for value in range(3, 250, 16):  # as bright as the samples of every second caption
+            Image.new("RGB", (4, 4), (value,) * 3).save(tmp_path / "image.png")
+            data = (tmp_path / "image.png").read_bytes()
+            writer.write(f"{value:03}", {"png": data, "txt": f"value {value}".encode()})
+    config = from_dict({"paths": {"images": str(tmp_path)}})
+    held_out = inputs.HeldOut(captions, greys, torch.zeros(30, 1), torch.zeros(30, 1))
+    train = inputs.TrainingImages(config, 4)
+    rows, figures = report.sample(config, Greys(), held_out, train)
+    chosen = chosen_captions(captions)
+    assert [row.caption for row in rows] == [captions[i] for i in chosen]
+    assert [row.true.getpixel((0, 0))[0] for row in rows] == [8 * i for i in chosen]
+    for i, row in zip(chosen, rows, strict=True):
+        value = int(row.nearest_caption.split()[1])
+        assert abs(value - 8 * i - 3) == (0 if i % 2 == 0 else 8)
+        assert row.nearest.getpixel((0, 0)) == (value,) * 3
+        assert [sample.getpixel((0, 0))[0] for sample in row.samples] == [8 * i + 3] * 4
+    # 1 from its true image, 2 or 6 from one that was trained on.
+    assert figures["share of samples nearer to a training image than to the true one"] == 0
+    assert figures["identification R@1"] == 1
+    monkeypatch.setattr(report, "sample_captions", lambda *_: (greys.float() + 2) / 255)
+    _, figures = report.sample(config, Greys(), held_out, train)
+    # 2 from its true image, 1 from that of every second caption.
+    assert figures["share of samples nearer to a training image than to the true one"] == 0.5
