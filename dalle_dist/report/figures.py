@@ -13,7 +13,8 @@ from dalle_dist.data.labelled_grid import GAP, fit, font, wrapped
 CELL, CAPTION = 96, 190  # pixels
 TITLE, TEXT, SMALL = 16, 13, 11  # pixels: size of letters
 LEADING = 4  # pixels between lines
-HEAD = 72  # pixels above the first row: the title, and a heading of up to two lines
+HEAD = 88  # pixels above the first row: title, note, and headings of up to two lines
+HEADINGS_TOP = 52
 HEADINGS = ("true", "nearest in training", "generated")
 COLUMNS = 3  # plots side by side
 
@@ -33,18 +34,19 @@ class Row:
         return [self.true, self.nearest, *self.samples]
 
 
-def table(rows: Sequence[Row], title: str, columns: int = 2) -> Image.Image:
+def table(rows: Sequence[Row], title: str, note: str, columns: int = 2) -> Image.Image:
     """All rows in `columns` columns; below each caption, in grey, the nearest image's own."""
     width = _left(max(len(row.images) for row in rows)) + 2 * GAP
     lines = -(-len(rows) // columns)
     canvas = Image.new("RGB", (columns * width, HEAD + lines * (CELL + GAP)), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((GAP, 8), title, fill="black", font=font(TITLE))
+    draw.text((GAP, 32), note, fill="dimgray", font=font(SMALL))
     for i, row in enumerate(rows):
         left, top = (i // lines) * width, HEAD + (i % lines) * (CELL + GAP)
         if top == HEAD:
             for j, heading in enumerate(HEADINGS):
-                _write(draw, (left + _left(j), 36), heading, CELL, SMALL, "dimgray")
+                _write(draw, (left + _left(j), HEADINGS_TOP), heading, CELL, SMALL, "dimgray")
         _captions(draw, row, left + GAP, top)
         for j, image in enumerate(row.images):
             canvas.paste(fit(image, CELL), (left + _left(j), top))

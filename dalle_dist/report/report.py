@@ -31,6 +31,7 @@ from dalle_dist.report.samples import chosen_captions, first_samples, generate_s
 from dalle_dist.train.run import read_log
 
 RECONSTRUCTIONS = 24
+NOTE = "nearest in training: the training image nearest to the first generated one, pixel by pixel"
 DVAE_PANELS = (
     {"nll": "reconstruction, nats/dim"},
     {"kl": "KL, nats/dim"},
@@ -76,7 +77,7 @@ def write_report(config: Config) -> None:
     about = facts.run_facts(config, generator, len(held_out.captions), len(tokens["train"]), logs)
     rules = facts.table_facts(len(rows), len(held_out.captions), train)
     warnings = facts.warnings(figures[CODES_IN_USE], logs.get(STAGE_1, []))
-    first = table(rows, f"{facts.title(config)}: captions the model never saw")
+    first = table(rows, f"{facts.title(config)}: captions the model never saw", NOTE)
     sections = [
         Section("Captions it never saw", list(rules.items()), first),
         Section("The run", list(about.items())),

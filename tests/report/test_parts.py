@@ -11,7 +11,7 @@ from dalle_dist.config import from_dict
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.errors import DataError
 from dalle_dist.report import facts, inputs, report
-from dalle_dist.report.figures import CAPTION, CELL, HEAD, Row, table
+from dalle_dist.report.figures import CAPTION, CELL, HEAD, HEADINGS_TOP, Row, table
 from dalle_dist.report.page import Section, page
 from dalle_dist.report.samples import CAPTIONS, chosen_captions
 
@@ -45,7 +45,7 @@ def boxes(canvas, colour):
 @pytest.mark.parametrize("caption", ["red heart", LONG * 5, LONG.replace(" ", "") * 5])
 def test_nothing_in_the_table_hides_anything_else(caption):
     shown = [row(caption, caption)] * 6
-    canvas = np.asarray(table(shown, "a title", columns=2))
+    canvas = np.asarray(table(shown, "a title", "a note", columns=2))
     half = canvas[:, : canvas.shape[1] // 2]
     (left, top, right, _), count = boxes(half, (255, 0, 0))
     assert (left, top, right - left) == (CAPTION + 6, HEAD, CELL) and count == 3 * CELL**2
@@ -58,7 +58,7 @@ def test_nothing_in_the_table_hides_anything_else(caption):
     def text(part):
         return part.max(axis=2) < 200  # grey and black; images have a channel of 255
 
-    captions, heads = text(half[HEAD:, :left]), text(half[32:HEAD])
+    captions, heads = text(half[HEAD:, :left]), text(half[HEADINGS_TOP:HEAD])
     assert captions[:, -2:].sum() == 0 and captions.any()
     assert not text(half[HEAD:, left:]).any()
     # Each row's captions end above the next row's.
@@ -69,6 +69,7 @@ def test_nothing_in_the_table_hides_anything_else(caption):
     for start, end in ((left, right), (nearest[0], nearest[2]), (samples[0], samples[0] + CELL)):
         assert heads[:, start:end].any() and not heads[:, end : end + 6].any()
     assert not heads[:, : left - 1].any() and not heads[-2:].any()
+    assert not text(half[HEADINGS_TOP - 4 : HEADINGS_TOP]).any()
 
 
 def test_warnings_are_for_few_codes_and_for_codes_that_collapsed():
