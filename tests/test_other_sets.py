@@ -10,6 +10,8 @@ from benchmarks import other_sets
 from dalle_dist.data.image_folder import build_folder
 from dalle_dist.data.shards import ShardSet
 
+SIZE = other_sets.SIZE
+
 
 def made(monkeypatch, name, out):
     monkeypatch.setattr(sys, "argv", ["other_sets", name, str(out)])
@@ -38,9 +40,6 @@ def test_glyphs_are_what_their_captions_say(tmp_path, monkeypatch, capsys):
     assert held_out.read(0)["txt"].decode() in captions
 
 
-SIZE = other_sets.SIZE
-
-
 def draw(path, colour, size, box=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("RGBA", size)
@@ -55,7 +54,8 @@ def test_icons_are_the_largest_of_each_name_and_none_is_twice(tmp_path, monkeypa
         theme = place / "usr/share/icons/Some"
         draw(theme / "actions/48/mail-send.png", "blue", (48, 48))
         draw(theme / "128x128/actions/mail-send.png", "red", (128, 128), (0, 0, 64, 128))
-        draw(theme / "48x48/apps/mail-send.png", "green", (48, 48))
+        draw(theme / "48x48/apps/mail-send.png", "yellow", (48, 48))
+        draw(theme / "96x96/apps/mail-send.png", "green", (96, 96))
         draw(theme / "32x32/apps/small.png", "black", (32, 32))
         draw(theme / "48x48/apps/wide.png", "black", (96, 48))
         draw(theme / "48x48/apps/blank.png", None, (48, 48))
