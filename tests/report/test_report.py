@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,19 @@ def test_the_table_shows_the_training_image_nearest_to_the_first_sample(walked):
     figures = json.loads((walked / "run/figures.json").read_text())
     share = figures["share of samples nearer to a training image than to the true one"]
     assert share == pytest.approx(nearer / 5, abs=1e-3)
+
+
+def test_a_collapse_of_stage_1_is_told_in_red(walked, tmp_path, capsys):
+    assert '<p class="warning">' not in (walked / "run/report.html").read_text()
+    shutil.copytree(walked / "run", tmp_path / "run")
+    line = json.dumps({"step": 20, "time": 2e9, "codes_collapsed": 1.0})
+    (tmp_path / "dvae").mkdir()
+    (tmp_path / "dvae/log.jsonl").write_text((walked / "dvae/log.jsonl").read_text() + line + "\n")
+    places = [f"paths.run={tmp_path}/run", f"paths.dvae_run={tmp_path}/dvae"]
+    assert main(["report", str(walked / "run/config.yaml"), *places]) == 0
+    assert "WARNING: The codes had collapsed" in capsys.readouterr().out
+    text = (tmp_path / "run/report.html").read_text()
+    assert '<p class="warning">The codes had collapsed at stage 1' in text
 
 
 class Biased:
