@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -61,16 +61,28 @@ def fit(image: Image.Image, cell: int) -> Image.Image:
     return image.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
 
 
-def wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most `width` pixels in the captions' font, the last one cut by an ellipsis.
+@cache
+def font(size: int = TEXT) -> Font:
+    """Matplotlib's own DejaVu Sans: Pillow's default font has hardly a letter beyond ASCII.
+
+    `size` is that of the letters, in pixels.
+    """
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(path, size) if path.exists() else ImageFont.load_default(size)
+
+
+def wrapped(text: str, width: int, size: int = TEXT) -> list[str]:
+    """At most LINES lines of at most `width` pixels in `font(size)`, the last cut by an ellipsis.
 
     Lines are broken at spaces, or within a word that is too long for one.
     """
     rest, lines = _printable(text[: LINES * width]), list[str]()
     while rest:
-        count = _fitting(rest, width)
+        count = _fitting(rest, width, size)
         if count < len(rest) and len(lines) == LINES - 1:
-            return [*lines, rest[: _fitting(rest, width, "…")].rstrip() + "…"]
+            return [*lines, rest[: _fitting(rest, width, size, "…")].rstrip() + "…"]
         if count < len(rest):
             space = rest.rfind(" ", 0, count + 1)
             count = space if space > 0 else count
@@ -90,28 +102,19 @@ def _head(
 
 def _write(draw: ImageDraw.ImageDraw, lines: list[str], left: int, bottom: int) -> None:
     for number, line in enumerate(reversed(lines), 1):
-        draw.text((left, bottom - BELOW - number * LEADING), line, fill="black", font=_font())
+        draw.text((left, bottom - BELOW - number * LEADING), line, fill="black", font=font())
 
 
-def _fitting(text: str, width: int, end: str = "") -> int:
+def _fitting(text: str, width: int, size: int, end: str = "") -> int:
     """How many letters of `text`, with `end` after them, are at most `width` pixels; at least 1."""
     counts = range(1, len(text) + 1)
-    return bisect_right(counts, width, key=lambda n: _pixels(text[:n] + end)) or 1
+    return bisect_right(counts, width, key=lambda n: _pixels(text[:n] + end, size)) or 1
 
 
-def _pixels(text: str) -> int:
-    return math.ceil(_font().getlength(text))
+def _pixels(text: str, size: int = TEXT) -> int:
+    return math.ceil(font(size).getlength(text))
 
 
 def _printable(text: str) -> str:
     """One line without control characters, for which a font has at best an empty box."""
     return " ".join("".join(c for c in word if c.isprintable()) for word in text.split()).strip()
-
-
-@lru_cache(maxsize=1)
-def _font() -> Font:
-    """Matplotlib's own DejaVu Sans: Pillow's default font has hardly a letter beyond ASCII."""
-    import matplotlib
-
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    return ImageFont.truetype(path, TEXT) if path.exists() else ImageFont.load_default(TEXT)

@@ -12,7 +12,7 @@ import torch
 from dalle_dist.data.token_dataset import TokenSample
 from dalle_dist.distributed import process_group
 from dalle_dist.metrics import identification, registry
-from dalle_dist.metrics.identification import identify, summary
+from dalle_dist.metrics.identification import distances, identify, nearest, summary
 from dalle_dist.metrics.registry import Evaluation, measure
 from dalle_dist.testing import run_distributed
 from dalle_dist.train.run import read_log
@@ -39,6 +39,30 @@ def test_equally_near_images_count_as_nearer():
     true[2] = true[0]
     assert identify(true, true).tolist() == [2, 1, 2, 1]
     assert identify(torch.zeros(3, 3, 2, 2), torch.ones(3, 3, 2, 2)).tolist() == [3, 3, 3]
+
+
+def test_the_nearest_image_is_found_exactly_whatever_the_chunks():
+    generator = torch.Generator().manual_seed(2)
+    images, others = torch.randint(256, (2, 40, 3, 6, 5), generator=generator).byte()
+    others[:8] = images[3:11]
+    others[3, 0, 0, 0] ^= 1  # all but a copy: off by one in one channel of one pixel
+    squares = (images[:, None].long() - others[None].long()).square().sum(dim=(2, 3, 4))
+    assert torch.equal(distances(images, others).long(), squares)
+    for chunk in (40, 7, 1):
+        index_B, distance_B = nearest(images, others.split(chunk))
+        assert index_B.tolist() == squares.argmin(dim=1).tolist()
+        assert distance_B.tolist() == squares.amin(dim=1).tolist()
+    assert distance_B[3:11].tolist() == [0, 0, 0, 1, 0, 0, 0, 0]
+
+
+def test_of_equally_near_images_the_first_is_nearest():
+    others = torch.tensor([9, 5, 3, 5, 3]).byte()[:, None, None, None].expand(-1, 3, 2, 2)
+    for chunk in (5, 2, 1):
+        index_B, distance_B = nearest(others[[1, 2, 0]], others.split(chunk))
+        assert index_B.tolist() == [1, 2, 0] and not distance_B.any()
+        index_B, distance_B = nearest(others[:1] - 5, others.split(chunk))
+        assert (index_B.item(), distance_B.item()) == (1, 12)
+    assert [t.tolist() for t in nearest(others[:1], [])] == [[-1], [torch.inf]]
 
 
 def test_summary_of_ranks():

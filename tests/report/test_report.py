@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -73,6 +75,11 @@ def test_the_road_ends_in_a_report(walked):
     assert "<h2>Captions it never saw</h2>" in text
     assert len(re.findall(r'src="data:image/png;base64,', text)) == 4
     assert not re.findall(r'(?:src|href)="(?!data:)', text), "the page must be self-contained"
+    assert "<h1>dalle-dist: data set images, run run (config emoji)</h1>" in text
+    assert re.search(r"<td>20 steps, 9.23 epochs, \d+ min \d\d s from start", text)
+    assert re.search(r"<td>8 steps, 3.69 epochs, \d+ min \d\d s from start", text)
+    assert "/images: 13 images to train on, 5 held out</td>" in text
+    assert "guidance 2.0, guidance schedule constant</td>" in text
     figures = json.loads((walked / "run/figures.json").read_text())
     assert figures["held-out images"] >= 2
     assert 3 < figures["PSNR of reconstructions, dB (mean over images)"] < 60
@@ -140,6 +147,46 @@ def test_identification_is_over_the_whole_held_out_set(walked):
     assert figures["identification, median rank"] == ranks.double().quantile(0.5).item()
     share = (ranks == 1).double().mean().item()
     assert figures["identification R@1"] == pytest.approx(share, abs=1e-3)
+
+
+def test_the_table_shows_the_training_image_nearest_to_the_first_sample(walked):
+    from dalle_dist import Generator
+    from dalle_dist.data.loader import ImageDataset
+
+    config = load(str(walked / "run/config.yaml"))
+    parts = {
+        part: ImageDataset(f"{config.paths.images}/{part}", None, 16, None, 0)
+        for part in ("train", "held-out")
+    }
+    train, held_out = ([part[i] for i in range(len(part))] for part in parts.values())
+    generator = Generator.load(str(walked / "run/release"))
+    nearest, nearer = [], 0
+    for one in held_out:
+        made = generator.generate(one.caption, seed=config.seed)[0].image
+        pixels = torch.from_numpy(np.array(made)).permute(2, 0, 1).int()
+        far = [int((pixels - other.image_CHW.int()).square().sum()) for other in [one, *train]]
+        nearer += min(far[1:]) < far[0]
+        nearest.append((one.caption, train[far[1:].index(min(far[1:]))].caption))
+    text = (walked / "run/report.html").read_text()
+    listed = text[text.index("<h2>Captions of the nearest training images</h2>") :]
+    assert re.findall(r"<tr><td>(.*)</td><td>(.*)</td></tr>", listed) == nearest
+    assert "among all 13 training images" in text and "5 of 5 held-out ones" in text
+    figures = json.loads((walked / "run/figures.json").read_text())
+    share = figures["share of samples nearer to a training image than to the true one"]
+    assert share == pytest.approx(nearer / 5, abs=1e-3)
+
+
+def test_a_collapse_of_stage_1_is_told_in_red(walked, tmp_path, capsys):
+    assert '<p class="warning">' not in (walked / "run/report.html").read_text()
+    shutil.copytree(walked / "run", tmp_path / "run")
+    line = json.dumps({"step": 20, "time": 2e9, "codes_collapsed": 1.0})
+    (tmp_path / "dvae").mkdir()
+    (tmp_path / "dvae/log.jsonl").write_text((walked / "dvae/log.jsonl").read_text() + line + "\n")
+    places = [f"paths.run={tmp_path}/run", f"paths.dvae_run={tmp_path}/dvae"]
+    assert main(["report", str(walked / "run/config.yaml"), *places]) == 0
+    assert "WARNING: The codes had collapsed" in capsys.readouterr().out
+    text = (tmp_path / "run/report.html").read_text()
+    assert '<p class="warning">The codes had collapsed at stage 1' in text
 
 
 class Biased:
