@@ -1,0 +1,260 @@
+"""What each part of the demo's recipe brings, over seeds: one part is changed at a time.
+
+    python -m benchmarks.recipe FOLDER                         hours; FOLDER keeps what is done
+    python -m benchmarks.recipe FOLDER --seeds 1 --only "image noise 0"
+
+Runs are of preset `emoji`, one process of one thread each, `--jobs` at once. Stage 1's cases are
+whole runs. Stage 2's see 25,600 images, fewer than the demo's, and stand on the codes of the
+preset's stage 1 with seed 0, or of the case that they name. Guidance is measured on the runs of the
+preset. Runs that failed are counted in a row of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Measured, report
+from dalle_dist.checkpoint.release import load_release
+from dalle_dist.config import Config, load
+from dalle_dist.generate.generator import Generator
+from dalle_dist.metrics.caption_gain import caption_losses
+from dalle_dist.metrics.identification import identify, summary
+from dalle_dist.report.inputs import HeldOut, read_tokens
+from dalle_dist.report.measures import sample_captions
+from dalle_dist.train.run import read_log
+
+IMAGES = 25_600  # that a run of stage 2 sees
+FALLS = (0.55, 0.72, 0.83, 0.92, 0.97)  # shares of a run after which its rate is halved
+GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
+PRESET, PAPER = "preset", "likelihood as in the paper"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One change of the preset. `codes` names the case of stage 1 whose codes are trained on."""
+
+    name: str
+    overrides: Sequence[str] = ()
+    codes: str = PRESET
+
+
+def stage_2_length(batch_size: int, lr: float, images: int = IMAGES) -> list[str]:
+    """A run that sees `images` images in batches of this size; its warm-up sees 1,600 of them."""
+    steps = images // batch_size
+    falls = [max(1, round(share * steps)) for share in FALLS]
+    return [
+        f"train.batch_size={batch_size}",
+        f"train.micro_batch={batch_size}",
+        f"train.steps={steps}",
+        f"train.lr={lr}",
+        f"train.warmup={min(steps, max(1, 1_600 // batch_size))}",
+        f"train.halve_at={falls}",
+        f"train.eval_every={steps}",
+        f"train.sample_every={steps}",
+        f"train.save_every={steps}",
+        "train.metrics=[losses]",
+    ]
+
+
+STAGE_1 = (
+    Case(PRESET),
+    Case(PAPER, ["dvae_train.min_scale=0"]),
+    Case(f"{PAPER}, clipped at norm 1", ["dvae_train.min_scale=0", "dvae_train.clip=1"]),
+    Case("min_scale 0.03", ["dvae_train.min_scale=0.03"]),
+    Case("min_scale 0.3", ["dvae_train.min_scale=0.3"]),
+)
+STAGE_2 = (
+    Case(PRESET),
+    Case("embeddings not scaled", ["transformer.scale_embeddings=false"]),
+    Case("image noise 0", ["train.image_noise=0"]),
+    Case("batches of 64", stage_2_length(64, 1.5e-3)),
+    Case(f"codes of: {PAPER}", codes=PAPER),
+    Case("codes of: min_scale 0.3", codes="min_scale 0.3"),
+)
+
+
+def main() -> None:
+    options = _arguments()
+    folder: Path = options.folder
+    if not (folder / "data" / "held-out").exists():
+        _dalle_dist(["data", "emoji", str(folder / "data"), "--size", "64"])
+    rows = _stage_1(folder, options) + _stage_2(folder, options)
+    report("recipe", load("emoji"), rows, options)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="for data and runs; gigabytes")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each case (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once (%(default)s)")
+    parser.add_argument("--only", nargs="+", help="names of cases")
+    parser.add_argument("--smoke", action="store_true", help="tiny runs; proves that it runs")
+    parser.add_argument("--out", type=Path, help="CSV file to append to, not benchmarks/results/")
+    return parser.parse_args()
+
+
+def _stage_1(folder: Path, options: argparse.Namespace) -> list[Measured]:
+    cases = [case for case in STAGE_1 if not options.only or case.name in options.only]
+    needed = {case.codes for case in STAGE_2 if not options.only or case.name in options.only}
+    runs = [(case, seed) for case in cases for seed in range(options.seeds)]
+    runs += [(case, 0) for case in STAGE_1 if case.name in needed and case not in cases]
+    lengths = [f"dvae_train.{key}=4" for key in ("steps", "warmup", "eval_every", "save_every")]
+
+    def train(run: tuple[Case, int]) -> bool:
+        case, seed = run
+        settings = [*_paths(folder, case, seed), *case.overrides, f"seed={seed}"]
+        settings += lengths if options.smoke else []
+        return _trained("train-dvae", _dvae(folder, case.name, seed), settings)
+
+    went_well = dict(zip(runs, _at_once(train, runs, options.jobs), strict=True))
+    found = {
+        case.name: [
+            {name: _last(_dvae(folder, case.name, seed))[name] for name in UNITS_1}
+            for seed in range(options.seeds)
+            if went_well[case, seed]
+        ]
+        for case in cases
+    }
+    return _rows("stage 1", found, UNITS_1, options.seeds)
+
+
+def _stage_2(folder: Path, options: argparse.Namespace) -> list[Measured]:
+    cases = [case for case in STAGE_2 if not options.only or case.name in options.only]
+    for case in cases:
+        settings = _paths(folder, case, 0)
+        _dalle_dist(["encode", "emoji", *settings])
+        if not (folder / "tokenizer.json").exists():
+            _dalle_dist(["tokenizer", "train", "emoji", *settings])
+    length = stage_2_length(16, load("emoji").train.lr, 64 if options.smoke else IMAGES)
+    runs = [(case, seed) for case in cases for seed in range(options.seeds)]
+
+    def train(run: tuple[Case, int]) -> bool:
+        case, seed = run
+        settings = [*_paths(folder, case, seed), *length, *case.overrides, f"seed={seed}"]
+        return _trained("train", _run(folder, case, seed), settings)
+
+    went_well = dict(zip(runs, _at_once(train, runs, options.jobs), strict=True))
+    found: dict[str, list[dict[str, float]]] = {}
+    for case, seed in runs:
+        if not went_well[case, seed]:
+            found.setdefault(case.name, [])
+            continue
+        config = load("emoji", [*_paths(folder, case, seed), f"seed={seed}"])
+        weights = GUIDANCE if case.name == PRESET else (load("emoji").sampling.guidance,)
+        for weight, figures in zip(weights, _figures(config, weights), strict=True):
+            name = case.name if weight == config.sampling.guidance else f"guidance {weight:g}"
+            found.setdefault(name, []).append(figures)
+    return _rows("stage 2", found, UNITS_2, options.seeds)
+
+
+UNITS_1 = {"psnr": "dB", "ssim": "", "codes_in_use": "share", "codes_perplexity": "codes"}
+UNITS_2 = {
+    "held-out image loss": "nats/token",
+    "caption gain": "nats/token",
+    "identification R@1": "share",
+    "identification R@10": "share",
+    "identification, median rank": "rank",
+}
+
+
+def _figures(config: Config, weights: Sequence[float]) -> list[dict[str, float]]:
+    """Of a finished run of stage 2, by each weight of guidance."""
+    release = load_release(f"{config.paths.run}/release")
+    model = release.transformer
+    generator = Generator(model, release.tokenizer, release.image_tokenizer, release.config)
+    tokens = read_tokens(config, "held-out", release)
+    held_out = HeldOut.load(config, tokens, release.image_tokenizer.image_size)
+    losses = caption_losses(model, held_out.text_BT, held_out.codes_BN)
+    images_BCHW = held_out.images_BCHW.float() / 255
+    found = []
+    for weight in weights:
+        sampling = dataclasses.replace(config.sampling, guidance=weight)
+        model.config = dataclasses.replace(release.config, sampling=sampling)
+        ranks = summary(identify(sample_captions(generator, held_out, config.seed), images_BCHW))
+        values = losses.right, losses.gain, ranks["r1"], ranks["r10"], ranks["rank"]
+        found.append(dict(zip(UNITS_2, values, strict=True)))
+    return found
+
+
+def _rows(
+    stage: str,
+    found: Mapping[str, Sequence[Mapping[str, float]]],
+    units: Mapping[str, str],
+    seeds: int,
+) -> list[Measured]:
+    rows = []
+    for name, runs in found.items():
+        failed = [float(seeds - len(runs))] if len(runs) < seeds else []
+        rows += [Measured(f"{stage}: {name}", "runs that failed", "", failed)] if failed else []
+        for metric, unit in units.items() if runs else ():
+            rows.append(Measured(f"{stage}: {name}", metric, unit, [run[metric] for run in runs]))
+    return rows
+
+
+def _paths(folder: Path, case: Case, seed: int) -> list[str]:
+    codes = case.codes if case in STAGE_2 else case.name
+    values = {
+        "images": folder / "data",
+        "tokenizer": folder / "tokenizer.json",
+        "dvae_run": _dvae(folder, codes, 0 if case in STAGE_2 else seed),
+        "tokens": folder / "tokens" / _slug(codes),
+        "run": _run(folder, case, seed),
+    }
+    return [f"paths.{key}={value}" for key, value in values.items()]
+
+
+def _dvae(folder: Path, case: str, seed: int) -> Path:
+    return folder / "dvae" / f"{_slug(case)}-{seed}"
+
+
+def _run(folder: Path, case: Case, seed: int) -> Path:
+    return folder / "runs" / f"{_slug(case.name)}-{seed}"
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in ".-" else "-" for letter in name)
+
+
+def _trained(verb: str, run: Path, settings: Sequence[str]) -> bool:
+    """Whether the run is whole; one that was cut off before goes on."""
+    if (run / "release" / "config.yaml").exists():
+        return True
+    resume = ["--resume", "auto"] if (run / "config.yaml").exists() else []
+    done = _start([verb, "emoji", *resume, *settings])
+    print(f"{run}: {'done' if not done.returncode else done.stderr[-500:]}", flush=True)
+    return not done.returncode
+
+
+def _dalle_dist(arguments: Sequence[str]) -> None:
+    done = _start(arguments)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)}: {done.stderr[-2000:]}")
+
+
+def _start(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", "dalle_dist", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def _at_once(function: Any, runs: Sequence[Any], jobs: int) -> list[bool]:
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(function, runs))
+
+
+def _last(run: Path) -> dict[str, Any]:
+    """The last evaluation of a run of stage 1."""
+    return [line for line in read_log(run) if "psnr" in line][-1]
+
+
+if __name__ == "__main__":
+    main()
