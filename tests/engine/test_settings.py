@@ -114,7 +114,7 @@ def test_micro_batch_zero_is_the_ranks_share_of_the_batch():
 def test_a_json_file_is_read_when_the_config_is_loaded(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 7}}))
-    config = load("emoji", [f"train.deepspeed={path}"])
+    config = load("emoji", [f"train.deepspeed={path}", "train.precision=fp32"])
     path.unlink()
     assert config.train.deepspeed == {"zero_optimization": {"reduce_bucket_size": 7}}
     assert from_dict(to_dict(config)) == config
