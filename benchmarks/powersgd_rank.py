@@ -134,7 +134,7 @@ def train(trainer: Trainer, model: nn.Module, config: Config, ranks: Ranks, step
     for number in range(1, steps + 1):
         dist.barrier()
         before, busy, start = int(SENT_BYTES.read_text()), time.process_time(), time.perf_counter()
-        losses.append(step(*next(stream), schedule.rate(number)))
+        losses.append(step(next(stream), schedule.rate(number)))
         seconds.append(time.perf_counter() - start)
         processor.append(time.process_time() - busy)
         dist.barrier()  # else the other node's last packets would count as the next step's
@@ -144,13 +144,13 @@ def train(trainer: Trainer, model: nn.Module, config: Config, ranks: Ranks, step
 
 def stepper(
     trainer: Trainer, config: Config, ranks: Ranks
-) -> Callable[[Tensor, Tensor, float], float]:
+) -> Callable[[TokenSample, float], float]:
     """One step by one micro-batch per rank; returns the loss of the whole batch."""
     images = config.train.batch_size * config.transformer.image_tokens
 
-    def step(text_BT: Tensor, codes_BN: Tensor, lr: float) -> float:
-        texts = ranks.sum([float(counted_text_targets(text_BT).sum())])[0]
-        text, _, image, *_ = trainer(text_BT, codes_BN)
+    def step(batch: TokenSample, lr: float) -> float:
+        texts = ranks.sum([float(counted_text_targets(batch.text).sum())])[0]
+        text, _, image, *_ = trainer(batch.text, batch.codes)
         loss = weighted(text / texts, image / images, config.train.text_loss)
         trainer.backward(loss)
         trainer.step(lr)

@@ -14,6 +14,7 @@ from dalle_dist.transformer.loss_model import LossTransformer
 BATCH, STAGES = 8, (0, 1, 2, 3)
 SHAPE = [
     "transformer.layers=2", "transformer.width=64", "transformer.heads=1",
+    "transformer.scale_embeddings=false",
     "transformer.text_tokens=6", "transformer.image_grid=4", "transformer.conv_kernel=3",
     "tokenizer.vocab_size=50", "dvae.image_size=32", "dvae.downsamplings=3",
     "dvae.codebook_size=20", "transformer.codebook_size=20", "train.batch_size=8",
