@@ -1,4 +1,4 @@
-# make demo   a model learns to generate images from text: 10 to 25 minutes on 2 cores, ends with runs/demo/report.html
+# make demo   a model learns to generate images from text: 11 minutes on 2 cores, longer without AVX-512 BF16, ends with runs/demo/report.html
 # make docs   docs/config.md, from the config's fields
 # make test   all quick tests            make check   lint, format, types
 # make test-one-unit-off   the same, as on a processor with another square root

@@ -39,7 +39,7 @@ Line = dict[str, float]
 def main() -> None:
     options = arguments(__doc__, rounds=5)
     with tempfile.TemporaryDirectory() as folder:
-        _write_images(Path(folder) / "images")
+        write_images(Path(folder) / "images")
         rows = measure(Path(folder), options)
     report("busy_machine", load("emoji"), rows, options)
 
@@ -136,7 +136,7 @@ def _busy() -> Iterator[None]:
         process.wait()
 
 
-def _write_images(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     for part, count in (("train", 512), ("held-out", 16)):
         with ShardWriter(str(folder / part), "images", {}) as writer:
             for i in range(count):

@@ -381,26 +381,3 @@ def test_powersgd_network_smoke(slow_network, tmp_path):
     assert 0.48 < sent["DDP, fp16"] / dense < 0.55
     assert sent["ours, bf16"] < 0.95 * sent["ours, fp32"]
     assert sent["ours, fp32"] < 0.5 * dense
-
-
-@pytest.mark.slow
-def test_recipe_smoke(tmp_path):
-    """Both stages of the preset by one seed each, and what was done is not done again."""
-    from benchmarks import busy_machine
-
-    busy_machine._write_images(tmp_path / "folder" / "data")
-    command = [sys.executable, "-m", "benchmarks.recipe", str(tmp_path / "folder"), "--smoke",
-               "--seeds=1", "--only", "preset", "--out", str(tmp_path / "rows.csv")]  # fmt: skip
-    for _ in range(2):
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-    rows = rows_of(tmp_path / "rows.csv")
-    again = rows[len(rows) // 2 :]
-    assert [row["median"] for row in rows[: len(again)]] == [row["median"] for row in again]
-    found = {(row["case"], row["metric"]) for row in again}
-    assert {case for case, _ in found} == {
-        "stage 1: preset", "stage 2: preset", "stage 2: guidance 1", "stage 2: guidance 1.5",
-        "stage 2: guidance 3", "stage 2: guidance 4",
-    }  # fmt: skip
-    assert ("stage 2: preset", "identification R@10") in found
-    assert run.stdout.count("done") == 0

@@ -1,0 +1,38 @@
+"""The benchmark of the demo's recipe: its runs are kept, its rows say which case they are of."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.busy_machine import write_images
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_recipe_smoke(tmp_path):
+    """Both stages of the preset by one seed each, and what was done is not done again."""
+    write_images(tmp_path / "folder" / "data")
+    command = [sys.executable, "-m", "benchmarks.recipe", str(tmp_path / "folder"), "--smoke",
+               "--seeds=1", "--only", "preset", "--out", str(tmp_path / "rows.csv")]  # fmt: skip
+    for _ in range(2):
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+    rows = rows_of(tmp_path / "rows.csv")
+    again = rows[len(rows) // 2 :]
+    assert [row["median"] for row in rows[: len(again)]] == [row["median"] for row in again]
+    found = {(row["case"], row["metric"]) for row in again}
+    assert {case for case, _ in found} == {
+        "stage 1: preset", "stage 2: preset", "stage 2: guidance 1", "stage 2: guidance 1.5",
+        "stage 2: guidance 3", "stage 2: guidance 4",
+    }  # fmt: skip
+    assert ("stage 2: preset", "identification R@10") in found
+    assert run.stdout.count("done") == 0
