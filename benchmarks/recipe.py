@@ -16,7 +16,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,16 +111,16 @@ def _stage_1(folder: Path, options: argparse.Namespace) -> list[Measured]:
 
     def train(run: tuple[Case, int]) -> bool:
         case, seed = run
-        settings = [*_paths(folder, case, seed), *case.overrides, f"seed={seed}"]
+        settings = [*_paths(folder, case.name, seed), *case.overrides, f"seed={seed}"]
         settings += lengths if options.smoke else []
         return _trained("train-dvae", _dvae(folder, case.name, seed), settings)
 
-    went_well = dict(zip(runs, _at_once(train, runs, options.jobs), strict=True))
+    went_well = _at_once(train, runs, options.jobs)
     found = {
         case.name: [
             {name: _last(_dvae(folder, case.name, seed))[name] for name in UNITS_1}
             for seed in range(options.seeds)
-            if went_well[case, seed]
+            if went_well[case.name, seed]
         ]
         for case in cases
     }
@@ -130,7 +130,7 @@ def _stage_1(folder: Path, options: argparse.Namespace) -> list[Measured]:
 def _stage_2(folder: Path, options: argparse.Namespace) -> list[Measured]:
     cases = [case for case in STAGE_2 if not options.only or case.name in options.only]
     for case in cases:
-        settings = _paths(folder, case, 0)
+        settings = _paths(folder, case.codes)
         _dalle_dist(["encode", "emoji", *settings])
         if not (folder / "tokenizer.json").exists():
             _dalle_dist(["tokenizer", "train", "emoji", *settings])
@@ -139,16 +139,18 @@ def _stage_2(folder: Path, options: argparse.Namespace) -> list[Measured]:
 
     def train(run: tuple[Case, int]) -> bool:
         case, seed = run
-        settings = [*_paths(folder, case, seed), *length, *case.overrides, f"seed={seed}"]
-        return _trained("train", _run(folder, case, seed), settings)
+        path = _run(folder, case, seed)
+        settings = [*_paths(folder, case.codes, run=path), *length, *case.overrides, f"seed={seed}"]
+        return _trained("train", path, settings)
 
-    went_well = dict(zip(runs, _at_once(train, runs, options.jobs), strict=True))
+    went_well = _at_once(train, runs, options.jobs)
     found: dict[str, list[dict[str, float]]] = {}
     for case, seed in runs:
-        if not went_well[case, seed]:
+        if not went_well[case.name, seed]:
             found.setdefault(case.name, [])
             continue
-        config = load("emoji", [*_paths(folder, case, seed), f"seed={seed}"])
+        paths = _paths(folder, case.codes, run=_run(folder, case, seed))
+        config = load("emoji", [*paths, f"seed={seed}"])
         weights = GUIDANCE if case.name == PRESET else (load("emoji").sampling.guidance,)
         for weight, figures in zip(weights, _figures(config, weights), strict=True):
             name = case.name if weight == config.sampling.guidance else f"guidance {weight:g}"
@@ -200,14 +202,14 @@ def _rows(
     return rows
 
 
-def _paths(folder: Path, case: Case, seed: int) -> list[str]:
-    codes = case.codes if case in STAGE_2 else case.name
+def _paths(folder: Path, codes: str, seed: int = 0, run: Path | None = None) -> list[str]:
+    """Of a run on, or of, the stage 1 of case `codes` with this seed."""
     values = {
         "images": folder / "data",
         "tokenizer": folder / "tokenizer.json",
-        "dvae_run": _dvae(folder, codes, 0 if case in STAGE_2 else seed),
+        "dvae_run": _dvae(folder, codes, seed),
         "tokens": folder / "tokens" / _slug(codes),
-        "run": _run(folder, case, seed),
+        "run": run or folder / "runs",
     }
     return [f"paths.{key}={value}" for key, value in values.items()]
 
@@ -246,9 +248,13 @@ def _start(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-def _at_once(function: Any, runs: Sequence[Any], jobs: int) -> list[bool]:
+def _at_once(
+    train: Callable[[tuple[Case, int]], bool], runs: Sequence[tuple[Case, int]], jobs: int
+) -> dict[tuple[str, int], bool]:
+    """Which runs went well, by name of the case and seed."""
+    names = [(case.name, seed) for case, seed in runs]
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(function, runs))
+        return dict(zip(names, pool.map(train, runs), strict=True))
 
 
 def _last(run: Path) -> dict[str, Any]:

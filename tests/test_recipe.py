@@ -19,10 +19,11 @@ def rows_of(path):
 
 @pytest.mark.slow
 def test_recipe_smoke(tmp_path):
-    """Both stages of the preset by one seed each, and what was done is not done again."""
+    """Two seeds of both stages, and what was done is not done again."""
     write_images(tmp_path / "folder" / "data")
     command = [sys.executable, "-m", "benchmarks.recipe", str(tmp_path / "folder"), "--smoke",
-               "--seeds=1", "--only", "preset", "--out", str(tmp_path / "rows.csv")]  # fmt: skip
+               "--seeds=2", "--only", "preset", "image noise 0",
+               "--out", str(tmp_path / "rows.csv")]  # fmt: skip
     for _ in range(2):
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
@@ -32,7 +33,8 @@ def test_recipe_smoke(tmp_path):
     found = {(row["case"], row["metric"]) for row in again}
     assert {case for case, _ in found} == {
         "stage 1: preset", "stage 2: preset", "stage 2: guidance 1", "stage 2: guidance 1.5",
-        "stage 2: guidance 3", "stage 2: guidance 4",
+        "stage 2: guidance 3", "stage 2: guidance 4", "stage 2: image noise 0",
     }  # fmt: skip
     assert ("stage 2: preset", "identification R@10") in found
+    assert {row["runs"] for row in again} == {"2"}
     assert run.stdout.count("done") == 0
