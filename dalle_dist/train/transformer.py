@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
@@ -38,7 +38,6 @@ from dalle_dist.train.state import TrainingState
 from dalle_dist.transformer.layout import counted_text_targets
 from dalle_dist.transformer.loss import weighted
 from dalle_dist.transformer.loss_model import LossTransformer
-from dalle_dist.transformer.model import Transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -141,31 +140,28 @@ class TransformerStage(Stage):
         return transformer_flop(self.config)
 
     def validate(self, state: TrainingState) -> dict[str, float]:
-        size = micro_batch(self.settings, state.ranks.world)
-        evaluation = Evaluation(
-            state.engine,
-            self.held_out,
-            size,
-            state.ranks,
-            self.config,
-            self.image_tokenizer,
-        )
-        return measure(self.config.train.metrics, evaluation)
+        return measure(self.config.train.metrics, self._evaluation(state))
 
     def sample(self, state: TrainingState) -> dict[str, Image.Image]:
         if not self.config.train.prompts:
             return {}
-        with state.engine.sampling_model(lambda: Transformer(self.config)) as model:
+        with self._evaluation(state).sampling_model() as model:
             if model is None:
                 return {}
             image = sample_grid(
-                cast(Transformer, model),
+                model,
                 self.image_tokenizer,
                 self.tokenizer,
                 self.config,
                 state.ranks.device,
             )
             return {"samples": image}
+
+    def _evaluation(self, state: TrainingState) -> Evaluation:
+        size = micro_batch(self.settings, state.ranks.world)
+        return Evaluation(
+            state.engine, self.held_out, size, state.ranks, self.config, self.image_tokenizer
+        )
 
     def banner(self, ranks: Ranks, parameters: int) -> dict[str, str]:
         settings, shape = self.settings, self.config.transformer
