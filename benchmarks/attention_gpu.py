@@ -53,7 +53,7 @@ PEAKS = {
 def run(options: argparse.Namespace) -> None:
     """Measure and report; `options` are those of `common.arguments`."""
     config = gpu_config(options.smoke)
-    shape, rows = config.transformer, list[Measured]()
+    shape, rounds, hardware = config.transformer, options.rounds, common.gpu()
     torch.manual_seed(0)
     qkv_BN3HD = torch.randn(
         BATCH, shape.tokens, 3, shape.heads, HEAD_DIM, device="cuda", dtype=DTYPE
@@ -65,14 +65,13 @@ def run(options: argparse.Namespace) -> None:
         op_rows, dense = op_figures(qkv_BN3HD, grad_BNHD, mask, options, clock)
         layer = blocks.Layer(shape.width, mask).to("cuda", DTYPE)
         step = layer_step(layer, shape)
-        rows += [
-            *op_rows,
-            *gain(f"layer {kind}", "forward + backward", step, dense, shape, options.rounds, clock),
-        ]
+        rows = gain(f"layer {kind}", "forward + backward", step, dense, shape, rounds, clock)
+        # At once: compiling the rivals takes minutes, and what is measured is not to be lost.
+        common.report("attention", config, [*op_rows, *rows], options, hardware)
         del layer, step
     name = f"{shape.layers} layers"
-    rows += gain(name, "training step", training_step(config), dense, shape, options.rounds, clock)
-    common.report("attention", config, rows, options, hardware())
+    rows = gain(name, "training step", training_step(config), dense, shape, rounds, clock)
+    common.report("attention", config, rows, options, hardware)
 
 
 def gpu_config(smoke: bool) -> Config:
@@ -217,8 +216,3 @@ def training_step(config: Config) -> Callable[[], None]:
     text_BT, codes_BN = (x.cuda() for x in common.random_batch(config, BATCH))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     return rivals.trainer(lambda: model(text_BT, codes_BN).total(config.train.text_loss), optimizer)
-
-
-def hardware() -> str:
-    name, triton = torch.cuda.get_device_name(), common.version_of("triton")
-    return f"{name}, CUDA {torch.version.cuda}, triton {triton}"

@@ -140,7 +140,7 @@ def report(
 ) -> None:
     """Print the figures; append them to results/NAME.csv, or with --smoke only to --out.
 
-    `hardware` is where they were measured; None for this machine's CPU.
+    `hardware` is where they were measured: `gpu()`, or None for this machine's CPU.
     """
     for row in rows:
         print(row)
@@ -187,6 +187,12 @@ def _hardware() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]} x {len(names)}" if names else platform.processor() or platform.machine()
+
+
+def gpu() -> str:
+    """The first GPU, and the versions of what its code is compiled by."""
+    name, triton = torch.cuda.get_device_name(), version_of("triton")
+    return f"{name}, CUDA {torch.version.cuda}, triton {triton}"
 
 
 def version_of(package: str) -> str:

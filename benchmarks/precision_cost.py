@@ -38,7 +38,7 @@ def main() -> None:
         {p: lambda p=p: losses[p].append(steps[p]()) for p in PRECISIONS}, options.rounds
     )
     check(losses)
-    hardware = torch.cuda.get_device_name() if ranks.device.type == "cuda" else None
+    hardware = common.gpu() if ranks.device.type == "cuda" else None
     common.report(
         "precision_cost", cost_config(options.smoke, "fp16"), figures(times), options, hardware
     )

@@ -50,7 +50,7 @@ def course(device, inputs_first, x_RI, grad_RO):
     made = ResblockLinear(x_RI.shape[1], grad_RO.shape[1], inputs_first)
     torch.nn.init.normal_(made.weight, std=0.05)
     torch.nn.init.normal_(made.bias)
-    made, x_RI = made.to(device), x_RI.to(device).requires_grad_()
+    made, x_RI = made.to(device), x_RI.detach().to(device).requires_grad_()
     out_RO = made(x_RI)
     out_RO.backward(grad_RO.to(device))
     return [t.cpu() for t in (out_RO, x_RI.grad, made.weight.grad, made.bias.grad)]
