@@ -88,6 +88,7 @@ docs: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.attention_tiles
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.dvae_step
 	$(BIN)/python -m benchmarks.sampling

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import dalle_dist
 from dalle_dist.config import Config, from_dict
 from dalle_dist.transformer.model import Transformer
 
@@ -178,7 +179,7 @@ def _environment(config: Config, hardware: str | None) -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "package": version_of("dalle-dist"),
+        "package": dalle_dist.__version__,
     }
 
 

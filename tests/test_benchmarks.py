@@ -3,6 +3,7 @@
 import argparse
 import csv
 import dataclasses
+import importlib
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 MAY_BE_ZERO = {
@@ -352,14 +354,14 @@ def test_steps_that_do_not_train_alike_have_no_cost(monkeypatch):
     assert [list(row.values) for row in rows] == [[100, 200], [300, 400], pytest.approx([3, 2])]
 
 
-def test_without_a_gpu_the_cost_of_fp16_is_not_measured(monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["precision_cost", "attention_tiles"])
+def test_without_a_gpu_what_needs_one_is_not_measured(monkeypatch, capsys, name):
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import precision_cost
-
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setattr(sys, "argv", ["precision_cost", "--threads=1"])
-    precision_cost.main()
-    assert capsys.readouterr().out == "precision_cost: not measured: no GPU\n"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [name, "--threads=1"])
+    importlib.import_module(f"benchmarks.{name}").main()
+    assert capsys.readouterr().out == f"{name}: not measured: no GPU\n"
 
 
 @pytest.mark.slow

@@ -31,7 +31,6 @@ from dalle_kernels.minifloat import FORMATS, triton_minifloat
 from dalle_kernels.sparse_attention.decode import DecodeCache
 from dalle_kernels.sparse_attention.triton_backward import attention_backward
 from dalle_kernels.sparse_attention.triton_config import (
-    Tiles,
     backward_tiles,
     decode_warps,
     forward_tiles,
@@ -65,12 +64,12 @@ def measure(target: int) -> dict[str, Used]:
     found, capability = {}, (target // 10, target % 10)
     for name, mask, width, dtype in cases():
         tensor, shape = POINTERS[dtype], {**mask_constants(mask), "D": width}
-        tiles: Tiles = forward_tiles(capability, mask, width, dtype)
+        tiles = forward_tiles(width, dtype)
         signature = {"qkv": tensor, "out": tensor, "lse": "*fp32", **STRIDES}
         found[f"forward {name}"] = _compile(
             attention_forward, signature, shape | tiles.constants(), tiles.options(), target
         )
-        tiles = backward_tiles(capability, mask, width, dtype)
+        tiles = backward_tiles(capability, width, dtype)
         signature = dict.fromkeys(("qkv", "grad", "dqkv"), tensor)
         signature |= dict.fromkeys(("lse", "delta"), "*fp32") | STRIDES
         found[f"backward {name}"] = _compile(

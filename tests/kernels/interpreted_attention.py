@@ -7,7 +7,7 @@ import pytest
 import torch
 from dalle_kernels.masks import MASKS, AttentionMask
 from dalle_kernels.sparse_attention import reference, sparse_attention, triton_attention
-from dalle_kernels.sparse_attention.triton_config import Backward, Forward
+from dalle_kernels.sparse_attention.triton_config import Tiles
 from test_sparse_attention import errors
 from toy_masks import RULES, registered
 
@@ -32,11 +32,10 @@ def _uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-def small_tiles(monkeypatch, stride=1, resident=False):
+def small_tiles(monkeypatch):
     """Tiles of 16, the least that tl.dot takes: several tiles, and ragged ones, in small grids."""
-    forward = Forward(16, 16, 16, 4, 1, STRIDE=stride, RESIDENT=resident)
-    monkeypatch.setattr(triton_attention, "forward_tiles", lambda *_: forward)
-    monkeypatch.setattr(triton_attention, "backward_tiles", lambda *_: Backward(16, 16, 16, 4, 1))
+    for name in ("forward_tiles", "backward_tiles"):
+        monkeypatch.setattr(triton_attention, name, lambda *_: Tiles(16, 16, 16, 4, 1))
 
 
 def compare(mask, dtype, **shape):
@@ -62,13 +61,6 @@ def test_a_new_mask_needs_no_new_kernel(monkeypatch, kind):
     small_tiles(monkeypatch)
     mask = registered(monkeypatch, kind, 18, 5)
     compare(mask, torch.float32, batch=1, heads=1, width=32)
-
-
-@pytest.mark.parametrize("text", [29, *(pytest.param(t, marks=SLOWLY) for t in (7, 32))])
-@pytest.mark.parametrize("kind", ["row", "column", "conv"])
-def test_resident_text(monkeypatch, kind, text):
-    small_tiles(monkeypatch, stride=2, resident=True)
-    compare(AttentionMask(kind, text, 7, kernel=3), torch.float32, batch=1, heads=2, width=32)
 
 
 @pytest.mark.parametrize("width", [32, 64, 128])

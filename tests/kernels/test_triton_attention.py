@@ -29,9 +29,9 @@ def interpreted(file, marks="not slow"):
 @pytest.mark.parametrize(
     ("file", "marks", "tests"),
     [
-        ("interpreted_attention.py", "not slow", 19),
+        ("interpreted_attention.py", "not slow", 16),
         ("interpreted_decode.py", "not slow", 11),
-        pytest.param("interpreted_attention.py", "slow", 62, marks=pytest.mark.slow),
+        pytest.param("interpreted_attention.py", "slow", 56, marks=pytest.mark.slow),
         pytest.param("interpreted_decode.py", "slow", 40, marks=pytest.mark.slow),
     ],
 )

@@ -24,7 +24,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, qkv_BN3HD: Tensor, mask: AttentionMask) -> Tensor:
         if qkv_BN3HD.stride(-1) != 1:
             qkv_BN3HD = qkv_BN3HD.contiguous()
-        tiles = forward_tiles(_capability(qkv_BN3HD), mask, qkv_BN3HD.shape[-1], qkv_BN3HD.dtype)
+        tiles = forward_tiles(qkv_BN3HD.shape[-1], qkv_BN3HD.dtype)
         out_BNHD, lse_BHN = forward(qkv_BN3HD, mask, tiles)
         ctx.save_for_backward(qkv_BN3HD, out_BNHD, lse_BHN)
         ctx.mask = mask
@@ -34,9 +34,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BNHD: Tensor) -> tuple[Tensor, None]:
         qkv_BN3HD, out_BNHD, lse_BHN = ctx.saved_tensors
-        tiles = backward_tiles(
-            _capability(qkv_BN3HD), ctx.mask, qkv_BN3HD.shape[-1], qkv_BN3HD.dtype
-        )
+        tiles = backward_tiles(_capability(qkv_BN3HD), qkv_BN3HD.shape[-1], qkv_BN3HD.dtype)
         grad_BNHD = grad_BNHD.contiguous()
         return backward(grad_BNHD, qkv_BN3HD, out_BNHD, lse_BHN, ctx.mask, tiles), None
 

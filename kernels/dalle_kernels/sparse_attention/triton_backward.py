@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dalle_kernels.masks import AttentionMask
-from dalle_kernels.sparse_attention.triton_config import Backward
+from dalle_kernels.sparse_attention.triton_config import Tiles
 from dalle_kernels.sparse_attention.triton_tiles import (
     image_token,
     load_rows,
@@ -33,7 +33,7 @@ def backward(
     out_BNHD: Tensor,
     lse_BHN: Tensor,
     mask: AttentionMask,
-    config: Backward,
+    config: Tiles,
 ) -> Tensor:
     """The gradient of qkv, token-major and contiguous; grad_BNHD and out_BNHD are contiguous."""
     batch, tokens, _, heads, width = qkv_BN3HD.shape

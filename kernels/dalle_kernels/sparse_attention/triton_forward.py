@@ -1,7 +1,6 @@
 """The forward kernel: query tiles stream past all text keys and the few image keys of their span.
 
-One program is one head of one sample and one tile of queries (or, with RESIDENT, several tiles of
-image queries past text keys and values that are loaded once). Heads are the fastest axis of the
+One program is one head of one sample and one tile of queries. Heads are the fastest axis of the
 grid, so that neighbouring programs read neighbouring lines of the same tokens.
 """
 # ruff: noqa: ANN001, ANN201, ANN202
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dalle_kernels.masks import AttentionMask
-from dalle_kernels.sparse_attention.triton_config import Forward
+from dalle_kernels.sparse_attention.triton_config import Tiles
 from dalle_kernels.sparse_attention.triton_tiles import (
     image_token,
     load_rows,
@@ -27,12 +26,12 @@ from dalle_kernels.sparse_attention.triton_tiles import (
 )
 
 
-def forward(qkv_BN3HD: Tensor, mask: AttentionMask, config: Forward) -> tuple[Tensor, Tensor]:
+def forward(qkv_BN3HD: Tensor, mask: AttentionMask, config: Tiles) -> tuple[Tensor, Tensor]:
     """(out_BNHD, lse_BHN): the log-sum-exp of the scaled scores in base 2, fp32."""
     batch, tokens, _, heads, width = qkv_BN3HD.shape
     out_BNHD = torch.empty_like(qkv_BN3HD[:, :, 0], memory_format=torch.contiguous_format)
     lse_BHN = qkv_BN3HD.new_empty(batch, heads, tokens, dtype=torch.float32)
-    tiles = triton.cdiv(mask.image, config.BM * config.STRIDE) + triton.cdiv(mask.text, config.BM)
+    tiles = triton.cdiv(mask.image, config.BM) + triton.cdiv(mask.text, config.BM)
     attention_forward[(heads, tiles, batch)](
         qkv_BN3HD, out_BNHD, lse_BHN,
         *qkv_BN3HD.stride()[:4], math.log2(math.e) / math.sqrt(width),
@@ -79,10 +78,9 @@ def attention_forward(
     TEXT: tl.constexpr, GRID: tl.constexpr, BY_COLUMN: tl.constexpr, WINDOW: tl.constexpr,
     SAME_ROW: tl.constexpr, RULE: tl.constexpr, RADIUS: tl.constexpr, D: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
-    STRIDE: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
     IMAGE: tl.constexpr = GRID * GRID
-    PROGRAMS: tl.constexpr = (IMAGE + BM * STRIDE - 1) // (BM * STRIDE)
+    PROGRAMS: tl.constexpr = (IMAGE + BM - 1) // BM
     head, tile, sample = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(0)
     q_base = qkv + sample * stride_b + head * stride_h
@@ -96,40 +94,28 @@ def attention_forward(
         )
         return
 
-    text = tl.arange(0, BT)
-    if RESIDENT:  # the text in two chunks: one of 256 keys would spill registers
-        k0 = load_rows(k_base, text, text < TEXT, stride_n, D)
-        v0 = load_rows(v_base, text, text < TEXT, stride_n, D)
-        k1 = load_rows(k_base, BT + text, BT + text < TEXT, stride_n, D)
-        v1 = load_rows(v_base, BT + text, BT + text < TEXT, stride_n, D)
-    for first in range(tile * BM * STRIDE, tl.minimum((tile + 1) * BM * STRIDE, IMAGE), BM):
-        query = first + tl.arange(0, BM)
-        row = image_token(query, TEXT, GRID, BY_COLUMN)
-        q = load_rows(q_base, row, query < IMAGE, stride_n, D)
-        acc = tl.zeros([BM, D], tl.float32)
-        top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
-        if RESIDENT:
-            ok0 = None if TEXT >= BT else (text < TEXT)[None, :]
-            acc, top, total = _update(acc, top, total, q, k0, v0, ok0, scale)
-            ok1 = None if TEXT >= 2 * BT else (BT + text < TEXT)[None, :]
-            acc, top, total = _update(acc, top, total, q, k1, v1, ok1, scale)
-        else:
-            for start in range(0, TEXT, BT):
-                key = start + text
-                k = load_rows(k_base, key, key < TEXT, stride_n, D)
-                v = load_rows(v_base, key, key < TEXT, stride_n, D)
-                ok = None if TEXT % BT == 0 else (key < TEXT)[None, :]
-                acc, top, total = _update(acc, top, total, q, k, v, ok, scale)
-        # From the first scan position in the window, or the first of the tile's own lines.
-        low = tl.maximum(first - WINDOW, 0)
-        if SAME_ROW:
-            low = first // GRID * GRID
-        for start in range(low, tl.minimum(first + BM, IMAGE), BW):
-            key = start + tl.arange(0, BW)
-            column = image_token(key, TEXT, GRID, BY_COLUMN)
-            k = load_rows(k_base, column, key < IMAGE, stride_n, D)
-            v = load_rows(v_base, column, key < IMAGE, stride_n, D)
-            ok = visible(query[:, None], key[None, :], GRID, WINDOW, RULE, RADIUS)
-            acc, top, total = _update(acc, top, total, q, k, v, ok, scale)
-        store_rows(out, row, query < IMAGE, heads * D, acc / total[:, None], D)
-        tl.store(lse + row, top + tl.log2(total), query < IMAGE)
+    first = tile * BM
+    query = first + tl.arange(0, BM)
+    row = image_token(query, TEXT, GRID, BY_COLUMN)
+    q = load_rows(q_base, row, query < IMAGE, stride_n, D)
+    acc = tl.zeros([BM, D], tl.float32)
+    top, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    for start in range(0, TEXT, BT):
+        key = start + tl.arange(0, BT)
+        k = load_rows(k_base, key, key < TEXT, stride_n, D)
+        v = load_rows(v_base, key, key < TEXT, stride_n, D)
+        ok = None if TEXT % BT == 0 else (key < TEXT)[None, :]
+        acc, top, total = _update(acc, top, total, q, k, v, ok, scale)
+    # From the first scan position in the window, or the first of the tile's own lines.
+    low = tl.maximum(first - WINDOW, 0)
+    if SAME_ROW:
+        low = first // GRID * GRID
+    for start in range(low, tl.minimum(first + BM, IMAGE), BW):
+        key = start + tl.arange(0, BW)
+        column = image_token(key, TEXT, GRID, BY_COLUMN)
+        k = load_rows(k_base, column, key < IMAGE, stride_n, D)
+        v = load_rows(v_base, column, key < IMAGE, stride_n, D)
+        ok = visible(query[:, None], key[None, :], GRID, WINDOW, RULE, RADIUS)
+        acc, top, total = _update(acc, top, total, q, k, v, ok, scale)
+    store_rows(out, row, query < IMAGE, heads * D, acc / total[:, None], D)
+    tl.store(lse + row, top + tl.log2(total), query < IMAGE)
