@@ -220,13 +220,13 @@ def whole_layer(rows: list[Measured]) -> list[Measured]:
 
 
 def orthogonalisation(rows: int, rank: int, device: torch.device, rounds: int) -> list[Measured]:
-    """Householder QR in panels, of the whole, and CholeskyQR2, of a Gaussian; how orthonormal."""
+    """QR as we take it (on CPUs in panels), of the whole, and CholeskyQR2; how orthonormal."""
     torch.manual_seed(0)
     p_BMR = torch.randn(1, rows, rank).to(device)
     turned = torch.linalg.qr(torch.randn(rank, rank))[0]
     graded = p_BMR @ (torch.logspace(0, -5, rank)[:, None] * turned).to(device)
     bases: dict[str, Callable[[Tensor], Tensor]] = {
-        "Householder, panels": lambda p: orthonormal_BMR(p.clone()),
+        "ours": lambda p: orthonormal_BMR(p.clone()),
         "torch.linalg.qr": lambda p: torch.linalg.qr(p)[0],
         "CholeskyQR2": cholesky_qr2,
     }
