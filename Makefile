@@ -41,7 +41,8 @@ $(RUN)-dvae/release/config.yaml: $(DATA)/held-out/index.json
 $(DATA)/tokenizer.json: $(DATA)/held-out/index.json
 	$(BIN)/dalle-dist tokenizer train $(PRESET) $(SET)
 
-$(DATA)/held-out/index.json: $(VENV)/ready
+# Order only: a newer environment is no reason to render anew what is there, and would be refused.
+$(DATA)/held-out/index.json: | $(VENV)/ready
 	$(BIN)/dalle-dist data emoji $(DATA) --size 64
 
 # The same stages in a few minutes: it proves that they run, its images are poor.

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,20 @@ def test_the_glossary_is_in_alphabetical_order():
     words = [term for term in terms if term[0].isalpha()]
     assert len(words) > 50
     assert words == sorted(words, key=str.casefold)
+
+
+def test_a_newer_environment_does_not_make_the_demo_anew(tmp_path):
+    """What a run has made stays, whatever `git pull` did to the environment since."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    made = ["setup.py", "kernels/setup.py", "constraints.txt", "data/emoji/held-out/index.json",
+            "data/emoji/tokenizer.json", "runs/demo-dvae/release/config.yaml",
+            "data/emoji-tokens/held-out/index.json", "runs/demo/release/config.yaml",
+            "runs/demo/report.html", ".venv/ready"]  # fmt: skip
+    for age, name in enumerate(reversed(made)):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        os.utime(file, (1e9 - age, 1e9 - age))
+    dry = subprocess.run(["make", "-n", "demo"], cwd=tmp_path, capture_output=True, text=True)
+    assert dry.returncode == 0, dry.stderr
+    assert "dalle-dist" not in dry.stdout and "deepspeed" not in dry.stdout
