@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.common import Measured, report
 from dalle_dist.checkpoint.release import load_release
-from dalle_dist.config import Config, load
+from dalle_dist.config import load
 from dalle_dist.generate.generator import Generator
 from dalle_dist.metrics.caption_gain import caption_losses
 from dalle_dist.metrics.identification import identify, summary
@@ -144,17 +148,21 @@ def _stage_2(folder: Path, options: argparse.Namespace) -> list[Measured]:
         return _trained("train", path, settings)
 
     went_well = _at_once(train, runs, options.jobs)
-    found: dict[str, list[dict[str, float]]] = {}
+    default = load("emoji").sampling.guidance
+    found: dict[str, list[dict[str, float]]] = {case.name: [] for case in cases}
+    asked: list[tuple[str, list[str], float]] = []
     for case, seed in runs:
-        if not went_well[case.name, seed]:
-            found.setdefault(case.name, [])
-            continue
-        paths = _paths(folder, case.codes, run=_run(folder, case, seed))
-        config = load("emoji", [*paths, f"seed={seed}"])
-        weights = GUIDANCE if case.name == PRESET else (load("emoji").sampling.guidance,)
-        for weight, figures in zip(weights, _figures(config, weights), strict=True):
-            name = case.name if weight == config.sampling.guidance else f"guidance {weight:g}"
-            found.setdefault(name, []).append(figures)
+        if went_well[case.name, seed]:
+            config = [*_paths(folder, case.codes, run=_run(folder, case, seed)), f"seed={seed}"]
+            for weight in GUIDANCE if case.name == PRESET else (default,):
+                name = case.name if weight == default else f"guidance {weight:g}"
+                asked.append((name, config, weight))
+    # Threads of one process wait for one another: processes of one thread each, as in training.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool:
+        jobs = [(name, pool.submit(_figures, config, weight)) for name, config, weight in asked]
+        for name, job in jobs:
+            found.setdefault(name, []).append(job.result())
     return _rows("stage 2", found, UNITS_2, options.seeds)
 
 
@@ -168,22 +176,25 @@ UNITS_2 = {
 }
 
 
-def _figures(config: Config, weights: Sequence[float]) -> list[dict[str, float]]:
-    """Of a finished run of stage 2, by each weight of guidance."""
+def _figures(settings: Sequence[str], guidance: float) -> dict[str, float]:
+    """Of a finished run of stage 2, by one weight of guidance; kept beside the run."""
+    config = load("emoji", settings)
+    kept = Path(f"{config.paths.run}/guidance-{guidance:g}.json")
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
     release = load_release(f"{config.paths.run}/release")
     model = release.transformer
-    generator = Generator(model, release.tokenizer, release.image_tokenizer, release.config)
+    sampling = dataclasses.replace(config.sampling, guidance=guidance)
+    model.config = dataclasses.replace(release.config, sampling=sampling)
+    generator = Generator(model, release.tokenizer, release.image_tokenizer, model.config)
     tokens = read_tokens(config, "held-out", release)
     held_out = HeldOut.load(config, tokens, release.image_tokenizer.image_size)
     losses = caption_losses(model, held_out.text_BT, held_out.codes_BN)
     images_BCHW = held_out.images_BCHW.float() / 255
-    found = []
-    for weight in weights:
-        sampling = dataclasses.replace(config.sampling, guidance=weight)
-        model.config = dataclasses.replace(release.config, sampling=sampling)
-        ranks = summary(identify(sample_captions(generator, held_out, config.seed), images_BCHW))
-        values = losses.right, losses.gain, ranks["r1"], ranks["r10"], ranks["rank"]
-        found.append(dict(zip(UNITS_2, values, strict=True)))
+    ranks = summary(identify(sample_captions(generator, held_out, config.seed), images_BCHW))
+    values = losses.right, losses.gain, ranks["r1"], ranks["r10"], ranks["rank"]
+    found = dict(zip(UNITS_2, values, strict=True))
+    kept.write_text(json.dumps(found))
     return found
 
 
