@@ -5,6 +5,7 @@ Shape suffixes: B batch, C colour channels, H and W pixels.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -162,15 +163,28 @@ def batches(
             f"{micro_batch} = {world * micro_batch}"
         )
     sampler = _Positions(batch_size, micro_batch, rank, world, start)
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=workers,
-            collate_fn=collate,
-            persistent_workers=workers > 0,
-        )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        persistent_workers=workers > 0,
     )
+    return _started(loader) if workers else iter(loader)
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's iterator, its workers forked so that they never collect what they inherited.
+
+    A process group that is garbage, or becomes it, waits in its destructor for threads that a
+    forked process does not have: the worker would hang, and the run with it.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
 
 
 class _Positions:

@@ -1,7 +1,10 @@
+import gc
+import os
 import warnings
 
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from dalle_dist.data.augment import Augmentation
 from dalle_dist.data.loader import (
@@ -134,3 +137,42 @@ def test_nothing_but_corrupt_pictures_is_fatal(tmp_path, image):
         pytest.raises(DataError, match="none of 23 images can be decoded"),
     ):
         dataset[0]
+
+
+class Inherited:
+    """In a cycle, so that only the garbage collector ends it; leaves word where it ends."""
+
+    def __init__(self, folder):
+        self.folder, self.itself = folder, self
+
+    def __del__(self):
+        (self.folder / str(os.getpid())).touch()
+
+
+class Collecting(Dataset):
+    """Drops what it was given before the fork, then collects, as a worker may at any time."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __getitem__(self, position):
+        self.held.clear()
+        gc.collect()
+        return torch.tensor(os.getpid())
+
+
+def test_a_worker_does_not_collect_what_it_inherited(tmp_path):
+    """A process group's destructor never ends in a forked process."""
+    gc.disable()
+    try:
+        Inherited(tmp_path)  # garbage before the fork, not yet collected
+        drawn = batches(
+            Collecting([Inherited(tmp_path)]), batch_size=2, micro_batch=2, rank=0, world=1,
+            start=0, workers=1, collate=torch.stack,
+        )  # fmt: skip
+        workers = {int(pid) for _ in range(3) for pid in next(drawn)}
+    finally:
+        gc.enable()
+    assert os.getpid() not in workers
+    ended_in = {int(file.name) for file in tmp_path.iterdir()}
+    assert ended_in == {os.getpid()}
