@@ -53,7 +53,7 @@ PEAKS = {
 def run(options: argparse.Namespace) -> None:
     """Measure and report; `options` are those of `common.arguments`."""
     config = gpu_config(options.smoke)
-    shape, rounds, hardware = config.transformer, options.rounds, common.gpu()
+    shape, rounds = config.transformer, options.rounds
     torch.manual_seed(0)
     qkv_BN3HD = torch.randn(
         BATCH, shape.tokens, 3, shape.heads, HEAD_DIM, device="cuda", dtype=DTYPE
@@ -67,11 +67,11 @@ def run(options: argparse.Namespace) -> None:
         step = layer_step(layer, shape)
         rows = gain(f"layer {kind}", "forward + backward", step, dense, shape, rounds, clock)
         # At once: compiling the rivals takes minutes, and what is measured is not to be lost.
-        common.report("attention", config, [*op_rows, *rows], options, hardware)
+        common.report("attention", config, [*op_rows, *rows], options, "cuda")
         del layer, step
     name = f"{shape.layers} layers"
     rows = gain(name, "training step", training_step(config), dense, shape, rounds, clock)
-    common.report("attention", config, rows, options, hardware)
+    common.report("attention", config, rows, options, "cuda")
 
 
 def gpu_config(smoke: bool) -> Config:

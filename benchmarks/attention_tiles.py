@@ -64,7 +64,7 @@ def main() -> None:
                 timed[name] = partial(runs.prepare, case)
         times = common.interleaved(timed, options.rounds, clock)
         rows = [Measured(name, "time", "ms", [1e3 * t for t in times[name]]) for name in times]
-        common.report("attention_tiles", gpu_config(options.smoke), rows, options, common.gpu())
+        common.report("attention_tiles", gpu_config(options.smoke), rows, options, "cuda")
 
 
 def tried(smoke: bool) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -137,11 +137,11 @@ def report(
     config: Config,
     rows: Sequence[Measured],
     options: argparse.Namespace,
-    hardware: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> None:
     """Print the figures; append them to results/NAME.csv, or with --smoke only to --out.
 
-    `hardware` is where they were measured: `gpu()`, or None for this machine's CPU.
+    `device` is where they were measured.
     """
     for row in rows:
         print(row)
@@ -155,7 +155,7 @@ def report(
         if new:
             writer.writeheader()
         for row in rows:
-            writer.writerow(_cells(row) | _environment(config, hardware))
+            writer.writerow(_cells(row) | _environment(config, device))
     print(f"-> {path}")
 
 
@@ -171,11 +171,11 @@ def _cells(row: Measured) -> dict[str, str | int]:
     }
 
 
-def _environment(config: Config, hardware: str | None) -> dict[str, str | int]:
+def _environment(config: Config, device: torch.device | str) -> dict[str, str | int]:
     return {
         "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
         "config": config.name,
-        "hardware": hardware or _hardware(),
+        "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -183,15 +183,17 @@ def _environment(config: Config, hardware: str | None) -> dict[str, str | int]:
     }
 
 
-def _hardware() -> str:
+def _cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]} x {len(names)}" if names else platform.processor() or platform.machine()
 
 
-def gpu() -> str:
-    """The first GPU, and the versions of what its code is compiled by."""
+def hardware(device: torch.device | str) -> str:
+    """The CPU; or the first GPU, and the versions of what its code is compiled by."""
+    if torch.device(device).type != "cuda":
+        return _cpu()
     name, triton = torch.cuda.get_device_name(), version_of("triton")
     return f"{name}, CUDA {torch.version.cuda}, triton {triton}"
 

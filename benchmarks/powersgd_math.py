@@ -70,8 +70,7 @@ def main() -> None:
     rows += whole_layer(rows)
     rows += orthogonalisation(width // 2, rank, ranks.device, options.rounds)
     rows.append(Measured("12B on paper", "share of a step's FLOP", "%", [100 * share(config)]))
-    hardware = common.gpu() if ranks.device.type == "cuda" else None
-    common.report("powersgd_math", config, rows, options, hardware)
+    common.report("powersgd_math", config, rows, options, ranks.device)
     process_group.shutdown()
 
 

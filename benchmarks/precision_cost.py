@@ -38,10 +38,8 @@ def main() -> None:
         {p: lambda p=p: losses[p].append(steps[p]()) for p in PRECISIONS}, options.rounds
     )
     check(losses)
-    hardware = common.gpu() if ranks.device.type == "cuda" else None
-    common.report(
-        "precision_cost", cost_config(options.smoke, "fp16"), figures(times), options, hardware
-    )
+    config = cost_config(options.smoke, "fp16")
+    common.report("precision_cost", config, figures(times), options, ranks.device)
     process_group.shutdown()
 
 

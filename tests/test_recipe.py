@@ -1,20 +1,15 @@
 """The benchmark of the demo's recipe: its runs are kept, its rows say which case they are of."""
 
-import csv
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_benchmarks import rows_of
 
 from benchmarks.busy_machine import write_images
 
 ROOT = Path(__file__).parents[1]
-
-
-def rows_of(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr(triton_attention, name, lambda *_: Tiles(16, 16, 16, 4, 1))
 
 
-def compare(mask, dtype, **shape):
+def assert_as_exact_as_plain_torch(mask, dtype, **shape):
     draws = 2 if mask.tokens > 16 else 8 if mask.tokens > 2 else 32
     ours, plain = (
         errors(mask, dtype, backend, draws, **shape) for backend in ("triton", "reference")
@@ -53,21 +53,23 @@ def test_as_exact_as_plain_torch(monkeypatch, kind, variant, shape, dtype):
     small_tiles(monkeypatch)
     text, grid, batch, heads = shape
     mask = AttentionMask(kind, text, grid, variant, kernel=3)
-    compare(mask, dtype, batch=batch, heads=heads, width=32)
+    assert_as_exact_as_plain_torch(mask, dtype, batch=batch, heads=heads, width=32)
 
 
 @pytest.mark.parametrize("kind", RULES)
 def test_a_new_mask_needs_no_new_kernel(monkeypatch, kind):
     small_tiles(monkeypatch)
     mask = registered(monkeypatch, kind, 18, 5)
-    compare(mask, torch.float32, batch=1, heads=1, width=32)
+    assert_as_exact_as_plain_torch(mask, torch.float32, batch=1, heads=1, width=32)
 
 
 @pytest.mark.parametrize("width", [32, 64, 128])
 def test_chosen_tiles(width):
     """The real configurations, on a grid smaller than their tiles."""
     for dtype in (torch.float32, torch.float16):
-        compare(AttentionMask("conv", 9, 4, kernel=3), dtype, batch=1, heads=1, width=width)
+        assert_as_exact_as_plain_torch(
+            AttentionMask("conv", 9, 4, kernel=3), dtype, batch=1, heads=1, width=width
+        )
 
 
 def test_qkv_that_is_a_view_of_something_wider(monkeypatch):
