@@ -71,10 +71,10 @@ def stage_2_length(batch_size: int, lr: float, images: int = IMAGES) -> list[str
 
 STAGE_1 = (
     Case(PRESET),
-    Case(PAPER, ["dvae_train.min_scale=0"]),
-    Case(f"{PAPER}, clipped at norm 1", ["dvae_train.min_scale=0", "dvae_train.clip=1"]),
-    Case("min_scale 0.03", ["dvae_train.min_scale=0.03"]),
-    Case("min_scale 0.3", ["dvae_train.min_scale=0.3"]),
+    Case(PAPER, ["dvae_train.nll_beta=0"]),
+    Case(f"{PAPER}, clipped at norm 1", ["dvae_train.nll_beta=0", "dvae_train.clip=1"]),
+    Case("nll_beta 0.5", ["dvae_train.nll_beta=0.5"]),
+    Case("kl_weight 0.8", ["dvae_train.kl_weight=0.8"]),
 )
 STAGE_2 = (
     Case(PRESET),
@@ -82,7 +82,7 @@ STAGE_2 = (
     Case("image noise 0", ["train.image_noise=0"]),
     Case("batches of 64", stage_2_length(64, 1.5e-3)),
     Case(f"codes of: {PAPER}", codes=PAPER),
-    Case("codes of: min_scale 0.3", codes="min_scale 0.3"),
+    Case("codes of: kl_weight 0.8", codes="kl_weight 0.8"),
 )
 
 

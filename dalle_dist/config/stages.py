@@ -60,12 +60,13 @@ class DVAETrainConfig(StageConfig):
         source="paper A.2",
         at_least=0,
     )
-    min_scale: float = option(
+    nll_beta: float = option(
         0.0,
-        "added to the scale b of the logit-Laplace likelihood, which else falls towards 0 where "
-        "pixels can be told exactly; 0 = the paper's likelihood",
-        source="paper A.3",
+        "power of the likelihood's scale b by which each pixel's gradient is multiplied; 0 = the "
+        "paper's likelihood, which gives hard pixels up for plain ones; 1 = all pull alike",
+        source="beta-NLL, arXiv 2203.09168",
         at_least=0,
+        at_most=1,
     )
     beta1: float = shared("beta1", 0.9, "paper A.2")
     beta2: float = shared("beta2", 0.999, "paper A.2")

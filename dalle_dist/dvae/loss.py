@@ -38,7 +38,7 @@ def kl_to_uniform(logits_BKGG: Tensor) -> Tensor:
 
 
 def elb_terms(
-    images_BCHW: Tensor, logits_BKGG: Tensor, stats_BSHW: Tensor, min_scale: float = 0.0
+    images_BCHW: Tensor, logits_BKGG: Tensor, stats_BSHW: Tensor, nll_beta: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """(reconstruction nll, KL), both nats per channel value averaged over the batch.
 
@@ -46,11 +46,14 @@ def elb_terms(
     itself is their sum with weight 1.
 
     Args:
-        min_scale: added to b. The gradient to mu is 1 / b, and where pixels can be told exactly,
-            as on a plain background, nothing else keeps b from falling towards 0.
+        nll_beta: the gradient, not the value, of each pixel's nll is multiplied by its b to this
+            power. The gradient to mu is 1 / b: plain pixels, whose b falls towards 0, outweigh
+            those that are hard to tell, which are given up. At 1 all pull alike (beta-NLL,
+            arXiv 2203.09168).
     """
     mu_BCHW, log_b_BCHW = stats_BSHW.chunk(2, dim=1)
-    if min_scale:
-        log_b_BCHW = torch.logaddexp(log_b_BCHW, log_b_BCHW.new_tensor(min_scale).log())
-    nll = logit_laplace_nll(map_pixels(images_BCHW), mu_BCHW, log_b_BCHW).mean()
-    return nll, kl_to_uniform(logits_BKGG).mean() / images_BCHW[0].numel()
+    nll_BCHW = logit_laplace_nll(map_pixels(images_BCHW), mu_BCHW, log_b_BCHW)
+    if nll_beta and nll_BCHW.requires_grad:
+        weight_BCHW = torch.exp(nll_beta * log_b_BCHW.detach())
+        nll_BCHW.register_hook(lambda grad_BCHW: grad_BCHW * weight_BCHW)
+    return nll_BCHW.mean(), kl_to_uniform(logits_BKGG).mean() / images_BCHW[0].numel()

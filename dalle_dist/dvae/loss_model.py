@@ -22,12 +22,12 @@ class LossDVAE(DVAE):
 
     Args:
         bf16: compute under bf16 autocast; the weights stay as they are.
-        min_scale: see `elb_terms`.
+        nll_beta: see `elb_terms`.
     """
 
-    def __init__(self, config: DVAEConfig, bf16: bool = False, min_scale: float = 0.0) -> None:
+    def __init__(self, config: DVAEConfig, bf16: bool = False, nll_beta: float = 0.0) -> None:
         super().__init__(config)
-        self._bf16, self._min_scale = bf16, min_scale
+        self._bf16, self._nll_beta = bf16, nll_beta
 
     def forward(  # type: ignore[override]
         self, images_BCHW: Tensor, gumbel_BKGG: Tensor, temperature: float
@@ -36,7 +36,7 @@ class LossDVAE(DVAE):
         device = images_BCHW.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._bf16):
             logits_BKGG, stats_BSHW = super().forward(images_BCHW, gumbel_BKGG, temperature)
-        return torch.stack(elb_terms(images_BCHW, logits_BKGG, stats_BSHW, self._min_scale))
+        return torch.stack(elb_terms(images_BCHW, logits_BKGG, stats_BSHW, self._nll_beta))
 
 
 @torch.no_grad()

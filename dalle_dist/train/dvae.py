@@ -74,7 +74,7 @@ class DVAEStage(Stage):
         return self.train_set, self.held_out
 
     def build_engine(self, ranks: Ranks) -> Engine:
-        model = LossDVAE(self.config.dvae, self._bf16, self.settings.min_scale)
+        model = LossDVAE(self.config.dvae, self._bf16, self.settings.nll_beta)
         start_at_data(model, self._first_BCHW)
         return dvae_engine(model, self.settings, ranks, self.config.seed)
 

@@ -95,7 +95,7 @@ def collapse(
     if not fallen:
         return {"codes_collapsed": 0.0}, ""
     told = ", ".join(f"{names[name]} {now[name]:.3g}, was {best[name]:.3g}" for name in names)
-    fix = "start again with a larger dvae_train.min_scale or a lower dvae_train.lr"
+    fix = "start again with dvae_train.nll_beta=1 or a lower dvae_train.lr"
     return {"codes_collapsed": 1.0}, f"step {step:,}: THE CODES COLLAPSE: {told}; {fix}"
 
 

@@ -153,17 +153,21 @@ def test_both_terms_are_per_colour_value():
     assert kl.item() == pytest.approx(kl_to_uniform(logits).sum().item() / 2 / 48, rel=1e-5)
 
 
-def test_least_scale_is_added_to_b_and_bounds_the_gradient():
-    images, logits = torch.full((1, 3, 4, 4), 0.5), torch.zeros(1, 5, 2, 2)
-    stats = torch.full((1, 6, 4, 4), -9.0)  # b of e^-9
-    stats[:, :3] = 0.3
-    stats.requires_grad_()
-    nll, _ = elb_terms(images, logits, stats, min_scale=0.1)
-    b = math.log(0.1 + math.exp(-9))
-    expected = logit_laplace_nll(map_pixels(images), stats[:, :3], torch.tensor(b)).mean()
-    assert nll.item() == pytest.approx(expected.item(), rel=1e-5)
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_beta_nll_multiplies_each_gradient_by_b_to_beta_and_leaves_the_value(beta):
+    images, logits = torch.rand(2, 3, 4, 4), torch.zeros(2, 5, 2, 2)
+    stats = torch.randn(2, 6, 4, 4)
+    stats[:, 3:] *= 3  # b from about e^-6 to e^6
+    plain, weighted = stats.clone().requires_grad_(), stats.clone().requires_grad_()
+    nll, _ = elb_terms(images, logits, plain)
     nll.backward()
-    assert stats.grad[:, :3].abs().max().item() * 48 == pytest.approx(1 / math.exp(b), rel=1e-4)
+    same, _ = elb_terms(images, logits, weighted, beta)
+    same.backward()
+    assert same.item() == nll.item()
+    b_to_beta = stats[:, 3:].exp() ** beta
+    torch.testing.assert_close(weighted.grad, plain.grad * torch.cat([b_to_beta, b_to_beta], 1))
+    with torch.no_grad():
+        assert elb_terms(images, logits, stats, beta)[0].item() == nll.item()
 
 
 def test_pixel_map_and_its_inverse():
