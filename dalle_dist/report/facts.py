@@ -15,6 +15,7 @@ from dalle_dist.generate.generator import Generator
 from dalle_dist.report.inputs import TrainingImages
 from dalle_dist.report.samples import CHOICE, SAMPLES
 from dalle_dist.train import banner
+from dalle_dist.train.held_out_images import START_AGAIN
 
 FEW_CODES = 0.05  # share of the codebook in use below which images can hardly differ
 PACKAGES = ("dalle-dist", "torch", "deepspeed")
@@ -81,8 +82,7 @@ def warnings(share_in_use: float, dvae_log: Log) -> list[str]:
     if states and states[-1] == 1:
         found.append(
             "The codes had collapsed at stage 1's last evaluation: fewer than half as many in use, "
-            "or half as varied, as at its best one. Train stage 1 again with a lower "
-            "dvae_train.lr, or with dvae_train.clip."
+            f"or half as varied, as at its best one; {START_AGAIN}."
         )
     return found
 

@@ -23,6 +23,10 @@ from dalle_dist.train.state import TrainingState
 MEASURED = 512  # held-out images of one evaluation, at most
 BATCH = 64
 COLLAPSED = 0.5  # share of the run's best value below which its codes count as collapsed
+START_AGAIN = (
+    "start stage 1 again with dvae_train.nll_beta=1, dvae_train.clip=1, a shorter "
+    "dvae_train.kl_steps or a lower dvae_train.lr (docs/recipe.md)"
+)
 
 
 class HeldOutImages:
@@ -95,8 +99,7 @@ def collapse(
     if not fallen:
         return {"codes_collapsed": 0.0}, ""
     told = ", ".join(f"{names[name]} {now[name]:.3g}, was {best[name]:.3g}" for name in names)
-    fix = "start again with dvae_train.nll_beta=1 or a lower dvae_train.lr"
-    return {"codes_collapsed": 1.0}, f"step {step:,}: THE CODES COLLAPSE: {told}; {fix}"
+    return {"codes_collapsed": 1.0}, f"step {step:,}: THE CODES COLLAPSE: {told}; {START_AGAIN}"
 
 
 def image_stack(dataset: ImageDataset, indices: range) -> Tensor:

@@ -88,7 +88,7 @@ def test_codes_collapse_below_half_of_their_best():
         numbers, line = collapse(3000, fallen, log)
         assert numbers == {"codes_collapsed": 1.0}
         assert "step 3,000: " in line and "\n" not in line
-        assert "dvae_train.nll_beta=1 or a lower dvae_train.lr" in line
+        assert "dvae_train.clip=1, a shorter dvae_train.kl_steps or a lower dvae_train.lr" in line
     assert "perplexity 49, was 100" in collapse(3, measures(49.0, 0.8), log)[1]
 
 
