@@ -2,6 +2,7 @@
 
     python -m benchmarks.recipe FOLDER                         hours; FOLDER keeps what is done
     python -m benchmarks.recipe FOLDER --seeds 1 --only "image noise 0"
+    python -m benchmarks.recipe ANOTHER --images data/glyphs --stages 1   other images
 
 Runs are of preset `emoji`, one process of one thread each, `--jobs` at once. Stage 1's cases are
 whole runs. Stage 2's see 19,200 images, half of the demo's, and stand on the codes of the
@@ -87,10 +88,22 @@ STAGE_2 = (
 def main() -> None:
     options = _arguments()
     folder: Path = options.folder
-    if not (folder / "data" / "held-out").exists():
-        _dalle_dist(["data", "emoji", str(folder / "data"), "--size", "64"])
-    rows = _stage_1(folder, options) + _stage_2(folder, options)
+    _provide_images(folder, options.images)
+    stages = {1: _stage_1, 2: _stage_2}
+    rows = [row for stage in options.stages for row in stages[stage](folder, options)]
     report("recipe", load("emoji"), rows, options)
+
+
+def _provide_images(folder: Path, other: Path | None) -> None:
+    """FOLDER/data: emoji, or a link to other image shards."""
+    data = folder / "data"
+    if other and not data.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        data.symlink_to(other.resolve())
+    elif other and data.resolve() != other.resolve():
+        sys.exit(f"{data}: holds other images than {other}; choose another FOLDER")
+    elif not (data / "held-out").exists():
+        _dalle_dist(["data", "emoji", str(data), "--size", "64"])
 
 
 def _arguments() -> argparse.Namespace:
@@ -99,6 +112,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5, help="runs of each case (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (%(default)s)")
     parser.add_argument("--only", nargs="+", help="names of cases")
+    parser.add_argument("--stages", nargs="+", type=int, choices=(1, 2), default=(1, 2))
+    parser.add_argument("--images", type=Path, help="image shards; FOLDER is then of these alone")
     parser.add_argument("--smoke", action="store_true", help="tiny runs; proves that it runs")
     parser.add_argument("--out", type=Path, help="CSV file to append to, not benchmarks/results/")
     return parser.parse_args()
@@ -126,7 +141,7 @@ def _stage_1(folder: Path, options: argparse.Namespace) -> list[Measured]:
         ]
         for case in cases
     }
-    return _rows("stage 1", found, UNITS_1, options.seeds)
+    return _rows("stage 1", found, UNITS_1, options)
 
 
 def _stage_2(folder: Path, options: argparse.Namespace) -> list[Measured]:
@@ -161,7 +176,7 @@ def _stage_2(folder: Path, options: argparse.Namespace) -> list[Measured]:
         jobs = [(name, pool.submit(_figures, config, weight)) for name, config, weight in asked]
         for name, job in jobs:
             found.setdefault(name, []).append(job.result())
-    return _rows("stage 2", found, UNITS_2, options.seeds)
+    return _rows("stage 2", found, UNITS_2, options)
 
 
 UNITS_1 = {"psnr": "dB", "ssim": "", "codes_in_use": "share", "codes_perplexity": "codes"}
@@ -200,11 +215,14 @@ def _rows(
     stage: str,
     found: Mapping[str, Sequence[Mapping[str, float]]],
     units: Mapping[str, str],
-    seeds: int,
+    options: argparse.Namespace,
 ) -> list[Measured]:
     rows = []
+    if options.images:
+        stage = f"{stage} on {options.images.name}"
     for name, runs in found.items():
-        failed = [float(seeds - len(runs))] if len(runs) < seeds else []
+        missing = options.seeds - len(runs)
+        failed = [float(missing)] if missing else []
         rows += [Measured(f"{stage}: {name}", "runs that failed", "", failed)] if failed else []
         for metric, unit in units.items() if runs else ():
             rows.append(Measured(f"{stage}: {name}", metric, unit, [run[metric] for run in runs]))

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_recipe_smoke(tmp_path):
     """Two seeds of both stages, and what was done is not done again."""
-    write_images(tmp_path / "folder" / "data")
+    write_images(tmp_path / "set")
     command = [sys.executable, "-m", "benchmarks.recipe", str(tmp_path / "folder"), "--smoke",
-               "--seeds=2", "--only", "preset", "image noise 0",
+               "--seeds=2", "--images", str(tmp_path / "set"), "--only", "preset", "image noise 0",
                "--out", str(tmp_path / "rows.csv")]  # fmt: skip
     for _ in range(2):
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -27,9 +27,10 @@ def test_recipe_smoke(tmp_path):
     assert [row["median"] for row in rows[: len(again)]] == [row["median"] for row in again]
     found = {(row["case"], row["metric"]) for row in again}
     assert {case for case, _ in found} == {
-        "stage 1: preset", "stage 2: preset", "stage 2: guidance 1", "stage 2: guidance 1.5",
-        "stage 2: guidance 3", "stage 2: guidance 4", "stage 2: image noise 0",
+        "stage 1 on set: preset", "stage 2 on set: preset", "stage 2 on set: guidance 1",
+        "stage 2 on set: guidance 1.5", "stage 2 on set: guidance 3", "stage 2 on set: guidance 4",
+        "stage 2 on set: image noise 0",
     }  # fmt: skip
-    assert ("stage 2: preset", "identification R@10") in found
+    assert ("stage 2 on set: preset", "identification R@10") in found
     assert {row["runs"] for row in again} == {"2"}
     assert run.stdout.count("done") == 0
