@@ -84,7 +84,7 @@ def glyphs() -> Iterator[Pair]:
 def glyph(character: str, font: ImageFont.FreeTypeFont) -> Pair | None:
     """The character in the middle of the image; None if it is blank, too wide or without a name.
 
-    Letters, numbers, punctuation and symbols alone: marks are drawn on a placeholder.
+    Letters, numbers, punctuation and symbols alone: marks are drawn on a dotted circle.
     """
     name = unicodedata.name(character, "").lower()
     left, top, right, bottom = font.getbbox(character)

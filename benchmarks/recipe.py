@@ -5,7 +5,7 @@
     python -m benchmarks.recipe ANOTHER --images data/glyphs --stages 1   other images
 
 Runs are of preset `emoji`, one process of one thread each, `--jobs` at once. Stage 1's cases are
-whole runs. Stage 2's see 19,200 images, half of the demo's, and stand on the codes of the
+whole runs. Stage 2's see 19,200 images, a third of the demo's, and stand on the codes of the
 preset's stage 1 with seed 0, or of the case that they name. Guidance is measured on the runs of the
 preset. Runs that failed are counted in a row of their own.
 """
@@ -37,7 +37,7 @@ from dalle_dist.report.inputs import HeldOut, read_tokens
 from dalle_dist.report.measures import sample_captions
 from dalle_dist.train.run import read_log
 
-IMAGES = 19_200  # that a run of stage 2 sees, half of the demo's
+IMAGES = 19_200  # that a run of stage 2 sees, a third of the demo's
 FALLS = (0.55, 0.72, 0.83, 0.92, 0.97)  # shares of a run after which its rate is halved
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
 PRESET, PAPER = "preset", "nll_beta 0, as in the paper"
