@@ -1,9 +1,14 @@
-"""Sets of small images with captions that no preset was tuned on, from what any Debian has.
+"""Sets of small images with captions, to see how a preset fares on others than the demo's.
 
-glyphs   characters of DejaVu Sans, which comes with matplotlib, in a colour on a background:
-         "greek small letter alpha in red on yellow"
-icons    of the themes in THEMES, whose packages apt-get fetches, unpacked without root: name,
-         category and theme, "mail send, actions, oxygen"
+Stage 1 of preset `emoji` was looked at on the first two while it was chosen, on the others never.
+
+glyphs       characters of DejaVu Sans, which comes with matplotlib, in a colour on a background:
+             "greek small letter alpha in red on yellow"
+icons        of the themes in THEMES: name, category and theme, "mail send, actions, oxygen"
+other-icons  of the themes in OTHER_THEMES, likewise
+emojione     EmojiOne's drawings of the emoji of 2016: "see-no-evil monkey"
+
+All but glyphs are in packages of Debian, which apt-get fetches, unpacked here without root.
 
     python -m benchmarks.other_sets glyphs data/glyphs-folder
     dalle-dist data build data/glyphs-folder data/glyphs --size 64
@@ -20,10 +25,12 @@ import shutil
 import subprocess
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+
+from dalle_dist.data.emoji import fully_qualified
 
 SIZE = 64  # pixels
 LETTERS = 44  # pixels: size of a glyph's font
@@ -36,6 +43,13 @@ THEMES = {
     "faenza": ("faenza-icon-theme", "Faenza"),
     "mate": ("mate-icon-theme", "mate"),
 }
+OTHER_THEMES = {
+    "gnome": ("gnome-icon-theme", "gnome"),
+    "lxde": ("lxde-icon-theme", "nuoveXT2"),
+    "elementary": ("elementary-xfce-icon-theme", "elementary-xfce"),
+}
+EMOJIONE = "ruby-gemojione"
+JOINERS = "\u200d\ufe0f"  # EmojiOne's file names leave these characters of a sequence out
 LEAST_ICON = 48  # pixels: smaller ones are other, simpler drawings
 SIDE = re.compile(r"(\d+)(x\d+)?")  # the folder of one size: 48x48, or 48
 Pair = tuple[str, Image.Image]  # caption and image
@@ -99,9 +113,9 @@ def glyph(character: str, font: ImageFont.FreeTypeFont) -> Pair | None:
     return f"{name} in {ink} on {background}", image
 
 
-def icons() -> Iterator[Pair]:
+def icons(themes: Mapping[str, tuple[str, str]]) -> Iterator[Pair]:
     """Of every theme the largest drawing of each icon, on white."""
-    for theme, (package, folder) in THEMES.items():
+    for theme, (package, folder) in themes.items():
         with tempfile.TemporaryDirectory() as place:
             unpack(package, Path(place))
             yield from theme_icons(Path(place, "usr/share/icons", folder), theme)
@@ -117,9 +131,7 @@ def theme_icons(folder: Path, theme: str) -> Iterator[Pair]:
         if image is not None and (key not in largest or image.width > largest[key].width):
             largest[key] = image
     for (category, name), image in sorted(largest.items(), key=lambda item: item[0]):
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
-        yield f"{name}, {category}, {theme}", image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+        yield f"{name}, {category}, {theme}", on_white(image)
 
 
 def icon(path: Path) -> Image.Image | None:
@@ -130,6 +142,25 @@ def icon(path: Path) -> Image.Image | None:
         return None
     usable = image.width == image.height >= LEAST_ICON and image.getchannel("A").getbbox()
     return image if usable else None
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    white = Image.new("RGBA", image.size, "white")
+    flat = Image.alpha_composite(white, image).convert("RGB")
+    return flat.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+
+def emojione() -> Iterator[Pair]:
+    """Those whose code points, after which the files are named, have a CLDR name."""
+    without_joiners = str.maketrans("", "", JOINERS)
+    names = {emoji.text.translate(without_joiners): emoji.name for emoji in fully_qualified()}
+    with tempfile.TemporaryDirectory() as place:
+        unpack(EMOJIONE, Path(place))
+        for path in sorted(Path(place).rglob("assets/png/*.png")):
+            text = "".join(chr(int(code, 16)) for code in path.stem.split("-"))
+            name, image = names.get(text.translate(without_joiners)), icon(path)
+            if name and image:
+                yield name, on_white(image)
 
 
 def unpack(package: str, folder: Path) -> None:
@@ -143,7 +174,12 @@ def unpack(package: str, folder: Path) -> None:
     subprocess.run(["dpkg-deb", "-x", found, folder], check=True)
 
 
-SETS: dict[str, Callable[[], Iterator[Pair]]] = {"glyphs": glyphs, "icons": icons}
+SETS: dict[str, Callable[[], Iterator[Pair]]] = {
+    "glyphs": glyphs,
+    "icons": lambda: icons(THEMES),
+    "other-icons": lambda: icons(OTHER_THEMES),
+    "emojione": emojione,
+}
 
 
 if __name__ == "__main__":

@@ -73,6 +73,26 @@ def test_icons_are_the_largest_of_each_name_and_none_is_twice(tmp_path, monkeypa
         other_sets.main()
 
 
+def test_emojione_has_the_names_of_its_code_points(tmp_path, monkeypatch):
+    def unpack(package, place):
+        assert package == "ruby-gemojione"
+        folder = place / "usr/share/gems/some-1.0/assets/png"
+        draw(folder / "1F648.png", "red", (64, 64), (0, 0, 31, 64))
+        draw(folder / "1F469-1F680.png", "green", (64, 64))  # the sequence has a joiner between
+        draw(folder / "2764.png", "blue", (64, 64))  # and this one ends in a variation selector
+        draw(folder / "0041.png", "black", (64, 64))  # the letter A
+        draw(folder.parent / "other/1F600.png", "black", (64, 64))
+
+    monkeypatch.setattr(other_sets, "unpack", unpack)
+    captions, images = made(monkeypatch, "emojione", tmp_path / "emojione")
+    assert dict(zip(captions, (image.getpixel((10, 30)) for image in images), strict=True)) == {
+        "see-no-evil monkey": (255, 0, 0),
+        "woman astronaut": (0, 128, 0),
+        "red heart": (0, 0, 255),
+    }
+    assert images[captions.index("see-no-evil monkey")].getpixel((60, 30)) == (255, 255, 255)
+
+
 def test_without_debian_the_icons_say_what_they_need(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(SystemExit, match="some-package: needs apt-get"):

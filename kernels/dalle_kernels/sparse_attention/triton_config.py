@@ -1,9 +1,9 @@
 """Tile sizes by device and shape. No autotuning at run time: the same run takes the same kernels.
 
-Those of bf16 at width 64 were measured on an H100 (docs/log.md): under each of the three masks they
-are within 3% of the quickest of 17 (forward) and within 4% of the quickest of 20 (backward). The
-others follow what the offline compiler reports (`kernels/resources.json`): no spills on sm_90, and
-two programs per multiprocessor where they fit. Units: tokens per tile.
+Those of bf16 at width 64 were measured on an H100 and an H200 (docs/log.md): under each of the
+three masks they are within 6% of the quickest of 17 (forward) and within 4% of the quickest of 20
+(backward). The others follow what the offline compiler reports (`kernels/resources.json`): no
+spills on sm_90, and two programs per multiprocessor where they fit. Units: tokens per tile.
 """
 
 from __future__ import annotations
