@@ -13,8 +13,6 @@ measured on the runs of the preset. Runs that failed are counted in a row of the
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import multiprocessing
 import os
 import subprocess
@@ -27,20 +25,14 @@ from typing import Any
 
 import torch
 
+from benchmarks import guidance
 from benchmarks.common import Measured, report
-from dalle_dist.checkpoint.release import load_release
 from dalle_dist.config import load
 from dalle_dist.distributed.process_group import device_of
-from dalle_dist.generate.generator import Generator
-from dalle_dist.metrics.caption_gain import caption_losses
-from dalle_dist.metrics.identification import identify, summary
-from dalle_dist.report.inputs import HeldOut, read_tokens
-from dalle_dist.report.measures import sample_captions
 from dalle_dist.train.run import read_log
 
 IMAGES = 19_200  # that a run of stage 2 sees, a third of the demo's
 FALLS = (0.55, 0.72, 0.83, 0.92, 0.97)  # shares of a run after which its rate is halved
-GUIDANCE = (1.0, 1.5, 2.0, 3.0, 4.0)
 PRESET, PAPER = "preset", "nll_beta 0, as in the paper"
 
 
@@ -167,49 +159,23 @@ def _stage_2(folder: Path, options: argparse.Namespace) -> list[Measured]:
     asked: list[tuple[str, list[str], float]] = []
     for case, seed in runs:
         if went_well[case.name, seed]:
-            config = [*_paths(folder, case.codes, run=_run(folder, case, seed)), f"seed={seed}"]
-            for weight in GUIDANCE if case.name == PRESET else (default,):
+            settings = [*_paths(folder, case.codes, run=_run(folder, case, seed)), f"seed={seed}"]
+            for weight in guidance.WEIGHTS if case.name == PRESET else (default,):
                 name = case.name if weight == default else f"guidance {weight:g}"
-                asked.append((name, config, weight))
+                asked.append((name, settings, weight))
     # Threads of one process wait for one another: processes of one thread each, as in training.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (1,)) as pool:
-        jobs = [(name, pool.submit(_figures, config, weight)) for name, config, weight in asked]
+        jobs = [
+            (name, pool.submit(guidance.figures, load("emoji", settings), weight))
+            for name, settings, weight in asked
+        ]
         for name, job in jobs:
             found.setdefault(name, []).append(job.result())
-    return _rows("stage 2", found, UNITS_2, options)
+    return _rows("stage 2", found, guidance.UNITS, options)
 
 
 UNITS_1 = {"psnr": "dB", "ssim": "", "codes_in_use": "share", "codes_perplexity": "codes"}
-UNITS_2 = {
-    "held-out image loss": "nats/token",
-    "caption gain": "nats/token",
-    "identification R@1": "share",
-    "identification R@10": "share",
-    "identification, median rank": "rank",
-}
-
-
-def _figures(settings: Sequence[str], guidance: float) -> dict[str, float]:
-    """Of a finished run of stage 2, by one weight of guidance; kept beside the run."""
-    config = load("emoji", settings)
-    kept = Path(f"{config.paths.run}/guidance-{guidance:g}.json")
-    if kept.exists():
-        return dict(json.loads(kept.read_text()))
-    release = load_release(f"{config.paths.run}/release")
-    model = release.transformer
-    sampling = dataclasses.replace(config.sampling, guidance=guidance)
-    model.config = dataclasses.replace(release.config, sampling=sampling)
-    generator = Generator(model, release.tokenizer, release.image_tokenizer, model.config)
-    tokens = read_tokens(config, "held-out", release)
-    held_out = HeldOut.load(config, tokens, release.image_tokenizer.image_size)
-    losses = caption_losses(model, held_out.text_BT, held_out.codes_BN)
-    images_BCHW = held_out.images_BCHW.float() / 255
-    ranks = summary(identify(sample_captions(generator, held_out, config.seed), images_BCHW))
-    values = losses.right, losses.gain, ranks["r1"], ranks["r10"], ranks["rank"]
-    found = dict(zip(UNITS_2, values, strict=True))
-    kept.write_text(json.dumps(found))
-    return found
 
 
 def _rows(
@@ -225,8 +191,7 @@ def _rows(
         missing = options.seeds - len(runs)
         failed = [float(missing)] if missing else []
         rows += [Measured(f"{stage}: {name}", "runs that failed", "", failed)] if failed else []
-        for metric, unit in units.items() if runs else ():
-            rows.append(Measured(f"{stage}: {name}", metric, unit, [run[metric] for run in runs]))
+        rows += guidance.measured(f"{stage}: {name}", runs, units) if runs else []
     return rows
 
 

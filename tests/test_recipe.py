@@ -34,3 +34,20 @@ def test_recipe_smoke(tmp_path):
     assert ("stage 2 on set: preset", "identification R@10") in found
     assert {row["runs"] for row in again} == {"2"}
     assert run.stdout.count("done") == 0
+    preset = [row for row in again if row["case"] == "stage 2 on set: preset"]
+    medians = {row["metric"]: row["median"] for row in preset}
+    assert guidance_medians(tmp_path, seeds=2)["guidance 2"] == medians
+
+
+def guidance_medians(tmp_path, seeds):
+    """By weight of guidance and metric, of the recipe's runs of the preset."""
+    runs = [str(tmp_path / f"folder/runs/preset-{seed}") for seed in range(seeds)]
+    command = [sys.executable, "-m", "benchmarks.guidance", *runs, "--out", str(tmp_path / "g.csv")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = {}
+    for row in rows_of(tmp_path / "g.csv"):
+        assert row["runs"] == str(seeds)
+        found.setdefault(row["case"], {})[row["metric"]] = row["median"]
+    assert list(found) == [f"guidance {weight}" for weight in ("1", "1.5", "2", "3", "4")]
+    return found
