@@ -6,6 +6,7 @@ tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,6 +65,7 @@ class TrainingImages:
     """The first TRAINING_IMAGES images that were trained on, without augmentation.
 
     total  images of the training set, corrupt ones included
+    words  of the captions of the last iteration's images
     """
 
     def __init__(self, config: Config, size: int) -> None:
@@ -71,6 +73,7 @@ class TrainingImages:
         self.total = len(self._images)
         self._compared = range(min(TRAINING_IMAGES, self.total))
         self._read: list[int] = []  # those of the last iteration that could be decoded
+        self.words: set[str] = set()
 
     def __len__(self) -> int:
         """Images that are compared with."""
@@ -78,17 +81,23 @@ class TrainingImages:
 
     def __iter__(self) -> Iterator[Tensor]:
         """images_MCHW, uint8, chunk by chunk; corrupt images are left out."""
-        self._read = []
+        self._read, self.words = [], set()
         for start in range(0, len(self), CHUNK):
             chunk = self._compared[start : start + CHUNK]
             found = [(i, sample) for i in chunk if (sample := self._images.read(i))]
             self._read += [i for i, _ in found]
+            self.words.update(*(words_of(sample.caption) for _, sample in found))
             if found:
                 yield torch.stack([sample.image_CHW for _, sample in found])
 
     def sample(self, number: int) -> ImageSample:
         """Image `number` of those that the last iteration gave."""
         return self._images[self._read[number]]
+
+
+def words_of(caption: str) -> set[str]:
+    """In lower case, without punctuation."""
+    return set(re.findall(r"\w+", caption.lower()))
 
 
 def read_tokens(config: Config, part: str, release: Release) -> TokenDataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from dalle_dist.metrics.caption_gain import caption_losses
 from dalle_dist.metrics.codes import code_counts, entropy, share_in_use
 from dalle_dist.metrics.identification import distances, identify, sample_images, summary
 from dalle_dist.metrics.reconstruction import psnr, ssim
-from dalle_dist.report.inputs import HeldOut
+from dalle_dist.report.inputs import HeldOut, words_of
 
 IDENTIFIED = 512  # captions of the identification, at most
 CODES_IN_USE = "share of codes in use"
@@ -63,16 +64,18 @@ def sample_captions(generator: Generator, held_out: HeldOut, seed: int) -> Tenso
 
 
 def identification_figures(
-    generated_BCHW: Tensor, held_out: HeldOut, nearest_B: Tensor
+    generated_BCHW: Tensor, held_out: HeldOut, nearest_B: Tensor, words: Set[str]
 ) -> dict[str, Any]:
     """Whether samples are nearest to their captions' true images, and nearer to what was learnt.
 
     Args:
         generated_BCHW: one of each of the first captions, in [0, 1].
         nearest_B: distance from each, as an 8-bit image, to the nearest training image.
+        words: of the training captions.
     """
     true_BCHW = held_out.images_BCHW[: len(generated_BCHW)]
-    found = summary(identify(generated_BCHW, true_BCHW.float() / 255))
+    ranks_B = identify(generated_BCHW, true_BCHW.float() / 255)
+    found = summary(ranks_B)
     pairs = zip(to_bytes(generated_BCHW).split(1), true_BCHW.split(1), strict=True)
     true_B = torch.cat([distances(*pair)[0] for pair in pairs])
     nearer = (nearest_B < true_B).double().mean().item()
@@ -80,8 +83,21 @@ def identification_figures(
         "identification R@1": round(found["r1"], 3),
         "identification R@10": round(found["r10"], 3),
         "identification, median rank": found["rank"],
+        **_known_words(ranks_B, held_out.captions, words),
         "share of samples nearer to a training image than to the true one": round(nearer, 3),
     }
+
+
+def _known_words(ranks_B: Tensor, captions: Sequence[str], words: Set[str]) -> dict[str, float]:
+    """Nobody can tell what a word means that no caption of the training set has."""
+    known_B = torch.tensor([words_of(caption) <= words for caption in captions[: len(ranks_B)]])
+    share = known_B.double().mean().item()
+    figures = {"share of captions all of whose words were trained on": round(share, 3)}
+    if 0 < share < 1:
+        found = summary(ranks_B[known_B])
+        figures["identification R@1, these captions"] = round(found["r1"], 3)
+        figures["identification R@10, these captions"] = round(found["r10"], 3)
+    return figures
 
 
 def to_bytes(images_BCHW: Tensor) -> Tensor:

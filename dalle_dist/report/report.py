@@ -107,7 +107,8 @@ def sample(
         torch.cat([first_samples(samples), to_bytes(generated_BCHW)]), train
     )
     rows = rows_of(held_out, chosen, samples, train, index_B[: len(chosen)].tolist())
-    figures = identification_figures(generated_BCHW, held_out, distance_B[len(chosen) :])
+    nearest_B = distance_B[len(chosen) :]
+    figures = identification_figures(generated_BCHW, held_out, nearest_B, train.words)
     return rows, figures
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from dalle_dist.config import from_dict
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.errors import DataError
-from dalle_dist.report import facts, inputs, report
+from dalle_dist.report import facts, inputs, measures, report
 from dalle_dist.report.figures import CAPTION, CELL, HEAD, HEADINGS_TOP, Row, table
 from dalle_dist.report.page import Section, page
 from dalle_dist.report.samples import CAPTIONS, chosen_captions
@@ -131,6 +131,7 @@ def test_samples_are_compared_with_the_first_training_images(tmp_path, monkeypat
         chunks = [chunk[:, 0, 0, 0].tolist() for chunk in train]
     assert chunks == [[0, 1], [3, 4, 5], [6]]
     assert [train.sample(i).caption for i in (1, 2, 5)] == ["image 1", "image 3", "image 6"]
+    assert train.words == {"image", *"013456"}
     said = facts.table_facts(1, 30, train)
     assert "among the first 7 of 12 training images" in said["nearest in training"]
     assert said["captions shown"].startswith("1 of 30 held-out ones")
@@ -165,6 +166,7 @@ def test_rows_and_figures_are_each_of_their_own_samples(tmp_path, monkeypatch):
         assert abs(value - 8 * i - 3) == (0 if i % 2 == 0 else 8)
         assert row.nearest.getpixel((0, 0)) == (value,) * 3
         assert [sample.getpixel((0, 0))[0] for sample in row.samples] == [8 * i + 3] * 4
+    assert figures["share of captions all of whose words were trained on"] == 0  # none has "grey"
     # 1 from its true image, 2 or 6 from one that was trained on.
     assert figures["share of samples nearer to a training image than to the true one"] == 0
     assert figures["identification R@1"] == 1
@@ -172,3 +174,23 @@ def test_rows_and_figures_are_each_of_their_own_samples(tmp_path, monkeypatch):
     _, figures = report.sample(config, Greys(), held_out, train)
     # 2 from its true image, 1 from that of every second caption.
     assert figures["share of samples nearer to a training image than to the true one"] == 0.5
+
+
+def test_captions_of_known_words_are_told_apart():
+    """Samples of the first two captions are right; the third has a word of its own, so has one."""
+    greys = (torch.arange(4) * 60).byte()[:, None, None, None].expand(-1, 3, 4, 4).contiguous()
+    captions = ["A red box", "blue, box!", "blue lorry", "moai"]
+    held_out = inputs.HeldOut(captions, greys, torch.zeros(4, 1), torch.zeros(4, 1))
+    generated = greys[[0, 1, 3, 2]].float() / 255
+
+    def figures(*words):
+        return measures.identification_figures(generated, held_out, torch.zeros(4), set(words))
+
+    found = figures("a", "red", "box", "blue")
+    assert found["identification R@1"] == 0.5
+    assert found["share of captions all of whose words were trained on"] == 0.5
+    assert found["identification R@1, these captions"] == 1
+    assert found["identification R@10, these captions"] == 1
+    whole = figures("a", "red", "box", "blue", "lorry", "moai")
+    assert whole["share of captions all of whose words were trained on"] == 1
+    assert not any("these captions" in name for name in whole)
