@@ -55,10 +55,10 @@ def measured(
 
 def figures(config: Config, guidance: float) -> dict[str, float]:
     """Of a finished run of stage 2, by one weight of guidance; kept beside the run."""
-    kept = Path(f"{config.paths.run}/guidance-{guidance:g}.json")
+    release = load_release(f"{config.paths.run}/release")
+    kept = Path(f"{config.paths.run}/guidance-{guidance:g}-{release.fingerprint}.json")
     if kept.exists():
         return dict(json.loads(kept.read_text()))
-    release = load_release(f"{config.paths.run}/release")
     model = release.transformer
     sampling = dataclasses.replace(config.sampling, guidance=guidance)
     model.config = dataclasses.replace(release.config, sampling=sampling)
@@ -66,8 +66,9 @@ def figures(config: Config, guidance: float) -> dict[str, float]:
     tokens = read_tokens(config, "held-out", release)
     held_out = HeldOut.load(config, tokens, release.image_tokenizer.image_size)
     losses = caption_losses(model, held_out.text_BT, held_out.codes_BN)
-    images_BCHW = held_out.images_BCHW.float() / 255
-    ranks = summary(identify(sample_captions(generator, held_out, config.seed), images_BCHW))
+    generated_BCHW = sample_captions(generator, held_out, config.seed)
+    true_BCHW = held_out.images_BCHW[: len(generated_BCHW)].float() / 255
+    ranks = summary(identify(generated_BCHW, true_BCHW))
     values = losses.right, losses.gain, ranks["r1"], ranks["r10"], ranks["rank"]
     found = dict(zip(UNITS, values, strict=True))
     kept.write_text(json.dumps(found))
