@@ -30,6 +30,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
+from dalle_dist.data.decode import on_white
 from dalle_dist.data.emoji import fully_qualified
 
 SIZE = 64  # pixels
@@ -131,7 +132,7 @@ def theme_icons(folder: Path, theme: str) -> Iterator[Pair]:
         if image is not None and (key not in largest or image.width > largest[key].width):
             largest[key] = image
     for (category, name), image in sorted(largest.items(), key=lambda item: item[0]):
-        yield f"{name}, {category}, {theme}", on_white(image)
+        yield f"{name}, {category}, {theme}", small(image)
 
 
 def icon(path: Path) -> Image.Image | None:
@@ -144,10 +145,8 @@ def icon(path: Path) -> Image.Image | None:
     return image if usable else None
 
 
-def on_white(image: Image.Image) -> Image.Image:
-    white = Image.new("RGBA", image.size, "white")
-    flat = Image.alpha_composite(white, image).convert("RGB")
-    return flat.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+def small(image: Image.Image) -> Image.Image:
+    return on_white(image).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 def emojione() -> Iterator[Pair]:
@@ -160,7 +159,7 @@ def emojione() -> Iterator[Pair]:
             text = "".join(chr(int(code, 16)) for code in path.stem.split("-"))
             name, image = names.get(text.translate(without_joiners)), icon(path)
             if name and image:
-                yield name, on_white(image)
+                yield name, small(image)
 
 
 def unpack(package: str, folder: Path) -> None:

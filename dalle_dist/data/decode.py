@@ -13,7 +13,7 @@ def decode(data: bytes) -> Image.Image | None:
     """The image upright, in RGB, on white where it is transparent; None when it is damaged."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return _on_white(ImageOps.exif_transpose(image))
+            return on_white(ImageOps.exif_transpose(image))
     except Exception:  # Pillow's plugins raise half a dozen unrelated classes on damaged files
         return None
 
@@ -23,7 +23,8 @@ def decode_sample(files: dict[str, bytes]) -> Image.Image | None:
     return decode(next((files[e] for e in EXTENSIONS if e in files), b""))
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
+    """In RGB, white where it is transparent."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")

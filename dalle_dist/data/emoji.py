@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, features
 
 from dalle_dist.data import storage
+from dalle_dist.data.decode import on_white
 from dalle_dist.data.shards import ShardWriter, refuse_used
 from dalle_dist.errors import DataError
 
@@ -123,8 +124,7 @@ def render(font: ImageFont.FreeTypeFont, emoji: Emoji, size: int) -> Image.Image
     ImageDraw.Draw(glyph).text(ORIGIN, emoji.text, font=font, embedded_color=True)
     if glyph.getbbox() is None:
         return None
-    image = Image.alpha_composite(Image.new("RGBA", glyph.size, "white"), glyph).convert("RGB")
-    return image.resize((size, size), Image.Resampling.LANCZOS)
+    return on_white(glyph).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _unpack_package(target: Path) -> Path | None:

@@ -39,6 +39,7 @@ def table_facts(shown: int, held_out: int, train: TrainingImages) -> dict[str, s
         "samples of each": f"the first {SAMPLES}, none left out",
         "nearest in training": "the training image nearest to the first sample, by the sum of "
         f"squares over pixels and channels, among {compared}",
+        "words trained on": f"those of the captions of {compared}",
     }
 
 

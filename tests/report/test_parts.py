@@ -134,6 +134,7 @@ def test_samples_are_compared_with_the_first_training_images(tmp_path, monkeypat
     assert train.words == {"image", *"013456"}
     said = facts.table_facts(1, 30, train)
     assert "among the first 7 of 12 training images" in said["nearest in training"]
+    assert said["words trained on"].endswith("of the first 7 of 12 training images")
     assert said["captions shown"].startswith("1 of 30 held-out ones")
 
 
@@ -177,7 +178,7 @@ def test_rows_and_figures_are_each_of_their_own_samples(tmp_path, monkeypatch):
 
 
 def test_captions_of_known_words_are_told_apart():
-    """Samples of the first two captions are right; the third has a word of its own, so has one."""
+    """Samples of the first two captions are right; the others have words of their own."""
     greys = (torch.arange(4) * 60).byte()[:, None, None, None].expand(-1, 3, 4, 4).contiguous()
     captions = ["A red box", "blue, box!", "blue lorry", "moai"]
     held_out = inputs.HeldOut(captions, greys, torch.zeros(4, 1), torch.zeros(4, 1))
