@@ -55,7 +55,7 @@ def check(model: Transformer, text_BT: Tensor, codes_BN: Tensor) -> None:
     caches = model.prefill(text_BT, [1])
     held_B = torch.full_like(codes_BN[:, 0], model.image_embedding.start)
     for position in range(codes_BN.shape[1]):
-        logits_BK = model.step(held_B, caches, position)
+        logits_BK = model.step(held_B[:, None], caches, position)[:, 0]
         torch.testing.assert_close(logits_BK, expected_BNK[:, position], rtol=1e-3, atol=1e-4)
         held_B = codes_BN[:, position]
 
@@ -66,7 +66,7 @@ def step_seconds(model: Transformer, text_BT: Tensor, codes_BN: Tensor) -> list[
     caches, times = model.prefill(text_BT, [1]), []
     for position in range(codes_BN.shape[1]):
         held_B = codes_BN[:, position]
-        times.append(common.seconds(partial(model.step, held_B, caches, position)))
+        times.append(common.seconds(partial(model.step, held_B[:, None], caches, position)))
     return times
 
 

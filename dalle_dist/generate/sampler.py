@@ -1,10 +1,11 @@
-"""Sample image tokens one after another, if so wished with classifier-free guidance.
+"""Sample image tokens, if so wished with classifier-free guidance.
 
 Guidance (Ho & Salimans 2022, arXiv 2207.12598) takes the logits for a sample's caption and for the
 empty caption, all pads, which the model knows by `train.caption_dropout`, and goes from the second
 to the first and beyond.
 
-Shape suffixes: B samples, C captions, T text positions, N image tokens, K codebook entries.
+Shape suffixes: B samples, C captions, T text positions, N image tokens, n tokens of a prefix,
+K codebook entries.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from dalle_kernels.sparse_attention import DecodeCache
 from torch import Tensor
 
 from dalle_dist.config import Config
+from dalle_dist.generate.noise import gumbel
 from dalle_dist.generate.sampling_options import Sampling
 from dalle_dist.text_tokenizer.protocol import PAD
 from dalle_dist.transformer import checks
+from dalle_dist.transformer.blocks import Cache
 from dalle_dist.transformer.model import Transformer
+
+FREE = -1  # in kept codes: a token that is to be sampled
 
 
 @torch.no_grad()
@@ -30,46 +34,106 @@ def sample_codes(
     seeds: Sequence[int],
     sampling: Sampling | None = None,
     *,
-    prefix_codes: Tensor | None = None,
+    kept_codes: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    """codes_BN, int64. `prefix_codes` [B, n] fixes the first n tokens (paper 3.3).
+    """codes_BN, int64.
 
-    Without `sampling` the options are those of the model's config. Neighbours along B with the same
-    text share its keys and values, which are most of the work; with guidance all samples share
-    those of the empty caption.
+    Each token's noise depends on its sample's seed and its position alone (`noise.py`): what else
+    is in the batch does not matter. Neighbours along B with the same text and the same prefix share
+    its keys and values, which are most of the work; with guidance all samples with the same prefix
+    share those of the empty caption.
 
-    Each sample has one uniform number per token from its own seed, turned into a token by the
-    inverse of the cumulated probabilities: what else is in the batch does not matter.
+    Args:
+        seeds: one for each sample, up to 64 bits.
+        sampling: None: the options of the model's config.
+        kept_codes: [B, N], int64: tokens that are given, `FREE` where one is to be sampled. Tokens
+            look at those before them alone: what is kept further on does not change them. Leading
+            tokens that all samples keep are run as one block (paper 3.3).
+        window: tokens that are guessed and run at once (`windowed.py`); None: one by one. The
+            tokens are the same.
 
     Raises:
         ValueError: tensors that are not the model's shapes, dtypes or ids; not a seed per sample.
     """
-    _check(model, text_BT, seeds, prefix_codes)
-    sampling = sampling or Sampling.of(model.config.sampling)
-    tokens, device = model.config.transformer.image_tokens, text_BT.device
-    uniform_BN = torch.stack([_uniforms(seed, tokens) for seed in seeds]).to(device)
-    prefix = 0 if prefix_codes is None else prefix_codes.shape[1]
-    caches = _prefill(model, text_BT, sampling.guided)
-    codes_BN = torch.empty(len(seeds), tokens, dtype=torch.long, device=device)
-    held_B = torch.full_like(codes_BN[:, 0], model.image_embedding.start)
-    for position in range(tokens):
-        if sampling.guided:
-            both_BK = model.step(held_B.repeat(2), caches, position)
-            logits_BK = guide(both_BK, sampling.guidance_at(position, tokens))
-        else:
-            logits_BK = model.step(held_B, caches, position)
-        if prefix_codes is not None and position < prefix:
-            held_B = prefix_codes[:, position]
-        else:
-            held_B = choose(logits_BK, uniform_BN[:, position], sampling)
+    _check(model, text_BT, seeds, kept_codes, window)
+    draw = Draw(model, text_BT, seeds, sampling or Sampling.of(model.config.sampling), kept_codes)
+    if window is None:
+        return _one_by_one(draw)
+    from dalle_dist.generate.windowed import sample_windows
+
+    return sample_windows(draw, window).codes_BN
+
+
+class Draw:
+    """What both ways to sample have in common: the samples, and how logits become their tokens.
+
+    prefix  leading tokens that all samples keep
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        text_BT: Tensor,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        kept_codes: Tensor | None = None,
+    ) -> None:
+        self.model, self.text_BT, self.sampling = model, text_BT, sampling
+        self.tokens, device = model.config.transformer.image_tokens, text_BT.device
+        self.seed_B = torch.tensor([_signed(seed) for seed in seeds], device=device)
+        shape = (len(seeds), self.tokens)
+        self.kept_BN = torch.full(shape, FREE, device=device) if kept_codes is None else kept_codes
+        free_N = (self.kept_BN == FREE).any(dim=0)
+        self.prefix = int(free_N.long().argmax()) if bool(free_N.any()) else self.tokens
+
+    def prefill(self, window: int | None = None) -> list[Cache]:
+        """Caches for the samples, followed by as many of the empty caption if there is guidance."""
+        rows_Bn = torch.cat([self.text_BT, self.kept_BN[:, : self.prefix]], dim=1)
+        if self.sampling.guided:
+            empty_BT = torch.full_like(self.text_BT, PAD)
+            prefix_Bn = self.kept_BN[:, : self.prefix]
+            rows_Bn = torch.cat([rows_Bn, torch.cat([empty_BT, prefix_Bn], dim=1)])
+        rows_Cn, samples_C = rows_Bn.unique_consecutive(dim=0, return_counts=True)
+        text_CT, prefix_Cn = rows_Cn.split([self.text_BT.shape[1], self.prefix], dim=1)
+        return self.model.prefill(text_CT, samples_C.tolist(), prefix_Cn, window)
+
+    def logits(self, held_BN: Tensor, caches: list[Cache], at: int | Tensor) -> Tensor:
+        """logits_BNK of `Transformer.step`, guided if so wished."""
+        if not self.sampling.guided:
+            return self.model.step(held_BN, caches, at)
+        both = at if isinstance(at, int) else at.repeat(2)
+        both_BNK = self.model.step(held_BN.repeat(2, 1), caches, both)
+        at_BN = torch.as_tensor(at).reshape(-1, 1) + torch.arange(held_BN.shape[1])
+        weights = [
+            [self.sampling.guidance_at(p, self.tokens) for p in row] for row in at_BN.tolist()
+        ]
+        return guide(both_BNK, torch.tensor(weights, device=held_BN.device)[:, :, None])
+
+    def noise(self, sample_M: Tensor, position_M: Tensor) -> Tensor:
+        """Gumbel noise_MK of some samples' tokens."""
+        codes = self.model.config.transformer.codebook_size
+        return gumbel(self.seed_B[sample_M], position_M, codes)
+
+
+def _one_by_one(draw: Draw) -> Tensor:
+    caches, first = draw.prefill(), draw.prefix
+    codes_BN = draw.kept_BN.clone()
+    held_B = codes_BN[:, first - 1] if first else torch.full_like(draw.seed_B, _start(draw.model))
+    sample_B = torch.arange(len(held_B), device=held_B.device)
+    for position in range(first, draw.tokens):
+        logits_BK = draw.logits(held_B[:, None], caches, position)[:, 0]
+        noise_BK = draw.noise(sample_B, torch.full_like(sample_B, position))
+        kept_B = draw.kept_BN[:, position]
+        held_B = torch.where(kept_B == FREE, choose(logits_BK, noise_BK, draw.sampling), kept_B)
         codes_BN[:, position] = held_B
     return codes_BN
 
 
-def guide(both_BK: Tensor, weight: float) -> Tensor:
-    """empty + weight * (captioned - empty); `both_BK` holds the captioned rows, then the empty."""
-    captioned_BK, empty_BK = both_BK.chunk(2)
-    return empty_BK + weight * (captioned_BK - empty_BK)
+def guide(both: Tensor, weight: float | Tensor) -> Tensor:
+    """empty + weight * (captioned - empty); `both` holds the captioned rows, then the empty."""
+    captioned, empty = both.chunk(2)
+    return empty + weight * (captioned - empty)
 
 
 def warn_if_never_empty(config: Config, sampling: Sampling) -> None:
@@ -82,48 +146,53 @@ def warn_if_never_empty(config: Config, sampling: Sampling) -> None:
         )
 
 
-def choose(logits_BK: Tensor, uniform_B: Tensor, sampling: Sampling) -> Tensor:
-    """One token per row, from a uniform number in [0, 1) each."""
+def choose(logits_BK: Tensor, noise_BK: Tensor, sampling: Sampling) -> Tensor:
+    """One token per row, from standard Gumbel noise: a sample of the softmax of what is kept."""
     if sampling.temperature == 0:
         return logits_BK.argmax(dim=-1)
-    probabilities_BK = (logits_BK.double() / sampling.temperature).softmax(dim=-1)
+    logits_BK = logits_BK / sampling.temperature
+    if sampling.top_k or sampling.top_p < 1:
+        logits_BK = logits_BK.masked_fill(~_kept(logits_BK, sampling), -torch.inf)
+    return (logits_BK + noise_BK).argmax(dim=-1)
+
+
+def _kept(logits_BK: Tensor, sampling: Sampling) -> Tensor:
+    """Which tokens top-k and top-p leave, of logits that the temperature has divided."""
+    probabilities_BK = logits_BK.double().softmax(dim=-1)
     ordered_BK, order_BK = probabilities_BK.sort(dim=-1, descending=True, stable=True)
     kept_BK = ordered_BK.cumsum(dim=-1) - ordered_BK < sampling.top_p
     if sampling.top_k:
-        kept_BK[:, sampling.top_k :] = False
-    cumulated_BK = (ordered_BK * kept_BK).cumsum(dim=-1)
-    threshold_B1 = uniform_B[:, None] * cumulated_BK[:, -1:]
-    rank_B1 = torch.searchsorted(cumulated_BK, threshold_B1, right=True)
-    # Rounding may put the threshold on the very end, where only cut tokens lie.
-    rank_B1 = torch.minimum(rank_B1, kept_BK.sum(dim=-1, keepdim=True) - 1)
-    return order_BK.gather(1, rank_B1)[:, 0]
+        kept_BK[..., sampling.top_k :] = False
+    return torch.zeros_like(kept_BK).scatter(-1, order_BK, kept_BK)
 
 
-def _prefill(model: Transformer, text_BT: Tensor, guided: bool) -> list[DecodeCache]:
-    """Caches for the samples, followed by as many of the empty caption where there is guidance."""
-    text_CT, samples_C = text_BT.unique_consecutive(dim=0, return_counts=True)
-    samples = samples_C.tolist()
-    if guided:
-        empty_1T = torch.full_like(text_CT[:1], PAD)
-        text_CT, samples = torch.cat([text_CT, empty_1T]), [*samples, len(text_BT)]
-    return model.prefill(text_CT, samples)
+def _start(model: Transformer) -> int:
+    return model.image_embedding.start
+
+
+def _signed(seed: int) -> int:
+    """64 bits as torch's int64."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _check(
-    model: Transformer, text_BT: Tensor, seeds: Sequence[int], prefix_codes: Tensor | None
+    model: Transformer,
+    text_BT: Tensor,
+    seeds: Sequence[int],
+    kept_codes: Tensor | None,
+    window: int | None,
 ) -> None:
     checks.text_fits(text_BT, model.config)
     if not seeds or len(seeds) != len(text_BT):
         raise ValueError(f"seeds: {len(seeds)} for {len(text_BT)} rows of text; give one for each")
-    if prefix_codes is None:
+    if window is not None and window < 1:
+        raise ValueError(f"window: {window} is below 1")
+    if kept_codes is None:
         return
-    shape, tokens = tuple(prefix_codes.shape), model.config.transformer.image_tokens
-    if prefix_codes.dtype != torch.int64:
-        raise ValueError(f"prefix_codes: dtype {prefix_codes.dtype} is not int64; use .long()")
-    if len(shape) != 2 or shape[0] != len(seeds) or shape[1] > tokens:
-        raise ValueError(f"prefix_codes: shape {shape} is not [{len(seeds)}, up to {tokens}]")
-    checks.ids_fit("prefix_codes", prefix_codes, model.config.transformer.codebook_size)
-
-
-def _uniforms(seed: int, count: int) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    shape, tokens = tuple(kept_codes.shape), model.config.transformer.image_tokens
+    if kept_codes.dtype != torch.int64:
+        raise ValueError(f"kept_codes: dtype {kept_codes.dtype} is not int64; use .long()")
+    if shape != (len(seeds), tokens):
+        raise ValueError(f"kept_codes: shape {shape} is not ({len(seeds)}, {tokens})")
+    classes = model.config.transformer.codebook_size
+    checks.ids_fit("kept_codes", kept_codes[kept_codes != FREE], classes)

@@ -2,7 +2,7 @@
 
 In fp16 every resblock has a gradient scale of its own (`dalle_dist.precision`).
 
-Shape suffixes: B batch, C captions, S positions, W width, H heads, D head width, T text tokens.
+Shape suffixes: B batch, C captions, S positions, N image positions, W width, H heads, D head width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 import torch.nn.functional as F
 from dalle_kernels.masks import AttentionMask
-from dalle_kernels.sparse_attention import DecodeCache, sparse_attention
+from dalle_kernels.sparse_attention import DecodeCache, WindowCache, sparse_attention
 from torch import Tensor, nn
 
 from dalle_dist.config import HEAD_DIM
@@ -21,6 +21,8 @@ from dalle_dist.precision.linear import ResblockLinear
 from dalle_dist.precision.scaled_branch import scaled_branch
 from dalle_dist.precision.scales import BlockScale, BlockScales
 from dalle_dist.transformer.embeddings import LayerNorm
+
+Cache = DecodeCache | WindowCache
 
 
 class Resblock(nn.Module, ABC):
@@ -54,19 +56,27 @@ class Attention(Resblock):
     def inside(self, h_BSW: Tensor) -> Tensor:
         return self.out(sparse_attention(self._qkv(h_BSW), self.mask).flatten(2))
 
-    def prefill(self, x_CTW: Tensor, cache: DecodeCache) -> Tensor:
-        """The text, whose keys and values go into the cache."""
-        q_CHTD, k_CHTD, v_CHTD = self._qkv(self.norm(x_CTW)).permute(2, 0, 3, 1, 4)
-        cache.put_text(k_CHTD, v_CHTD)
-        out_CHTD = F.scaled_dot_product_attention(q_CHTD, k_CHTD, v_CHTD, is_causal=True)
-        return x_CTW + self.out(out_CHTD.transpose(1, 2).flatten(2)).float()
+    def prefill(self, x_CSW: Tensor, cache: Cache) -> Tensor:
+        """The text and the first image tokens, whose keys and values go into the cache."""
+        q_CHSD, k_CHSD, v_CHSD = self._qkv(self.norm(x_CSW)).permute(2, 0, 3, 1, 4)
+        text, length = self.mask.text, x_CSW.shape[1]
+        cache.put_text(k_CHSD[:, :, :text], v_CHSD[:, :, :text])
+        if length == text:
+            out_CHSD = F.scaled_dot_product_attention(q_CHSD, k_CHSD, v_CHSD, is_causal=True)
+        else:
+            cache.put_prefix(k_CHSD[:, :, text:], v_CHSD[:, :, text:])
+            seen = self.mask.dense()[:length, :length].to(x_CSW.device)
+            out_CHSD = F.scaled_dot_product_attention(q_CHSD, k_CHSD, v_CHSD, attn_mask=seen)
+        return x_CSW + self.out(out_CHSD.transpose(1, 2).flatten(2)).float()
 
-    def step(self, x_B1W: Tensor, cache: DecodeCache, position: int) -> Tensor:
-        """One image token, which looks at the text and at the image keys its mask allows."""
-        q_BHD, k_BHD, v_BHD = self._qkv(self.norm(x_B1W))[:, 0].unbind(1)
-        cache.put_image(position, k_BHD, v_BHD)
-        out_BHD = cache.attend(q_BHD, position)
-        return x_B1W + self.out(out_BHD.flatten(1))[:, None].float()
+    def step(self, x_BNW: Tensor, cache: Cache, at: int | Tensor) -> Tensor:
+        """The next image tokens, which look at the text and at the image keys their mask allows.
+
+        `at` is what the cache's `extend` takes.
+        """
+        q_BNHD, k_BNHD, v_BNHD = self._qkv(self.norm(x_BNW)).unbind(2)
+        out_BNHD = cache.extend(at, q_BNHD, k_BNHD, v_BNHD)  # type: ignore[arg-type]
+        return x_BNW + self.out(out_BNHD.flatten(2)).float()
 
     def _qkv(self, h_BSW: Tensor) -> Tensor:
         return self.qkv(h_BSW).unflatten(-1, (3, self.heads, HEAD_DIM))
@@ -95,11 +105,11 @@ class Layer(nn.Module):
     def forward(self, x_BSW: Tensor) -> Tensor:
         return self.mlp(self.attention(x_BSW))
 
-    def prefill(self, x_CTW: Tensor, cache: DecodeCache) -> Tensor:
-        return self.mlp(self.attention.prefill(x_CTW, cache))
+    def prefill(self, x_CSW: Tensor, cache: Cache) -> Tensor:
+        return self.mlp(self.attention.prefill(x_CSW, cache))
 
-    def step(self, x_B1W: Tensor, cache: DecodeCache, position: int) -> Tensor:
-        return self.mlp(self.attention.step(x_B1W, cache, position))
+    def step(self, x_BNW: Tensor, cache: Cache, at: int | Tensor) -> Tensor:
+        return self.mlp(self.attention.step(x_BNW, cache, at))
 
 
 @torch.no_grad()

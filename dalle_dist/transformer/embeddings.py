@@ -41,11 +41,20 @@ class ImageEmbedding(nn.Module):
         self.row = nn.Parameter(torch.empty(grid, width))
         self.column = nn.Parameter(torch.empty(grid, width))
 
-    def forward(self, codes_BN: Tensor, first: int = 0) -> Tensor:
-        """Codes of the image positions from `first` on to x_BNW; position 0 holds `self.start`."""
+    def forward(self, codes_BN: Tensor, first: int | Tensor = 0) -> Tensor:
+        """Codes of the image positions from `first` on to x_BNW; position 0 holds `self.start`.
+
+        `first` is one for all, or one of each sample, [B]. Positions past the image, which are
+        computed for nobody, count as its last.
+        """
+        count = codes_BN.shape[1]
         position_NW = (self.row[:, None] + self.column[None, :]).flatten(0, 1).float()
-        x_BNW = self.code(codes_BN).float() + position_NW[first : first + codes_BN.shape[1]]
-        return self.scale * x_BNW
+        if isinstance(first, Tensor):
+            at_BN = first[:, None] + torch.arange(count, device=first.device)
+            at_BNW = position_NW[at_BN.clamp(max=len(position_NW) - 1)]
+        else:
+            at_BNW = position_NW[first : first + count]
+        return self.scale * (self.code(codes_BN).float() + at_BNW)
 
 
 class Unembedding(nn.Linear):

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from dalle_kernels.sparse_attention import DecodeCache
+from dalle_kernels.sparse_attention import DecodeCache, WindowCache
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle_dist.config import Config
 from dalle_dist.transformer import checks
-from dalle_dist.transformer.blocks import Layer, init_layer
+from dalle_dist.transformer.blocks import Cache, Layer, init_layer
 from dalle_dist.transformer.embeddings import ImageEmbedding, LayerNorm, TextEmbedding, Unembedding
 from dalle_dist.transformer.layout import counted_text_targets, layer_masks, text_inputs
 from dalle_dist.transformer.loss import Loss, cross_entropy_sum
@@ -73,11 +73,23 @@ class Transformer(nn.Module):
         image_BNK = self.image_unembedding(image_BNW)
         return (text_MV, text_BT[counted_BT]), (image_BNK.flatten(0, 1), codes_BN.flatten())
 
-    def prefill(self, text_CT: Tensor, samples: Sequence[int]) -> list[DecodeCache]:
-        """Run captions through all layers; the caches then take image tokens one by one.
+    def prefill(
+        self,
+        text_CT: Tensor,
+        samples: Sequence[int],
+        prefix_CN: Tensor | None = None,
+        window: int | None = None,
+    ) -> list[Cache]:
+        """Run captions through all layers; the caches then take the image tokens that follow.
 
         `samples` images are drawn from each caption; those of a caption are neighbours along the
         B of `step`.
+
+        Args:
+            prefix_CN: the first codes of each caption's images, int64, run as one block; `step`
+                goes on at the position after them, with the last of them as its input.
+            window: tokens that `step` takes at once, each sample at a position of its own; None:
+                one token of all samples, at one position.
 
         Raises:
             ValueError: another shape or dtype than the model's captions, an id that is not in its
@@ -85,21 +97,32 @@ class Transformer(nn.Module):
         """
         checks.text_fits(text_CT, self.config)
         checks.ids_fit("text", text_CT, self.config.tokenizer.vocab_size)
-        caches = [DecodeCache(mask, samples) for mask in layer_masks(self.config.transformer)]
-        x_CTW = self.text_embedding(text_inputs(text_CT))
+        masks = layer_masks(self.config.transformer)
+        caches: list[Cache] = [
+            DecodeCache(mask, samples) if window is None else WindowCache(mask, samples, window)
+            for mask in masks
+        ]
+        x_CSW = self.text_embedding(text_inputs(text_CT))
+        if prefix_CN is not None and prefix_CN.shape[1]:
+            x_CSW = torch.cat([x_CSW, self.image_embedding(self._inputs(prefix_CN))], dim=1)
         for layer, cache in zip(self.blocks, caches, strict=True):
-            x_CTW = layer.prefill(x_CTW, cache)  # type: ignore[operator]
+            x_CSW = layer.prefill(x_CSW, cache)  # type: ignore[operator]
         return caches
 
-    def step(self, held_B: Tensor, caches: list[DecodeCache], position: int) -> Tensor:
-        """fp32 logits_BK of the image token at `position`, whose input is `held_B`.
+    def step(self, held_BN: Tensor, caches: list[Cache], at: int | Tensor) -> Tensor:
+        """fp32 logits_BNK of the next image tokens, whose inputs are `held_BN`.
 
         The input of position 0 is `image_embedding.start`, of later ones the code before theirs.
+
+        Args:
+            held_BN: int64, N the window that the caches were made for, or 1.
+            at: without a window the position of all; with one the first position of each
+                sample, int64 [B].
         """
-        x_B1W = self.image_embedding(held_B[:, None], first=position)
+        x_BNW = self.image_embedding(held_BN, first=at)
         for layer, cache in zip(self.blocks, caches, strict=True):
-            x_B1W = layer.step(x_B1W, cache, position)  # type: ignore[operator]
-        return self.image_unembedding(self.norm(x_B1W))[:, 0]
+            x_BNW = layer.step(x_BNW, cache, at)  # type: ignore[operator]
+        return self.image_unembedding(self.norm(x_BNW))
 
     def logits(self, text_BT: Tensor, codes_BN: Tensor) -> tuple[Tensor, Tensor]:
         """All of (text_BTV, image_BNK), for tests and analysis.
@@ -116,8 +139,7 @@ class Transformer(nn.Module):
     def _stream(self, text_BT: Tensor, codes_BN: Tensor) -> Tensor:
         checks.text_fits(text_BT, self.config)
         checks.codes_fit(codes_BN, len(text_BT), self.config)
-        start_B1 = torch.full_like(codes_BN[:, :1], self.image_embedding.start)
-        image_BNW = self.image_embedding(torch.cat([start_B1, codes_BN[:, :-1]], dim=1))
+        image_BNW = self.image_embedding(self._inputs(codes_BN))
         x_BSW = torch.cat([self.text_embedding(text_inputs(text_BT)), image_BNW], dim=1)
         for layer in self.blocks:
             if self.config.train.checkpoint_activations and self.training:
@@ -125,6 +147,10 @@ class Transformer(nn.Module):
             else:
                 x_BSW = layer(x_BSW)
         return self.norm(x_BSW)
+
+    def _inputs(self, codes_BN: Tensor) -> Tensor:
+        start_B1 = torch.full_like(codes_BN[:, :1], self.image_embedding.start)
+        return torch.cat([start_B1, codes_BN[:, :-1]], dim=1)
 
     @torch.no_grad()
     def _init(self) -> None:

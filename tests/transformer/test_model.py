@@ -328,6 +328,6 @@ def test_scaled_embeddings_are_those_of_a_model_whose_embeddings_are_larger():
     caches = scaled.prefill(text_BT, [1, 1, 1])
     held_B = torch.full((3,), scaled.image_embedding.start)
     for position in range(3):
-        logits_BK = scaled.step(held_B, caches, position)
+        logits_BK = scaled.step(held_B[:, None], caches, position)[:, 0]
         torch.testing.assert_close(logits_BK, expected[1][:, position])
         held_B = codes_BN[:, position]

@@ -2,5 +2,6 @@
 
 from dalle_kernels.sparse_attention.api import BACKENDS, sparse_attention
 from dalle_kernels.sparse_attention.decode import DecodeCache
+from dalle_kernels.sparse_attention.window import WindowCache
 
-__all__ = ["BACKENDS", "DecodeCache", "sparse_attention"]
+__all__ = ["BACKENDS", "DecodeCache", "WindowCache", "sparse_attention"]

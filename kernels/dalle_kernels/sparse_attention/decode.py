@@ -1,8 +1,8 @@
 """Attention of one new image token per sample, and a cache that keeps what its mask still needs.
 
-Text keys and values are kept once per caption, and all its samples look at them in one product.
-Image keys and values go into a ring of `span(mask).slots`, where scan position p is in slot
-p % slots; masks by column keep whole columns, each of them contiguous.
+Text keys and values are kept once per caption, and all its samples look at them in one product
+(`caption_text.py`). Image keys and values go into a ring of `span(mask).slots`, where scan position
+p is in slot p % slots; masks by column keep whole columns, each of them contiguous.
 
 Shape suffixes: C captions, B samples of all captions, H heads, D head width, T text tokens,
 J slots.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -21,48 +20,26 @@ from torch import Tensor
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.spans import span
 from dalle_kernels.sparse_attention.api import unfit, warn
+from dalle_kernels.sparse_attention.caption_text import CaptionCache
 
 
-class DecodeCache:
-    """One layer's keys and values while images are generated token by token.
+class DecodeCache(CaptionCache):
+    """One layer's keys and values while images are generated token by token, all at one position.
 
-    Args:
-        mask: the layer's.
-        samples: how many images are generated from each caption; images of a caption are neighbours
-            along B.
-
-    Raises:
-        ValueError: naming the argument that does not fit.
+    Arguments and errors are those of `CaptionCache`.
     """
 
     def __init__(self, mask: AttentionMask, samples: Sequence[int]) -> None:
-        if not isinstance(mask, AttentionMask):
-            raise ValueError(f"mask: {type(mask).__name__} is not an AttentionMask")
-        if not isinstance(samples, Sequence):
-            raise ValueError(f"samples: {samples!r} is not a sequence, one number for each caption")
-        if not samples or min(samples) < 1:
-            raise ValueError(f"samples: {list(samples)} are not one or more for each caption")
-        self.mask, self.samples, self.span = mask, tuple(samples), span(mask)
+        super().__init__(mask, samples)
         self.slots = self.span.slots
 
-    def put_text(self, k_CHTD: Tensor, v_CHTD: Tensor) -> None:
-        """Keys and values of each caption's text; makes room for the images."""
-        if k_CHTD.ndim != 4 or k_CHTD.shape != v_CHTD.shape:
-            raise ValueError(
-                f"k, v: shapes {tuple(k_CHTD.shape)} and {tuple(v_CHTD.shape)} are not one "
-                "[C, H, T, D]"
-            )
-        captions, heads, text, width = k_CHTD.shape
-        if (captions, text) != (len(self.samples), self.mask.text):
-            raise ValueError(
-                f"text: {captions} captions of {text} tokens, expected {len(self.samples)} of "
-                f"{self.mask.text}"
-            )
-        self.k_CHTD, self.v_CHTD = k_CHTD.contiguous(), v_CHTD.contiguous()
-        self.k_BHJD = k_CHTD.new_empty(sum(self.samples), heads, self.slots, width)
-        self.v_BHJD = torch.empty_like(self.k_BHJD)
-        first = [0, *accumulate(self.samples)]  # sample of each caption, and one past the last
-        self.first_C = torch.tensor(first, device=k_CHTD.device)
+    def slot(self, position: int) -> int:
+        return self.mask.scan(position) % self.slots
+
+    def extend(self, position: int, q_B1HD: Tensor, k_B1HD: Tensor, v_B1HD: Tensor) -> Tensor:
+        """out_B1HD of the image token at raster position `position`, after it is put there."""
+        self.put_image(position, k_B1HD[:, 0], v_B1HD[:, 0])
+        return self.attend(q_B1HD[:, 0], position)[:, None]
 
     def put_image(self, position: int, k_BHD: Tensor, v_BHD: Tensor) -> None:
         """Key and value of the image token at raster position `position` of every sample.
@@ -70,7 +47,7 @@ class DecodeCache:
         Positions come in order, from 0 on.
         """
         self._check(position, k=k_BHD, v=v_BHD)
-        slot = self.mask.scan(position) % self.slots
+        slot = self.slot(position)
         self.k_BHJD[:, :, slot], self.v_BHJD[:, :, slot] = k_BHD, v_BHD
 
     def attend(self, q_BHD: Tensor, position: int, backend: str = "auto") -> Tensor:
@@ -95,8 +72,7 @@ class DecodeCache:
         return self._attend(q_BHD, position)
 
     def _check(self, position: int, **new: Tensor) -> None:
-        if "k_BHJD" not in vars(self):
-            raise ValueError("text: none is there; put_text comes first")
+        self._check_text()
         if not 0 <= position < self.mask.image:
             raise ValueError(f"position: {position} is not in 0 to {self.mask.image - 1}")
         expected = (*self.k_BHJD.shape[:2], self.k_BHJD.shape[-1])
@@ -121,15 +97,6 @@ class DecodeCache:
             return self.span.first_key(scan) % self.slots, scan % self.slots + 1
         return 0, min(scan + 1, self.slots)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(x.numel() * x.element_size() for x in self._kept)
-
-    @property
-    def _kept(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.k_CHTD, self.v_CHTD, self.k_BHJD, self.v_BHJD
-
     def _attend(self, q_BHD: Tensor, position: int) -> Tensor:
         # Scores and their softmax in fp32 at least, as in the fused kernels.
         exact = torch.promote_types(q_BHD.dtype, torch.float32)
@@ -144,19 +111,6 @@ class DecodeCache:
         text_BHT, image_BHJ = weights.split([self.mask.text, stop - start], dim=-1)
         out_BHD = self._per_caption(text_BHT, self.v_CHTD.to(exact))
         return (out_BHD + (image_BHJ[:, :, None] @ v_BHJD)[:, :, 0]).to(self.v_BHJD.dtype)
-
-    def _per_caption(self, x_BHn: Tensor, y_CHnm: Tensor) -> Tensor:
-        """Each sample's rows times its caption's matrix: [B, H, m]."""
-        # One product for neighbouring captions with equally many samples. To pad all to the most
-        # is costly where one has as many as all others together, as guidance has.
-        runs = [(len(list(run)), count) for count, run in groupby(self.samples)]
-        xs = x_BHn.split([captions * count for captions, count in runs])
-        ys = y_CHnm.split([captions for captions, _ in runs])
-        products = [
-            (x_BHn.unflatten(0, run).transpose(1, 2) @ y_CHnm).transpose(1, 2).flatten(0, 1)
-            for run, x_BHn, y_CHnm in zip(runs, xs, ys, strict=True)
-        ]
-        return torch.cat(products)
 
 
 # Kept for later calls, so never an inference tensor, which autograd would refuse.

@@ -1,0 +1,105 @@
+"""Guessed windows give the tokens of sampling one by one, which are those without any cache."""
+
+import pytest
+import torch
+from test_generate import build, text
+
+from dalle_dist.generate.noise import gumbel
+from dalle_dist.generate.sampler import FREE, Draw, choose, sample_codes
+from dalle_dist.generate.sampling_options import Sampling
+from dalle_dist.generate.windowed import sample_windows
+from dalle_dist.text_tokenizer.protocol import PAD
+
+SEEDS = [11, 2**63 + 5, 3]
+
+
+@torch.no_grad()
+def naive(model, text_BT, seeds, sampling, kept_codes=None):
+    """Every token from all logits of the whole sequence, computed anew."""
+    codes_BN = torch.zeros(len(seeds), 16).long()
+    for position in range(16):
+        logits_BK = model.logits(text_BT, codes_BN)[1][:, position]
+        empty_BK = model.logits(torch.full_like(text_BT, PAD), codes_BN)[1][:, position]
+        weight = sampling.guidance_at(position, 16)
+        logits_BK = empty_BK + weight * (logits_BK - empty_BK)
+        seed_B = torch.tensor([(s + 2**63) % 2**64 - 2**63 for s in seeds])
+        noise_BK = gumbel(seed_B, torch.full_like(seed_B, position), 20)
+        codes_BN[:, position] = choose(logits_BK, noise_BK, sampling)
+        if kept_codes is not None:
+            kept = kept_codes[:, position] != FREE
+            codes_BN[kept, position] = kept_codes[kept, position]
+    return codes_BN
+
+
+@pytest.mark.parametrize("masks", ["paper", "causal"])
+@pytest.mark.parametrize("variant", ["paper", "clamp", "torus", "dalle-pytorch"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_tokens_are_those_without_cache_or_window(masks, variant, guidance):
+    model = build(f"transformer.masks={masks}", f"transformer.mask_variant={variant}").model
+    sampling = Sampling(guidance=guidance)
+    expected_BN = naive(model, text(), SEEDS, sampling)
+    for window in (None, 1, 2, 3, 5, 16, 40):
+        assert sample_codes(model, text(), SEEDS, sampling, window=window).equal(expected_BN)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.3},
+        {"top_k": 2},
+        {"top_p": 0.6, "top_k": 5},
+        {"guidance": 3.0, "guidance_schedule": "cosine", "temperature": 0.7},
+        {"guidance": 0.0},
+    ],
+)
+def test_tokens_are_the_same_under_every_option(options):
+    model, sampling = build().model, Sampling(**options)
+    expected_BN = naive(model, text(), SEEDS, sampling)
+    for window in (None, 4):
+        assert sample_codes(model, text(), SEEDS, sampling, window=window).equal(expected_BN)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("pattern", ["prefix", "own prefixes", "scattered", "all"])
+def test_kept_tokens_are_kept_and_the_others_follow_them(pattern, guidance):
+    model, sampling = build().model, Sampling(guidance=guidance)
+    codes_BN = torch.randint(0, 20, (3, 16), generator=torch.Generator().manual_seed(1))
+    at_N, row_B1 = torch.arange(16), torch.arange(3)[:, None]
+    kept_BN = {
+        "prefix": (at_N < 7).expand(3, -1),
+        "own prefixes": at_N < 3 + 4 * row_B1,
+        "scattered": (at_N + row_B1) % 3 == 0,
+        "all": (at_N < 16).expand(3, -1),
+    }[pattern]
+    given = torch.where(kept_BN, codes_BN, FREE)
+    expected_BN = naive(model, text(), SEEDS, sampling, given)
+    assert expected_BN[kept_BN].equal(codes_BN[kept_BN])
+    for window in (None, 3, 16):
+        found = sample_codes(model, text(), SEEDS, sampling, kept_codes=given, window=window)
+        assert found.equal(expected_BN)
+
+
+def test_what_else_is_in_the_batch_does_not_matter():
+    model = build().model
+    for window in (None, 4):
+        together = sample_codes(model, text(), SEEDS, window=window)
+        for i, seed in enumerate(SEEDS):
+            alone = sample_codes(model, text()[i : i + 1], [seed], window=window)
+            assert alone[0].equal(together[i])
+
+
+def test_a_window_saves_steps_where_tokens_do_not_hang_on_their_neighbours():
+    model = build().model
+    assert sample_windows(Draw(model, text(), SEEDS, Sampling()), 1).steps == 16
+    free = sample_windows(Draw(model, text(), SEEDS, Sampling()), 4).steps
+    for parameter in (model.image_embedding.code.weight, model.image_unembedding.weight):
+        parameter.zero_()
+    # Every guess is right but the first window's, whose logits were not known.
+    certain = sample_windows(Draw(model, text(), SEEDS, Sampling()), 4).steps
+    assert certain <= 8 and free > certain + 2
+
+
+def test_a_window_of_nothing_is_named():
+    with pytest.raises(ValueError, match="window: 0 is below 1"):
+        sample_codes(build().model, text(), SEEDS, window=0)
