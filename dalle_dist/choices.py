@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 BetweenNodes = Literal["zero", "dense", "powersgd"]
 CommDtype = Literal["fp32", "bf16", "fp16", "1-6-9"]
 ErrorDtype = Literal["fp32", "1-6-9"]
+GeneratePrecision = Literal["fp32", "bf16", "fp16"]
 GuidanceSchedule = Literal["constant", "linear", "cosine"]
 MaskPattern = Literal["paper", "causal"]
 MaskVariant = Literal["paper", "clamp", "torus", "dalle-pytorch"]

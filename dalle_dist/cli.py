@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, NoReturn, get_args
+from typing import TYPE_CHECKING, NoReturn
 
 from dalle_dist import __version__
-from dalle_dist.config import Config, SamplingConfig, load, preset_names, to_yaml
-from dalle_dist.config.root import keys_of
+from dalle_dist.config import Config, load, preset_names, to_yaml
 from dalle_dist.distributed.launchers import read_environment
 from dalle_dist.errors import ConfigError, OtherRankError, UserError
-from dalle_dist.generate.sampling_options import flag
+from dalle_dist.generate.verbs import add_complete, add_generate
 from dalle_dist.stages import STAGES
 
 if TYPE_CHECKING:
@@ -130,7 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_configured(verbs, "encode", _encode, "image shards to token shards, once")
     _add_configured(verbs, "report", _report, "curves, reconstructions, samples: report.html")
     _add_config(verbs)
-    _add_generate(verbs)
+    add_generate(verbs)
+    add_complete(verbs)
     _add_convert(verbs)
     _add_plot(verbs)
     _add_slurm(verbs)
@@ -196,21 +196,6 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
         dest="action", required=True, metavar="ACTION"
     )
     _add_configured(actions, "train", _tokenizer_train, "BPE on the training captions")
-
-
-def _add_generate(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser("generate", help="generate images for prompts")
-    verb.add_argument("release", metavar="RELEASE", help="a release folder, e.g. runs/demo/release")
-    verb.add_argument("prompts", nargs="+", metavar="PROMPT")
-    verb.add_argument("-n", type=int, default=1, help="images per prompt")
-    for name, kind, meaning in keys_of(SamplingConfig):
-        choices = get_args(kind) or None
-        help_ = f"{meaning.description} (default: the release's)"
-        verb.add_argument(flag(name), type=str if choices else kind, choices=choices, help=help_)
-    verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--batch-size", type=int, default=64, help="images generated at once")
-    verb.add_argument("-o", "--out", default="generated", help="folder (default generated)")
-    verb.set_defaults(handler=_generate)
 
 
 def _add_convert(verbs: argparse._SubParsersAction) -> None:
@@ -304,23 +289,6 @@ def _config(options: argparse.Namespace) -> None:
     from dalle_dist.config.docs import explain
 
     print(explain(options.explain))
-
-
-def _generate(options: argparse.Namespace) -> None:
-    from dalle_dist.generate.generator import Generator
-    from dalle_dist.generate.outputs import refuse_foreign, write_outputs
-
-    refuse_foreign(options.out)
-    generator = Generator.load(options.release)
-    images = generator.generate(
-        options.prompts,
-        n=options.n,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        **{name: getattr(options, name) for name, *_ in keys_of(SamplingConfig)},
-    )
-    write_outputs(images, options.out, fingerprint=generator.fingerprint)
-    print(f"{len(images)} images in {options.out}/, all of them in {options.out}/grid.png")
 
 
 def _convert(options: argparse.Namespace) -> None:

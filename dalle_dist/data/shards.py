@@ -15,6 +15,7 @@ import shutil
 import tarfile
 import tempfile
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -122,8 +123,7 @@ class ShardWriter:
     def _add(self, sample: dict[str, Any]) -> None:
         if self._tar is None:
             self._path = self._staging / f"{len(self._shards):05d}.tar"
-            # Without names and times a shard's bytes depend on its samples only.
-            self._tar = webdataset.TarWriter(str(self._path), mtime=0, user="root", group="root")
+            self._tar = _tar_writer(self._path)
         self._tar.write(sample)
         self._count += 1
 
@@ -161,20 +161,57 @@ class ShardWriter:
         except OSError as error:
             raise storage.not_written(self._path, error) from None
         self._tar = None
-        info = ShardInfo(
-            self._path.name, self._path.stat().st_size, _sha256(self._path), self._count
-        )
-        storage.publish(self._path, storage.join(self.folder, info.name))
-        self._shards.append(info)
+        self._shards.append(_publish(self._path, self.folder, self._count))
         self._count = 0
 
     def _write_index(self) -> None:
         if not self._shards:
             raise DataError(f"{self.folder}: there was no sample to write")
-        shards = [asdict(shard) for shard in self._shards]
-        tree = {"kind": self.kind, "meta": self.meta, "shards": shards}
-        path = storage.join(self.folder, INDEX)
-        storage.write_bytes(path, json.dumps(tree, indent=1).encode() + b"\n")
+        write_index(self.folder, self.kind, self.meta, self._shards)
+
+
+def write_shard(
+    folder: str, name: str, samples: Iterable[tuple[str, dict[str, bytes]]]
+) -> ShardInfo:
+    """One whole shard, in place of an earlier one of that name; (key, files) as `ShardWriter`'s.
+
+    For processes that write shards of one folder together; `write_index` comes last.
+
+    Raises:
+        DataError: the disk is full, or the folder cannot be written to.
+    """
+    # Beside the folder's own shards, so that the finished one is only renamed.
+    inside = None if storage.is_remote(folder) else storage.made(folder)
+    staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=inside))
+    try:
+        count, path = 0, staging / name
+        with _tar_writer(path) as tar:
+            for key, files in samples:
+                tar.write({"__key__": key, **files})
+                count += 1
+        return _publish(path, folder, count)
+    except OSError as error:
+        raise storage.not_written(storage.join(folder, name), error) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_index(folder: str, kind: str, meta: dict[str, Any], shards: Sequence[ShardInfo]) -> None:
+    """What makes shards count; arguments as the fields of `ShardIndex`."""
+    tree = {"kind": kind, "meta": meta, "shards": [asdict(shard) for shard in shards]}
+    path = storage.join(folder, INDEX)
+    storage.write_bytes(path, json.dumps(tree, indent=1).encode() + b"\n")
+
+
+def _tar_writer(path: Path) -> Any:
+    # Without names and times a shard's bytes depend on its samples only.
+    return webdataset.TarWriter(str(path), mtime=0, user="root", group="root")
+
+
+def _publish(path: Path, folder: str, samples: int) -> ShardInfo:
+    info = ShardInfo(path.name, path.stat().st_size, _sha256(path), samples)
+    storage.publish(path, storage.join(folder, info.name))
+    return info
 
 
 class ShardSet:

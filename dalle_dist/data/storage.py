@@ -6,6 +6,7 @@ Amazon's. The cache lies in $DALLE_DIST_CACHE, else ~/.cache/dalle-dist.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -134,6 +135,22 @@ def remove(path: str) -> None:
         _call(path, lambda: _client().delete_object(Bucket=bucket, Key=key))
     else:
         Path(path).unlink(missing_ok=True)
+
+
+def made(folder: str) -> Path:
+    """A local folder, made if it is not there. Raises DataError."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_written(folder, error) from None
+    return Path(folder)
+
+
+def remove_empty(folder: str) -> None:
+    """Delete a local folder in which nothing lies; of remote ones there are none."""
+    if not is_remote(folder):
+        with contextlib.suppress(OSError):
+            Path(folder).rmdir()
 
 
 def not_written(path: Path | str, error: OSError) -> DataError:

@@ -1,8 +1,8 @@
 """The sampling options in force: the config's section `sampling`, and what a call gives instead.
 
-A new one is a field of `SamplingConfig`, its effect in `sampler.py`, and an argument of
-`Generator.generate`. The command line, the manifest and the grid take it from the field. Read
-without torch.
+A new one is a field of `SamplingConfig`, its effect in `sampler.py`, and a key of
+`SamplingOptions`, which `Generator` takes. The command line, the manifest and the grid take it from
+the field. Read without torch.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
+from dalle_dist.choices import GuidanceSchedule
 from dalle_dist.config import SamplingConfig
 from dalle_dist.config.options import check_value
 from dalle_dist.config.root import keys_of
@@ -23,6 +24,16 @@ SCHEDULES = {
     "linear": lambda done: done,
     "cosine": lambda done: (1 - math.cos(math.pi * done)) / 2,
 }
+
+
+class SamplingOptions(TypedDict, total=False):
+    """What a call may give of them; None is the release's own."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    guidance: float | None
+    guidance_schedule: GuidanceSchedule | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dalle_dist.data.token_dataset import TokenDataset
-from dalle_dist.generate.generator import Generator, sample_seed
+from dalle_dist.generate.generator import Generator
+from dalle_dist.generate.request import sample_seed
 from dalle_dist.metrics.caption_gain import caption_losses
 from dalle_dist.metrics.codes import code_counts, entropy, share_in_use
 from dalle_dist.metrics.identification import distances, identify, sample_images, summary

@@ -10,9 +10,11 @@ from dalle_dist.config import load
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import UserError
 from dalle_dist.generate import outputs
-from dalle_dist.generate.generator import Generator, sample_seed
+from dalle_dist.generate.generator import Generator
 from dalle_dist.generate.outputs import write_outputs
+from dalle_dist.generate.request import Settings
 from dalle_dist.generate.sampler import FREE, sample_codes
+from dalle_dist.generate.sampling_options import Sampling
 from dalle_dist.image_tokenizer.dvae import DVAETokenizer
 from dalle_dist.text_tokenizer.bpe import PAD, train_tokenizer
 from dalle_dist.transformer.model import Transformer
@@ -99,7 +101,8 @@ def test_pictures_depend_on_seed_prompt_and_index_alone():
     assert [p.prompt for p in many] == ["a blue car"] * 3 + ["a red heart"] * 3
     for a, b in zip(one, many[3:], strict=True):
         assert a.codes_N.equal(b.codes_N) and a.image.tobytes() == b.image.tobytes()
-    assert len({sample_seed(s, p, i) for s in (0, 1) for p in "ab" for i in (0, 1)}) == 8
+    settings = [Settings(seed, Sampling()) for seed in (0, 1)]
+    assert len({s.sample_seed(p, i) for s in settings for p in "ab" for i in (0, 1)}) == 8
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_outputs_are_pictures_a_grid_and_a_manifest(tmp_path):
     generator = build()
     drawn = generator.generate(["a red heart", "a blue car"], n=2, seed=3, top_k=5)
     out = tmp_path / "out"
-    write_outputs(drawn, str(out), fingerprint=generator.fingerprint)
+    write_outputs(drawn, str(out))
     entries = manifest(out)
     files = [entry["file"] for entry in entries]
     assert names(out) == sorted([*files, "grid.png", "manifest.json"])
@@ -163,7 +166,7 @@ def test_outputs_are_pictures_a_grid_and_a_manifest(tmp_path):
     assert all(map(str.startswith, files, starts))
     assert entries[3] == {
         "file": files[3], "prompt": "a blue car", "index": 1, "seed": 3, "model": "f" * 16,
-        "temperature": 1.0, "top_k": 5, "top_p": 1.0, "guidance": 1.0,
+        "precision": "fp32", "temperature": 1.0, "top_k": 5, "top_p": 1.0, "guidance": 1.0,
         "guidance_schedule": "constant",
     }  # fmt: skip
     with Image.open(out / files[3]) as kept:
@@ -174,7 +177,7 @@ def test_the_manifest_says_how_to_draw_a_picture_again(tmp_path):
     generator = build()
     options = {"temperature": 0.5, "guidance": 2, "guidance_schedule": "linear"}
     drawn = generator.generate(["a blue car", "a red heart"], n=3, seed=7, **options)
-    write_outputs(drawn, str(tmp_path), fingerprint="")
+    write_outputs(drawn, str(tmp_path))
     entry = manifest(tmp_path)[5]
     kept = ("seed", "temperature", "top_k", "top_p", "guidance", "guidance_schedule")
     options = {key: entry[key] for key in kept}
@@ -186,10 +189,10 @@ def test_the_manifest_says_how_to_draw_a_picture_again(tmp_path):
 def test_a_repeated_call_replaces_its_own_pictures(tmp_path):
     generator = build()
     first = generator.generate("a red heart", n=2)
-    write_outputs(first, str(tmp_path), fingerprint="")
+    write_outputs(first, str(tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.glob("a-red-heart-*.png")}
-    write_outputs(generator.generate("a blue car"), str(tmp_path), fingerprint="")
-    write_outputs(first, str(tmp_path), fingerprint="")
+    write_outputs(generator.generate("a blue car"), str(tmp_path))
+    write_outputs(first, str(tmp_path))
     assert len(names(tmp_path)) == 5 and len(before) == 2
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert [e["prompt"] for e in manifest(tmp_path)] == ["a red heart"] * 2 + ["a blue car"]
@@ -213,11 +216,13 @@ def test_what_differs_in_anything_lies_beside_the_earlier_pictures(
     tmp_path, prompt, change, fingerprint
 ):
     generator = build()
-    write_outputs(generator.generate("a red heart", n=2), str(tmp_path), fingerprint="old")
+    generator.fingerprint = "old"
+    write_outputs(generator.generate("a red heart", n=2), str(tmp_path))
     earlier = {path: path.read_bytes() for path in tmp_path.glob("a-red-heart-*.png")}
     with Image.open(tmp_path / "grid.png") as grid:
         height, width = grid.height, grid.width
-    write_outputs(generator.generate(prompt, **change), str(tmp_path), fingerprint=fingerprint)
+    generator.fingerprint = fingerprint
+    write_outputs(generator.generate(prompt, **change), str(tmp_path))
     assert {path: path.read_bytes() for path in earlier} == earlier
     assert len(list(tmp_path.glob("a-red-heart-*.png"))) == 3
     assert [entry["prompt"] for entry in manifest(tmp_path)] == ["a red heart"] * 2 + [prompt]
@@ -244,7 +249,7 @@ def test_names_keep_letters_of_any_script_and_fit_file_systems(tmp_path, prompts
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # prompts are cut
         for prompt in prompts:
-            write_outputs(generator.generate(prompt), str(tmp_path / "out"), fingerprint="")
+            write_outputs(generator.generate(prompt), str(tmp_path / "out"))
     files = [entry["file"] for entry in manifest(tmp_path / "out")]
     assert names(tmp_path) == ["out"] and len(set(files)) == 2
     assert sorted(files) == names(tmp_path / "out", "grid.png", "manifest.json")
@@ -255,7 +260,7 @@ def test_names_keep_letters_of_any_script_and_fit_file_systems(tmp_path, prompts
 def test_a_file_system_without_unicode_gets_what_it_can_write(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs.sys, "getfilesystemencoding", lambda: "latin-1")
     drawn = [image for prompt in ("猫 cat é", "犬") for image in build().generate(prompt)]
-    write_outputs(drawn, str(tmp_path), fingerprint="")
+    write_outputs(drawn, str(tmp_path))
     files = [entry["file"] for entry in manifest(tmp_path)]
     assert files[0].startswith("cat-é-00-") and files[1].startswith("prompt-00-")
 
@@ -274,24 +279,24 @@ def test_the_grid_shows_many_pictures_in_lines_and_names_what_tells_rows_apart()
 
 def test_pictures_that_were_removed_or_made_by_an_earlier_version(tmp_path):
     generator = build()
-    write_outputs(generator.generate("a red heart", n=2), str(tmp_path), fingerprint="")
+    write_outputs(generator.generate("a red heart", n=2), str(tmp_path))
     first, second = manifest(tmp_path)
     (tmp_path / first["file"]).unlink()
     old = {"file": second["file"], "prompt": "a red heart", "seed": 5, "model": "x"}
     (tmp_path / "manifest.json").write_text(json.dumps({"images": [first, old]}))
-    write_outputs(generator.generate("a blue car"), str(tmp_path), fingerprint="")
+    write_outputs(generator.generate("a blue car"), str(tmp_path))
     entries = manifest(tmp_path)
     assert entries[0] == old and [e["prompt"] for e in entries] == ["a red heart", "a blue car"]
 
 
 def test_a_damaged_earlier_picture_is_named_before_anything_is_written(tmp_path):
     generator = build()
-    write_outputs(generator.generate("a red heart"), str(tmp_path), fingerprint="")
+    write_outputs(generator.generate("a red heart"), str(tmp_path))
     (file,) = [entry["file"] for entry in manifest(tmp_path)]
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:60])
     before = names(tmp_path)
     with pytest.raises(UserError, match=f"{file}: is not a whole image; remove it"):
-        write_outputs(generator.generate("a blue car"), str(tmp_path), fingerprint="")
+        write_outputs(generator.generate("a blue car"), str(tmp_path))
     assert names(tmp_path) == before
 
 
@@ -310,18 +315,18 @@ def test_a_foreign_folder_is_not_written_to(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     drawn = build().generate("a red heart")
     with pytest.raises(UserError, match=f"holds {name}, which is not a generated image"):
-        write_outputs(drawn, str(tmp_path), fingerprint="")
+        write_outputs(drawn, str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == content
 
 
 def test_a_file_beside_own_pictures_is_foreign(tmp_path):
     drawn = build().generate("a red heart")
-    write_outputs(drawn, str(tmp_path), fingerprint="")
+    write_outputs(drawn, str(tmp_path))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds notes/a\.txt"):
-        write_outputs(drawn, str(tmp_path), fingerprint="")
+        write_outputs(drawn, str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -4,43 +4,17 @@ import inspect
 import json
 
 import pytest
-import tiny_run
-import torch
 from test_generate import build
 
 from dalle_dist import Generator
-from dalle_dist.checkpoint.release import save_release
 from dalle_dist.cli import main
-from dalle_dist.config import SamplingConfig, from_dict, to_dict
+from dalle_dist.config import SamplingConfig
 from dalle_dist.config.root import keys_of
-from dalle_dist.generate.sampling_options import Sampling, flag
+from dalle_dist.generate.sampling_options import Sampling, SamplingOptions, flag
 from dalle_dist.report.samples import generate_samples
-from dalle_dist.transformer.model import Transformer
 
 OPTIONS = {"guidance": 3.0, "temperature": 0.5}
 NAMES = [name for name, *_ in keys_of(SamplingConfig)]
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory):
-    """release(guidance=3): folder of a release whose config has this section `sampling`."""
-    folder = tmp_path_factory.mktemp("releases")
-    tree = to_dict(tiny_run.make(folder))
-    tree["train"]["caption_dropout"] = 0.1
-    torch.manual_seed(3)
-    weights = {
-        name: 0.3 * torch.randn(shape.shape)
-        for name, shape in Transformer(from_dict(tree)).state_dict().items()
-    }
-
-    def make(**sampling):
-        config = from_dict(tree | {"sampling": sampling})
-        target = folder / "-".join(map(str, sampling.values())) / "release"
-        dvae = f"{config.paths.dvae_run}/release"
-        save_release(str(target), config, weights, config.paths.tokenizer, dvae)
-        return str(target)
-
-    return make
 
 
 def codes(release, **options):
@@ -83,9 +57,10 @@ def test_help_says_whose_defaults_are_meant(capsys):
 
 
 def test_every_option_of_the_config_is_an_argument_of_generate():
-    arguments = inspect.signature(Generator.generate).parameters
-    assert [name for name in NAMES if name not in arguments] == []
-    assert [arguments[name].default for name in NAMES] == [None] * len(NAMES)
+    assert sorted(SamplingOptions.__annotations__) == sorted(NAMES)
+    for method in (Generator.generate, Generator.complete, Generator.settings):
+        taken = inspect.signature(method).parameters["sampling"]
+        assert taken.annotation == "Unpack[SamplingOptions]"
     assert Sampling.of(SamplingConfig(top_k=3), top_k=None, top_p=0.5) == Sampling(
         top_k=3, top_p=0.5
     )
