@@ -100,9 +100,11 @@ def call(network: Any, path: str, inputs_BCHW: Tensor, **options: bool) -> Any:
     """What the network of a file answers. Raises DataError: it is not to be called like this."""
     cudnn = torch.backends.cudnn
     # TF32 products would change the third digit of features, and tell one GPU from another.
-    with cudnn.flags(enabled=cudnn.enabled, benchmark=False, allow_tf32=False):
+    with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False):
         try:
             return network(inputs_BCHW, **options)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             why = str(error).strip().splitlines()[-1]
             raise DataError(f"{path}: is not called like the network expected ({why})") from None
