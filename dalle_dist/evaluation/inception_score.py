@@ -27,12 +27,12 @@ class InceptionScore:
         count: images in all, over all ranks.
         classes: K of their probabilities.
 
-    Raises ConfigError: fewer images than splits.
+    Raises ConfigError: fewer images than splits, or no split.
     """
 
     def __init__(self, count: int, classes: int, splits: int = SPLITS) -> None:
         if not 1 <= splits <= count:
-            raise ConfigError(f"{count} images: an inception score of {splits} splits takes more")
+            raise ConfigError(f"{count} images cannot be split into {splits} parts")
         order = torch.from_numpy(np.random.RandomState(SEED).permutation(count))
         self._due_S = torch.tensor(
             [(s + 1) * count // splits - s * count // splits for s in range(splits)]

@@ -52,17 +52,12 @@ class Preparation:
     def __call__(self, image: Image.Image) -> Image.Image:
         """In RGB, on white where it was transparent."""
         image = on_white(image)
-        width, height = image.size
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        box = (0, 0, width, height)
         if self.crop == "centre":
-            box = (left, top, left + side, top + side)
-        if box == (0, 0, self.size, self.size) == (0, 0, width, height):
-            return image
-        # Cropped first: a box given to `resize` would let pixels outside the square in.
-        square = image.crop(box)
-        return square.resize((self.size, self.size), Image.Resampling[self.filter.upper()])
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            # Not as `box` of `resize`, whose filter would let pixels outside the square in.
+            image = image.crop((left, top, left + side, top + side))
+        return image.resize((self.size, self.size), Image.Resampling[self.filter.upper()])
 
     def to_json(self) -> str:
         """The same text for equal preparations."""
