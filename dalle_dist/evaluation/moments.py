@@ -3,7 +3,7 @@
 Deviations are summed about the mean of what was seen so far (Chan, Golub and LeVeque 1979), as
 sums of products about zero would cancel where means are large.
 
-Shape suffixes: B batch, D features.
+Shape suffixes: B batch, D features, S those of a strip.
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ class Gaussian:
     count: int | None = None
 
 
+STRIP = 256  # rows of the symmetric sum whose products are taken at once
+
+
 class Moments:
-    """What is kept of features: their number, mean and sum of squared deviations."""
+    """What is kept of features: their number, mean and sum of products of deviations.
+
+    Of the sum, which is symmetric, only the upper triangle counts: half of the products.
+    """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
@@ -41,11 +47,17 @@ class Moments:
         batch_BD = features_BD.to(self.mean_D)
         mean_D = batch_BD.mean(dim=0) if len(batch_BD) else self.mean_D
         deviations_BD = batch_BD - mean_D
-        self._include(len(batch_BD), mean_D, deviations_BD.T @ deviations_BD)
+        for first in range(0, len(mean_D), STRIP):
+            strip_BS = deviations_BD[:, first : first + STRIP]
+            self.scatter_DD[first : first + STRIP, first:].addmm_(
+                strip_BS.T, deviations_BD[:, first:]
+            )
+        self._shift(len(batch_BD), mean_D)
 
     def merge(self, other: Moments) -> None:
         """Count what `other` has counted."""
-        self._include(other.count, other.mean_D, other.scatter_DD)
+        self.scatter_DD += other.scatter_DD
+        self._shift(other.count, other.mean_D)
 
     def merge_ranks(self, ranks: Ranks) -> None:
         """Count what all ranks have counted, on every rank; a collective call.
@@ -65,13 +77,14 @@ class Moments:
         """Raises DataError: fewer than two samples have no covariance."""
         if self.count < 2:
             raise DataError(f"{self.count} images: a covariance takes at least 2")
-        return Gaussian(self.mean_D.clone(), self.scatter_DD / (self.count - 1), self.count)
+        upper_DD = self.scatter_DD.triu() / (self.count - 1)
+        return Gaussian(self.mean_D.clone(), upper_DD + upper_DD.triu(1).T, self.count)
 
-    def _include(self, count: int, mean_D: Tensor, scatter_DD: Tensor) -> None:
+    def _shift(self, count: int, mean_D: Tensor) -> None:
+        """Let the sum be about the mean that `count` more samples of mean `mean_D` make."""
         total = self.count + count
         shift_D = mean_D - self.mean_D
         share = count / max(total, 1)
-        self.scatter_DD += scatter_DD
         self.scatter_DD.addr_(shift_D, shift_D, alpha=self.count * share)
         self.mean_D += share * shift_D
         self.count = total

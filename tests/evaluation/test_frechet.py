@@ -8,7 +8,7 @@ import torch
 
 from dalle_dist.errors import DataError
 from dalle_dist.evaluation.frechet import frechet_distance
-from dalle_dist.evaluation.moments import Gaussian, Moments
+from dalle_dist.evaluation.moments import STRIP, Gaussian, Moments
 from dalle_dist.testing import run_distributed
 
 D = 24
@@ -136,13 +136,22 @@ def test_moments_are_those_of_numpy_for_any_batches():
     torch.testing.assert_close(backwards.covariance_DD, found.covariance_DD, rtol=1e-11, atol=1e-11)
 
 
+def test_more_features_than_one_strip():
+    features = draw(40, dim=STRIP + 7)
+    expected = np.cov(features.double().numpy(), rowvar=False)
+    found = moments(features, 9).gaussian().covariance_DD
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10)
+
+
 def test_merged_moments_are_those_of_all():
     features = draw(60, offset=100.0)
     whole, parts = moments(features), moments(features[:7])
     parts.merge(Moments(D))
     parts.merge(moments(features[7:]))
     assert parts.count == 60
-    torch.testing.assert_close(parts.scatter_DD, whole.scatter_DD, rtol=1e-11, atol=1e-9)
+    torch.testing.assert_close(
+        parts.gaussian().covariance_DD, whole.gaussian().covariance_DD, rtol=1e-11, atol=1e-10
+    )
 
 
 def _merged_over_ranks(ranks):
@@ -150,15 +159,16 @@ def _merged_over_ranks(ranks):
     mine = moments(draw(60, offset=100.0)[shares[ranks.rank]], 11)
     mine.merge_ranks(ranks)
     # As lists: a tensor travels as a handle that its process must still be there to give.
-    return mine.count, mine.mean_D.tolist(), mine.scatter_DD.tolist()
+    return mine.count, mine.mean_D.tolist(), mine.gaussian().covariance_DD.tolist()
 
 
 def test_ranks_merge_to_the_moments_of_all():
     whole = moments(draw(60, offset=100.0))
-    for count, mean, scatter in run_distributed(_merged_over_ranks, 3):
+    expected = whole.gaussian().covariance_DD
+    for count, mean, covariance in run_distributed(_merged_over_ranks, 3):
         assert count == 60
         assert mean == pytest.approx(whole.mean_D.tolist(), rel=1e-13)
-        np.testing.assert_allclose(scatter, whole.scatter_DD, rtol=1e-11, atol=1e-9)
+        np.testing.assert_allclose(covariance, expected, rtol=1e-11, atol=1e-10)
 
 
 def test_what_cannot_be_compared_is_refused():
