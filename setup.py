@@ -50,6 +50,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "scipy",
             "types-PyYAML",
             "types-tqdm",
         ],

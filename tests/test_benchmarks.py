@@ -19,6 +19,7 @@ MAY_BE_ZERO = {
     "steps skipped",
     "gradient underflow, worst resblock",
     "gradient underflow, all resblocks",
+    "error / exact distance",
 }
 
 
@@ -35,6 +36,7 @@ MAY_BE_ZERO = {
         ("powersgd_math", {"layer shards", "ours, layer", "share of a step's FLOP"}),
         ("precision_cost", {"training step", "step time"}),
         ("dvae_step", {"training step", "speed"}),
+        ("fid", {"features to distance", "time / ours", "error / exact distance"}),
         ("busy_machine", {"quiet", "beside one busy process"}),
         ("precision", {"held-out loss", "held-out loss / fp32's", "steps skipped"}),
     ],
@@ -99,6 +101,21 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch):
     monkeypatch.setitem(api.BACKENDS, "cpu", lambda qkv, mask: Skewed.apply(right(qkv, mask)))
     with pytest.raises(SystemExit, match="gradients differ"):
         train_step.check(model, *batch)
+
+
+def test_a_wrong_distance_is_not_timed(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import fid
+
+    sets = fid.features(60, 8, seed=0), fid.features(60, 8, seed=1)
+    errors = fid.check(fid.contenders(), *sets)
+    assert len(errors) == 3 and max(errors.values()) < 1e-6
+    wrong = {**fid.contenders(), "ours": lambda a, b: fid.ours(a, b) * 1.0001}
+    with pytest.raises(SystemExit, match=r"fid: ours: off by 1\.0e-04"):
+        fid.check(wrong, *sets)
+    monkeypatch.setattr(fid.common, "version_of", lambda package: "absent")
+    with pytest.raises(SystemExit, match=r"pip install -c constraints\.txt scipy"):
+        fid.contenders()
 
 
 def test_a_wrong_rival_is_left_out_and_a_wrong_ours_refused(monkeypatch, capsys):

@@ -29,6 +29,7 @@ FLOORS = [
     ["checkpoint"],
     ["generate"],
     ["metrics"],
+    ["evaluation"],
     ["train"],
     ["report"],
     ["cli"],

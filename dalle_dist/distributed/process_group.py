@@ -65,6 +65,10 @@ class Ranks:
         """Rank 0's values in this tensor on every rank, in place; it lies on the rank's device."""
         dist.broadcast(values, src=0)
 
+    def sum_tensor(self, values: Tensor) -> None:
+        """Each element summed over all ranks, in place and in its dtype, on the rank's device."""
+        dist.all_reduce(values)
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
         box: list[Any] = [None] * self.world
