@@ -17,6 +17,7 @@ from dalle_dist.config.presets import preset_names
 from dalle_dist.config.root import Config, validate
 from dalle_dist.config.sections import (
     HEAD_DIM,
+    CLIPConfig,
     DataConfig,
     DVAEConfig,
     ImageTokenizerConfig,
@@ -27,10 +28,12 @@ from dalle_dist.config.sections import (
     TransformerConfig,
 )
 from dalle_dist.config.stage import StageConfig
-from dalle_dist.config.stages import DVAETrainConfig, TrainConfig
+from dalle_dist.config.stages import CLIPTrainConfig, DVAETrainConfig, TrainConfig
 
 __all__ = [
     "HEAD_DIM",
+    "CLIPConfig",
+    "CLIPTrainConfig",
     "Config",
     "DVAEConfig",
     "DVAETrainConfig",
