@@ -7,17 +7,9 @@ import hashlib
 from dalle_dist.text_tokenizer.protocol import PAD, TextTokenizer
 
 
-def caption_ids(
-    tokenizer: TextTokenizer,
-    caption: str,
-    length: int,
-    end: int,
-    *,
-    dropout: float = 0.0,
-    seed: str | None = None,
-) -> list[int]:
+def caption_ids(tokenizer: TextTokenizer, caption: str, length: int, end: int) -> list[int]:
     """Exactly `length` ids: the caption, cut where it is too long, `end`, and PAD after it."""
-    ids = tokenizer.encode(caption, dropout=dropout, seed=seed)[: length - 1]
+    ids = tokenizer.encode(caption)[: length - 1]
     return [*ids, end, *[PAD] * (length - 1 - len(ids))]
 
 
