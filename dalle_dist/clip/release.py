@@ -76,6 +76,7 @@ def _tokenizer(config: Config) -> dict[str, Any]:
         "eos_token": END,
         # A caption that spells "<pad>" is text like any other, as in training.
         "split_special_tokens": True,
+        # tokenizer.json says so too, but transformers 4 overrules it.
         "add_prefix_space": True,
         "clean_up_tokenization_spaces": False,
     }
