@@ -1,10 +1,11 @@
 """The one source of truth of a run: typed, documented, checked settings <-> YAML.
 
-`options.py` has what a key means and may be, `sections.py` and `stages.py` the keys, `root.py` the
-whole `Config`, `cross_checks.py` what keys ask of one another, `presets.py` and `loading.py` the
-way from YAML and overrides to a `Config`, `docs.py` its documentation.
+`options.py` has what a key means and may be, `sections.py`, `stages.py` and `clip.py` the keys,
+`root.py` the whole `Config`, `cross_checks.py` what keys ask of one another, `presets.py` and
+`loading.py` the way from YAML and overrides to a `Config`, `docs.py` its documentation.
 """
 
+from dalle_dist.config.clip import CLIPConfig, CLIPTrainConfig
 from dalle_dist.config.loading import (
     difference,
     from_dict,
@@ -17,7 +18,6 @@ from dalle_dist.config.presets import preset_names
 from dalle_dist.config.root import Config, validate
 from dalle_dist.config.sections import (
     HEAD_DIM,
-    CLIPConfig,
     DataConfig,
     DVAEConfig,
     ImageTokenizerConfig,
@@ -28,7 +28,7 @@ from dalle_dist.config.sections import (
     TransformerConfig,
 )
 from dalle_dist.config.stage import StageConfig
-from dalle_dist.config.stages import CLIPTrainConfig, DVAETrainConfig, TrainConfig
+from dalle_dist.config.stages import DVAETrainConfig, TrainConfig
 
 __all__ = [
     "HEAD_DIM",

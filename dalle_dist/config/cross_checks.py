@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dalle_dist.config.sections import HEAD_DIM, CLIPConfig, DVAEConfig, TransformerConfig
+from dalle_dist.config.clip import CLIPConfig
+from dalle_dist.config.sections import HEAD_DIM, DVAEConfig, TransformerConfig
 from dalle_dist.config.stage import StageConfig
 from dalle_dist.errors import ConfigError
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, get_type_hints
 
+from dalle_dist.config.clip import CLIPConfig, CLIPTrainConfig
 from dalle_dist.config.cross_checks import check_together
 from dalle_dist.config.options import Option, check_value, option, option_of
 from dalle_dist.config.sections import (
-    CLIPConfig,
     DataConfig,
     DVAEConfig,
     ImageTokenizerConfig,
@@ -21,7 +21,7 @@ from dalle_dist.config.sections import (
     TokenizerConfig,
     TransformerConfig,
 )
-from dalle_dist.config.stages import CLIPTrainConfig, DVAETrainConfig, TrainConfig
+from dalle_dist.config.stages import DVAETrainConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

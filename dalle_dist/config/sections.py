@@ -1,4 +1,4 @@
-"""The sections of the config but those of the training stages (`stages.py`).
+"""The sections of the config but those of the training stages (`stages.py`, `clip.py`).
 
 Sources are sections of the paper (arXiv 2102.12092); "ours" is a choice of this package.
 """
@@ -19,7 +19,6 @@ from dalle_dist.choices import (
 from dalle_dist.config.options import option
 
 HEAD_DIM = 64  # width of an attention head (paper B.1)
-CLIP = "arXiv 2103.00020"
 MAX_CODES = 2**16  # token shards hold image tokens as uint16
 
 
@@ -130,66 +129,6 @@ class DVAEConfig:
     def grid(self) -> int:
         """Image tokens per side of the image."""
         return self.image_size >> self.downsamplings
-
-
-@dataclass(frozen=True, kw_only=True)
-class CLIPConfig:
-    """Networks of the CLIP that train-clip trains; the defaults are those of ViT-B/32."""
-
-    image_size: int = option(
-        224, "side of the images", unit="pixels", source=f"{CLIP} Table 20", at_least=1
-    )
-    patch_size: int = option(
-        32, "side of a patch; must divide image_size", unit="pixels", source=CLIP, at_least=1
-    )
-    image_layers: int = option(
-        12, "layers of the image encoder", unit="layers", source=f"{CLIP} Table 20", at_least=1
-    )
-    image_width: int = option(
-        768,
-        "width of the image encoder, a multiple of image_heads",
-        unit="channels",
-        source=f"{CLIP} Table 20",
-        at_least=1,
-    )
-    image_heads: int = option(
-        12,
-        "attention heads of the image encoder",
-        unit="heads",
-        source=f"{CLIP} Table 20",
-        at_least=1,
-    )
-    text_tokens: int = option(
-        77,
-        "positions of the text encoder, the end-of-text token included; longer captions are cut",
-        unit="tokens",
-        source="OpenAI's released CLIP",
-        at_least=2,
-    )
-    text_layers: int = option(
-        12, "layers of the text encoder", unit="layers", source=f"{CLIP} Table 20", at_least=1
-    )
-    text_width: int = option(
-        512,
-        "width of the text encoder, a multiple of text_heads",
-        unit="channels",
-        source=f"{CLIP} Table 20",
-        at_least=1,
-    )
-    text_heads: int = option(
-        8,
-        "attention heads of the text encoder",
-        unit="heads",
-        source=f"{CLIP} Table 20",
-        at_least=1,
-    )
-    features: int = option(
-        512,
-        "size of the features in which images and captions are compared",
-        unit="channels",
-        source=f"{CLIP} Table 20",
-        at_least=1,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

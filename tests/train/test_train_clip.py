@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, capsy
     missing = refusal(capsys, tmp_path, f"paths.tokenizer={tmp_path}/none.json")
     assert "none.json: no such file" in missing
     assert "not a multiple of" in refusal(capsys, tmp_path, "clip_train.micro_batch=5")
+
+
+def test_without_transformers_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
+    write(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install 'dalle-dist[clip]'" in refusal(capsys, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be decoded")
