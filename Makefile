@@ -104,7 +104,7 @@ bench: $(VENV)/ready
 $(VENV)/ready: setup.py kernels/setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel torch
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e kernels -e '.[test]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e kernels -e '.[test,clip]'
 	touch $@
 
 # The kernels' tests interpret and compile them without a GPU; the demo does without these 290 MB.

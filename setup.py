@@ -55,7 +55,7 @@ setup(
             "types-tqdm",
         ],
         "gpu": ["triton"],
-        "clip": ["transformers"],
+        "clip": ["transformers>=5.23"],
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["dalle-dist = dalle_dist.cli:program"]},

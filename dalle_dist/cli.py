@@ -199,7 +199,7 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
 
 
 def _add_convert(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser("convert", help="a checkpoint of either stage to a release folder")
+    verb = verbs.add_parser("convert", help="a checkpoint of any stage to a release folder")
     verb.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, or one of its checkpoints")
     verb.add_argument("out", metavar="OUT")
     verb.add_argument("--weights", choices=("ema", "raw"), default="ema")

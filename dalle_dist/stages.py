@@ -42,4 +42,11 @@ STAGES = {
         "dalle_dist.transformer.model:Transformer",
         "dalle_dist.checkpoint.release:save_transformer_release",
     ),
+    "clip": StageEntry(
+        "train-clip",
+        "a CLIP, which ranks generated images by their captions",
+        "dalle_dist.train.clip:train_clip",
+        "dalle_dist.clip.model:LossCLIP",
+        "dalle_dist.clip.release:save_clip_release",
+    ),
 }

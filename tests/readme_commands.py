@@ -48,6 +48,7 @@ TRIES = [
     (r"pip install -c constraints.txt setuptools .*", r"cd $ROOT && \g<0> --dry-run"),
     (r"pip install .* kernels/ \.", r"cd $ROOT && \g<0> --dry-run --no-deps"),
     (r"pip install .* 'kernels/\[gpu\]'", r"cd $ROOT && \g<0> --dry-run --no-deps"),
+    (r"pip install .* '\.\[clip\]'", r"cd $ROOT && \g<0> --dry-run --no-deps"),
     (r"dalle-dist (slurm|--version)", r"\g<0>"),
     (r"\.venv/bin/dalle-dist generate runs/demo/release .*", r"\g<0>"),
     (r"python -c 'from dalle_dist import .*", r"\g<0> && test -s heart.png"),
@@ -55,7 +56,7 @@ TRIES = [
     (r"dalle-dist data inspect data/mine .*", r"\g<0>"),
     (r"dalle-dist config --explain \S+", r"\g<0>"),
     (r"(dalle-dist config cc3m) > mine.yaml", r"\1 $SMALL $MINE > mine.yaml"),
-    (r"dalle-dist (tokenizer train|train-dvae|encode) mine\.yaml", r"\g<0>"),
+    (r"dalle-dist (tokenizer train|train-dvae|encode|train-clip) mine\.yaml", r"\g<0>"),
     (r"torchrun --nproc-per-node 8 (.* train mine\.yaml .*)", r"torchrun --nproc-per-node 2 \1"),
     (r"dalle-dist train emoji", r"\g<0> $SMALL paths.run=runs/alone"),
     (
@@ -94,10 +95,14 @@ SMALL = """
     transformer.image_grid=4 transformer.conv_kernel=3 train.batch_size=8 train.micro_batch=2
     train.steps=4 train.eval_every=4 train.sample_every=4 train.save_every=2 train.log_every=1
     train.precision=fp32 train.prompts=[heart]
+    clip.image_size=16 clip.patch_size=8 clip.image_width=32 clip.image_layers=1 clip.image_heads=1
+    clip.text_width=32 clip.text_layers=1 clip.text_heads=1 clip_train.batch_size=8
+    clip_train.steps=2 clip_train.warmup=0 clip_train.precision=fp32
 """
 MINE = """
     paths.images=data/mine paths.tokens=data/mine-tokens paths.tokenizer=data/mine/tokenizer.json
     paths.dvae_run=runs/mine-dvae paths.run=runs/mine
+    paths.clip_run=runs/mine-clip
 """
 
 

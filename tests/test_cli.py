@@ -68,7 +68,10 @@ def test_config_explains_a_key_or_a_section_without_a_preset(capsys):
     ("words", "message"),
     [
         (["--explain", "train.warmpu"], "did you mean 'train.warmup'?"),
-        (["--explain", "warmup"], "did you mean dvae_train.warmup or train.warmup?"),
+        (
+            ["--explain", "warmup"],
+            "did you mean dvae_train.warmup or train.warmup or clip_train.warmup?",
+        ),
         (["--explain", "trian"], "did you mean 'train'?"),
         ([], "give a PRESET, or --explain KEY"),
         (["emoji", "--explain", "seed"], "give a PRESET, or --explain KEY"),

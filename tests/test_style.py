@@ -27,6 +27,7 @@ FLOORS = [
     ["engine"],
     ["testing"],
     ["checkpoint"],
+    ["clip"],
     ["generate"],
     ["metrics"],
     ["evaluation"],

@@ -1,4 +1,4 @@
-"""A checkpoint of either stage, any ZeRO stage and any number of ranks, to a release folder."""
+"""A checkpoint of any stage, any ZeRO stage and any number of ranks, to a release folder."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 runs/DVAE/release/          config.yaml, and the image tokenizer: dvae.safetensors
 runs/TRANSFORMER/release/   config.yaml, transformer.safetensors, tokenizer.json, and a copy of the
                             image tokenizer's files
+
+That of train-clip is in `dalle_dist/clip/release.py`.
 """
 
 from __future__ import annotations

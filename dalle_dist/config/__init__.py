@@ -1,10 +1,11 @@
 """The one source of truth of a run: typed, documented, checked settings <-> YAML.
 
-`options.py` has what a key means and may be, `sections.py` and `stages.py` the keys, `root.py` the
-whole `Config`, `cross_checks.py` what keys ask of one another, `presets.py` and `loading.py` the
-way from YAML and overrides to a `Config`, `docs.py` its documentation.
+`options.py` has what a key means and may be, `sections.py`, `stages.py` and `clip.py` the keys,
+`root.py` the whole `Config`, `cross_checks.py` what keys ask of one another, `presets.py` and
+`loading.py` the way from YAML and overrides to a `Config`, `docs.py` its documentation.
 """
 
+from dalle_dist.config.clip import CLIPConfig, CLIPTrainConfig
 from dalle_dist.config.loading import (
     difference,
     from_dict,
@@ -31,6 +32,8 @@ from dalle_dist.config.stages import DVAETrainConfig, TrainConfig
 
 __all__ = [
     "HEAD_DIM",
+    "CLIPConfig",
+    "CLIPTrainConfig",
     "Config",
     "DVAEConfig",
     "DVAETrainConfig",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dalle_dist.config.clip import CLIPConfig
 from dalle_dist.config.sections import HEAD_DIM, DVAEConfig, TransformerConfig
 from dalle_dist.config.stage import StageConfig
 from dalle_dist.errors import ConfigError
@@ -21,8 +22,10 @@ def check_together(config: Config) -> None:
     for section in vars(config).values():
         if isinstance(section, StageConfig):
             _stage(section)
-    low, high = config.dvae_train.crop_min, config.dvae_train.crop_max
-    _require(low <= high, f"dvae_train.crop_min: {low} is above dvae_train.crop_max {high}")
+    _clip(config.clip)
+    for crops in (config.dvae_train, config.clip_train):
+        low, high, name = crops.crop_min, crops.crop_max, crops.section
+        _require(low <= high, f"{name}.crop_min: {low} is above {name}.crop_max {high}")
 
 
 def _transformer(shape: TransformerConfig) -> None:
@@ -41,6 +44,19 @@ def _dvae(shape: DVAEConfig) -> None:
         f"{2**shape.downsamplings}",
     )
     _require(shape.width % 4 == 0, f"dvae.width: {shape.width} is not a multiple of 4")
+
+
+def _clip(shape: CLIPConfig) -> None:
+    for whole, part in (
+        ("image_size", "patch_size"),
+        ("image_width", "image_heads"),
+        ("text_width", "text_heads"),
+    ):
+        value, divisor = getattr(shape, whole), getattr(shape, part)
+        _require(
+            value % divisor == 0,
+            f"clip.{whole}: {value} is not a multiple of clip.{part} {divisor}",
+        )
 
 
 def _image_tokens(transformer: TransformerConfig, dvae: DVAEConfig) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, get_type_hints
 
+from dalle_dist.config.clip import CLIPConfig, CLIPTrainConfig
 from dalle_dist.config.cross_checks import check_together
 from dalle_dist.config.options import Option, check_value, option, option_of
 from dalle_dist.config.sections import (
@@ -25,7 +26,7 @@ from dalle_dist.config.stages import DVAETrainConfig, TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All settings of both stages. Raises ConfigError when one is not allowed."""
+    """All settings of all stages. Raises ConfigError when one is not allowed."""
 
     name: str = option("custom", "name of the run in reports and logs")
     seed: int = option(
@@ -43,6 +44,8 @@ class Config:
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    clip: CLIPConfig = field(default_factory=CLIPConfig)
+    clip_train: CLIPTrainConfig = field(default_factory=CLIPTrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:

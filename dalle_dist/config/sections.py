@@ -1,4 +1,4 @@
-"""The sections of the config but those of the two training stages (`stages.py`).
+"""The sections of the config but those of the training stages (`stages.py`, `clip.py`).
 
 Sources are sections of the paper (arXiv 2102.12092); "ours" is a choice of this package.
 """
@@ -31,6 +31,7 @@ class PathsConfig:
     tokenizer: str = option("data/tokenizer.json", "file of the text tokenizer")
     dvae_run: str = option("runs/dvae", "run folder of stage 1")
     run: str = option("runs/transformer", "run folder of stage 2")
+    clip_run: str = option("runs/clip", "run folder of train-clip")
 
 
 @dataclass(frozen=True, kw_only=True)

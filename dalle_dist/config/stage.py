@@ -1,4 +1,4 @@
-"""What the sections of both training stages have."""
+"""What the sections of all training stages have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dalle_dist.config.options import inherited, option, required
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What both training stages have; each gives its own defaults."""
+    """What all training stages have; each gives its own defaults."""
 
     section: ClassVar[str]  # name of the section, for errors
 

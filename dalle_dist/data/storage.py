@@ -62,8 +62,11 @@ def fetch(path: str) -> Path:
     return local
 
 
-def fetch_folder(path: str) -> Path:
+def fetch_folder(path: str, suffixes: tuple[str, ...] = ("",)) -> Path:
     """A local folder with the files of `path`: itself, or links into the cache, made anew.
+
+    Args:
+        suffixes: of the names of those that are fetched.
 
     Raises:
         DataError: no such folder, or an object did not arrive whole.
@@ -72,7 +75,7 @@ def fetch_folder(path: str) -> Path:
         if not Path(path).is_dir():
             raise DataError(f"{path}: no such folder")
         return Path(path)
-    names = list_files(path)
+    names = [name for name in list_files(path) if name.endswith(suffixes)]
     if not names:
         raise DataError(f"{path}: no such folder")
     digest = hashlib.sha256(path.encode()).hexdigest()[:32]

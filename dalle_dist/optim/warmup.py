@@ -1,4 +1,4 @@
-"""The warm-up of the learning rate, of both stages."""
+"""The warm-up of the learning rate, of all stages."""
 
 from __future__ import annotations
 

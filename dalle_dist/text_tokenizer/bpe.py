@@ -12,13 +12,14 @@ import random
 from collections.abc import Iterable
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from dalle_dist.data import storage
 from dalle_dist.errors import DataError
 from dalle_dist.text_tokenizer.protocol import PAD, START, TextTokenizer
 
 SPECIAL = ["<pad>", "<start>"]
+END = "<end>"  # only in files for `transformers`, after all other classes
 CACHED_CAPTIONS = 100_000
 
 
@@ -57,6 +58,23 @@ def _filled(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> tokenizers.Toke
     for i in range(len(vocab), vocab_size):
         vocab[f"<unused-{i}>"] = i
     return tokenizers.Tokenizer.from_str(json.dumps(tree))
+
+
+def with_end(path: str, vocab_size: int) -> str:
+    """The tokenizer in the file at `path` as JSON for `transformers`: its texts end with END.
+
+    END has the id `vocab_size`, however few classes the file has. Raises DataError: no such file,
+    not a tokenizer of ours, or of more classes.
+    """
+    ours = Tokenizer.load(path)
+    if ours.vocab_size > vocab_size:
+        raise DataError(f"{path}: has {ours.vocab_size} classes, more than {vocab_size}")
+    tokenizer = _filled(ours._tokenizer, vocab_size)
+    tokenizer.add_special_tokens([END])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, vocab_size)]
+    )
+    return tokenizer.to_str(pretty=True)
 
 
 class Tokenizer(TextTokenizer):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from dalle_dist.config import DVAETrainConfig, TrainConfig
+from dalle_dist.config import CLIPTrainConfig, DVAETrainConfig, TrainConfig
 from dalle_dist.distributed.process_group import Ranks
 
 
@@ -53,6 +53,14 @@ def dvae_schedule(settings: DVAETrainConfig) -> str:
         f"rate {s.lr:g} after {s.warmup:,} steps of warm-up, {s.lr_final:g} at "
         f"{s.lr_steps:,}; temperature {s.temperature:g}, {s.temperature_final:g} at "
         f"{s.temperature_steps:,}; KL weight 0, {s.kl_weight:g} at {s.kl_steps:,}"
+    )
+
+
+def clip_schedule(settings: CLIPTrainConfig) -> str:
+    """Learning rate of train-clip in words."""
+    s = settings
+    return (
+        f"rate {s.lr:g} after {s.warmup:,} steps of warm-up, {s.lr_final:g} at {s.lr_steps:,} steps"
     )
 
 

@@ -150,7 +150,9 @@ class DVAEStage(Stage):
 
 def dvae_engine(model: LossDVAE, settings: StageConfig, ranks: Ranks, seed: int = 0) -> Engine:
     """Put the dVAE under DeepSpeed; arguments and errors are those of `build_engine`."""
-    engine = build_engine(model, settings, ranks, seed=seed, decay_all=True)
+    # All of them: as AdamW does if nothing is said (paper A.2).
+    decayed = [name for name, _ in model.named_parameters()]
+    engine = build_engine(model, settings, ranks, seed=seed, decayed=decayed)
     if engine.zero_stage == 0:
         # Convolutions else reorder their weights at each use. Not before: DeepSpeed's first
         # broadcast takes contiguous ones. ZeRO keeps weights flat, in shards.

@@ -13,7 +13,7 @@ import math
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle_dist.config import Config, DVAEConfig
+from dalle_dist.config import CLIPConfig, Config, DVAEConfig
 from dalle_dist.dvae.model import CHANNELS, DVAE
 from dalle_dist.transformer.blocks import resblock_map
 from dalle_dist.transformer.layout import layer_masks
@@ -44,6 +44,26 @@ def transformer_flop(config: Config) -> float:
     # Queries with keys, then weights with values: each a product and a sum per pair and channel.
     attention = sum(4 * mask_pairs * config.transformer.width for mask_pairs in _pairs(config))
     return float(PASSES * (2 * weights * config.transformer.tokens + attention))
+
+
+def clip_flop(config: CLIPConfig) -> float:
+    """Of one pair: both encoders and their projections; the loss, which depends on the batch, not.
+
+    Attention of the captions counts the pairs that their causal mask allows.
+    """
+    patches = (config.image_size // config.patch_size) ** 2
+    patch = 2 * patches * CHANNELS * config.patch_size**2 * config.image_width
+    image = _encoder(patches + 1, config.image_layers, config.image_width, (patches + 1) ** 2)
+    positions = config.text_tokens
+    causal = positions * (positions + 1) // 2
+    text = _encoder(positions, config.text_layers, config.text_width, causal)
+    projections = 2 * config.features * (config.image_width + config.text_width)
+    return float(PASSES * (patch + image + text + projections))
+
+
+def _encoder(positions: int, layers: int, width: int, pairs: int) -> int:
+    """FLOP of one forward pass: 12 width**2 weights a layer at each position, and attention."""
+    return layers * (2 * 12 * width**2 * positions + 4 * pairs * width)
 
 
 def _pairs(config: Config) -> list[int]:

@@ -1,4 +1,4 @@
-"""The training loop of both stages: step, log, save, validate, sample, stop, resume, release."""
+"""The training loop of all stages: step, log, save, validate, sample, stop, resume, release."""
 
 from __future__ import annotations
 

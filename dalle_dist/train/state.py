@@ -1,4 +1,4 @@
-"""What a checkpoint of either stage holds, and who may go on from it.
+"""What a checkpoint of any stage holds, and who may go on from it.
 
 step-00001000/deepspeed/       weights, moments and master weights as DeepSpeed keeps them
              /weights/         fp32 pieces, raw and averaged (see checkpoint/weights.py)

@@ -6,13 +6,17 @@ from collections.abc import Iterator, Mapping
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "loss": ("loss", "loss_text", "loss_image", "nll", "kl", "elb"),
-    "held_out": ("held_out_text", "held_out_image", "caption_gain"),
+    "held_out": ("held_out_text", "held_out_image", "held_out_loss", "caption_gain"),
     "quality": (
         "psnr",
         "ssim",
         "identification_r1",
         "identification_r10",
         "identification_rank",
+        "image_to_text_r1",
+        "image_to_text_r10",
+        "text_to_image_r1",
+        "text_to_image_r10",
     ),
     "codes": ("codes_in_use", "codes_entropy", "codes_perplexity", "codes_collapsed"),
     "speed": (
@@ -23,7 +27,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "peak_memory_bytes",
         "seconds_left",
     ),
-    "optimizer": ("lr", "grad_norm", "temperature", "kl_weight", "skipped"),
+    "optimizer": ("lr", "grad_norm", "temperature", "kl_weight", "logit_scale", "skipped"),
     "gradients": (
         "scale",
         "overflows",

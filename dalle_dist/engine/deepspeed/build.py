@@ -50,17 +50,17 @@ def build_engine(
     *,
     parallel: ParallelConfig | None = None,
     seed: int = 0,
-    decay_all: bool = False,
+    decayed: Container[str] | None = None,
 ) -> DeepSpeedEngine:
     """Put `model` under DeepSpeed; rank 0's weights are taken by all.
 
     Args:
-        settings: of the training stage; `train` or `dvae_train`.
+        settings: of the training stage.
         parallel: how nodes work together; None: ZeRO over all ranks.
         seed: of PowerSGD's Gaussian matrices.
-        decay_all: weight decay on all parameters (stage 1: as AdamW does if nothing is said, paper
-            A.2); else on the matrices of resblocks (stage 2: the paper gives the decay and not its
-            targets, B.2; gains, biases and embeddings are left alone, as is the custom).
+        decayed: names of the parameters with weight decay; None: the matrices of resblocks (stage
+            2: the paper gives the decay and not its targets, B.2; gains, biases and embeddings are
+            left alone, as is the custom).
 
     Raises:
         ConfigError: the DeepSpeed settings contradict the config, sizes do not divide, what is
@@ -88,8 +88,7 @@ def build_engine(
         None if groups is None else _node_mean(resblocks, settings, parallel, groups, ranks, seed)
     )
     transform = GradientTransform(resblocks, ranks, settings.skip, scaling, mean)
-    decayed = [name for name, _ in model.named_parameters()] if decay_all else resblocks.matrices
-    optimizer = _optimizer(model, settings, decayed)
+    optimizer = _optimizer(model, settings, resblocks.matrices if decayed is None else decayed)
     if settings.adamw_backend == "apex":
         use_layer_norm(model, fused_layer_norm())
     if settings.compile:
