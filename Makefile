@@ -93,6 +93,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.dvae_step
 	$(BIN)/python -m benchmarks.sampling
+	$(BIN)/python -m benchmarks.generate --releases $(wildcard runs/demo/release)
 	$(BIN)/python -m benchmarks.precision --threads=1
 	$(BIN)/python -m benchmarks.precision_cost
 	$(BIN)/python -m benchmarks.powersgd_math

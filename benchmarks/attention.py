@@ -15,7 +15,7 @@ and for dense attention; ours is below it because its calls are smaller, and so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from dalle_kernels.masks import AttentionMask
@@ -67,7 +67,7 @@ def cpu_figures(
     both = common.interleaved({c.name: c.both for c in trained}, rounds)
     kind = contenders[0].mask.kind
     families = {c.name: c.family for c in contenders}
-    memory = {c.name: peak_memory(c.both) for c in trained}
+    memory = {c.name: common.peak_memory(c.both) for c in trained}
     return [
         *attention_figures.figures(kind, "forward", forward, families, 4 * seconds_per_product),
         *attention_figures.figures(
@@ -75,21 +75,6 @@ def cpu_figures(
         ),
         *(Measured(f"{kind}: {name}", "peak memory", "MiB", [m]) for name, m in memory.items()),
     ]
-
-
-def peak_memory(run: Callable[[], object]) -> float:
-    """MiB that torch's CPU allocator hands out at most at a time during `run`."""
-    run()
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        run()
-    log = profile.profiler.kineto_results.events()
-    held = most = 0
-    for event in sorted(log, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most / 2**20
 
 
 if __name__ == "__main__":

@@ -50,9 +50,11 @@ class Measured:
         )
 
 
-def arguments(text: str | None, rounds: int) -> argparse.Namespace:
-    """--smoke, --rounds, --threads, --out; sets torch's threads."""
-    parser = argparse.ArgumentParser(description=text)
+def arguments(
+    text: str | None, rounds: int, parents: Sequence[argparse.ArgumentParser] = ()
+) -> argparse.Namespace:
+    """--smoke, --rounds, --threads, --out, and those of `parents`; sets torch's threads."""
+    parser = argparse.ArgumentParser(description=text, parents=list(parents))
     parser.add_argument("--smoke", action="store_true", help="a tiny model; proves that it runs")
     parser.add_argument("--rounds", type=int, default=rounds, help="timed rounds (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (%(default)s)")
@@ -123,6 +125,21 @@ def interleaved(
             if timed:
                 times[name].append(took)
     return times
+
+
+def peak_memory(run: Callable[[], object]) -> float:
+    """MiB that torch's CPU allocator hands out at most at a time during `run`."""
+    run()
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        run()
+    log = profile.profiler.kineto_results.events()
+    held = most = 0
+    for event in sorted(log, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most / 2**20
 
 
 def gemm_peak(size: int = 2048, runs: int = 9) -> Measured:

@@ -33,6 +33,7 @@ MAY_BE_ZERO = {
             {"forward", "forward + backward speed", "forward share of floor", "peak memory"},
         ),
         ("sampling", {"sampling", "one image", "step", "step time", "time"}),
+        ("generate", {"one caption", "time", "peak memory beyond the model's"}),
         ("powersgd_math", {"layer shards", "ours, layer", "share of a step's FLOP"}),
         ("precision_cost", {"training step", "step time"}),
         ("dvae_step", {"training step", "speed"}),

@@ -4,12 +4,14 @@ import pytest
 import torch
 from test_generate import build, text
 
+from benchmarks import generate as benchmark
 from dalle_dist.generate.noise import gumbel
 from dalle_dist.generate.sampler import FREE, Draw, choose, sample_codes
 from dalle_dist.generate.sampling_options import Sampling
-from dalle_dist.generate.windowed import sample_windows
+from dalle_dist.generate.windowed import Windows, sample_windows
 from dalle_dist.text_tokenizer.protocol import PAD
 
+SAME = torch.zeros(2, 16).long()
 SEEDS = [11, 2**63 + 5, 3]
 
 
@@ -98,6 +100,17 @@ def test_a_window_saves_steps_where_tokens_do_not_hang_on_their_neighbours():
     # Every guess is right but the first window's, whose logits were not known.
     certain = sample_windows(Draw(model, text(), SEEDS, Sampling()), 4).steps
     assert certain <= 8 and free > certain + 2
+
+
+def test_the_benchmark_times_windows_of_equal_tokens(monkeypatch):
+    monkeypatch.setattr(benchmark, "WINDOWS", (2, 8))
+    rows = benchmark.windows(build(), 2, rounds=1)
+    shares = [row.median for row in rows if row.metric == "share of the steps"]
+    assert [row.metric for row in rows].count("speed against one by one") == 2
+    assert 0 < shares[1] < shares[0] < 1
+    monkeypatch.setattr(benchmark, "sample_windows", lambda draw, window: Windows(0 * SAME, 1))
+    with pytest.raises(SystemExit, match="tokens differ"):
+        benchmark.windows(build(), 2, rounds=1)
 
 
 def test_a_window_of_nothing_is_named():
