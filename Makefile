@@ -1,4 +1,5 @@
 # make demo   a model learns to generate images from text: 11 minutes on 2 cores, longer without AVX-512 BF16, ends with runs/demo/report.html
+# make demo-image-to-image   the paper's sketch experiment in small, ends with runs/image-to-image/report.html
 # make docs   docs/config.md, from the config's fields
 # make test   all quick tests            make check   lint, format, types
 # make test-one-unit-off   the same, as on a processor with another square root
@@ -20,7 +21,7 @@ LAUNCH = $(BIN)/deepspeed --master_port $(PORT) --num_accelerators $(RANKS) --mo
 SET := paths.images=$(DATA) paths.tokens=$(DATA)-tokens paths.tokenizer=$(DATA)/tokenizer.json \
        paths.dvae_run=$(RUN)-dvae paths.run=$(RUN) $(EXTRA)
 
-.PHONY: demo demo-short test test-slow test-one-unit-off test-deepspeed-matrix check format docs bench clean
+.PHONY: demo demo-short demo-image-to-image test test-slow test-one-unit-off test-deepspeed-matrix check format docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.html
@@ -43,12 +44,15 @@ $(DATA)/tokenizer.json: $(DATA)/held-out/index.json
 
 # Order only: a newer environment is no reason to render anew what is there, and would be refused.
 $(DATA)/held-out/index.json: | $(VENV)/ready
-	$(BIN)/dalle-dist data emoji $(DATA) --size 64
+	$(BIN)/dalle-dist data emoji $(DATA) --size 64 $(PAIRS)
 
 # The same stages in a few minutes: it proves that they run, its images are poor.
 demo-short:
 	$(MAKE) demo RUN=runs/demo-short DATA=data/emoji-short \
 	  EXTRA="dvae_train.steps=60 dvae_train.eval_every=60 train.steps=40 train.warmup=10 train.eval_every=40 train.sample_every=40"
+
+demo-image-to-image:
+	$(MAKE) demo PRESET=emoji-image-to-image RUN=runs/image-to-image DATA=data/emoji-pairs PAIRS=--pairs
 
 # A file's tests stay in one process, which shares what they set up. pytest-xdist would start with the
 # files of most tests; the longest have few, and tests/conftest.py puts those first.

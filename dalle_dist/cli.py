@@ -176,6 +176,11 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
     emoji = actions.add_parser("emoji", help="render the Noto Color Emoji font with its names")
     emoji.add_argument("out", metavar="OUT")
     emoji.add_argument("--size", type=int, default=64, help="pixels per side (default 64)")
+    emoji.add_argument(
+        "--pairs",
+        action="store_true",
+        help="each emoji above, the same in a style below: the paper's image-to-image in small",
+    )
     emoji.set_defaults(handler=_data_emoji)
     build = actions.add_parser("build", help="from a folder of NAME.{jpg,png,webp} + NAME.txt")
     build.add_argument("folder", metavar="FOLDER")
@@ -225,7 +230,7 @@ def _add_slurm(verbs: argparse._SubParsersAction) -> None:
 def _data_emoji(options: argparse.Namespace) -> None:
     from dalle_dist.data.emoji import build_emoji
 
-    build_emoji(options.out, options.size, options.seed, options.held_out)
+    build_emoji(options.out, options.size, options.seed, options.held_out, options.pairs)
 
 
 def _data_build(options: argparse.Namespace) -> None:

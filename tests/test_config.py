@@ -19,7 +19,7 @@ from dalle_dist.config import (
 from dalle_dist.config.root import keys_of, section_names
 from dalle_dist.errors import ConfigError
 
-PRESETS = ["12b", "1b", "2.8b", "5.6b", "cc3m", "emoji", "emoji-gpu"]
+PRESETS = ["12b", "1b", "2.8b", "5.6b", "cc3m", "emoji", "emoji-gpu", "emoji-image-to-image"]
 
 
 def test_presets_are_the_seven_promised_ones():

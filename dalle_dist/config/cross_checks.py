@@ -23,6 +23,11 @@ def check_together(config: Config) -> None:
         if isinstance(section, StageConfig):
             _stage(section)
     _clip(config.clip)
+    rows, grid = config.train.completion_rows, config.transformer.image_grid
+    _require(
+        rows < grid or rows == 0,
+        f"train.completion_rows: {rows} is not below transformer.image_grid {grid}",
+    )
     for crops in (config.dvae_train, config.clip_train):
         low, high, name = crops.crop_min, crops.crop_max, crops.section
         _require(low <= high, f"{name}.crop_min: {low} is above {name}.crop_max {high}")

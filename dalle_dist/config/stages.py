@@ -191,7 +191,15 @@ class TrainConfig(StageConfig):
         ["losses"],
         "measures at each evaluation; losses = of text and image tokens, caption_gain = what the "
         "right captions are worth in image loss, identification = how often an image sampled for a "
-        "held-out caption is nearest to that caption's true image",
+        "held-out caption is nearest to that caption's true image, completion = how often an image "
+        "completed below its first rows is its own there",
+    )
+    completion_rows: int = option(
+        0,
+        "rows of image tokens that the measure completion is given; 0 = the upper half",
+        unit="rows",
+        source="paper 3.3: 15 of 32",
+        at_least=0,
     )
     prompts: list[str] = option([], "captions of the sample images")
     samples_per_prompt: int = option(4, "sample images of each prompt", unit="images", at_least=1)

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from dalle_dist.data import storage
 from dalle_dist.data.decode import on_white
+from dalle_dist.data.emoji_pairs import STYLES, pairs
 from dalle_dist.data.shards import ShardWriter, refuse_used
 from dalle_dist.errors import DataError
 
@@ -39,8 +40,12 @@ class Emoji:
         return frozenset(self.name.lower().split())
 
 
-def build_emoji(out: str, size: int, seed: int, held_out: float) -> None:
+def build_emoji(out: str, size: int, seed: int, held_out: float, paired: bool = False) -> None:
     """Write OUT/train and OUT/held-out: one `size` x `size` image per emoji, on white.
+
+    Args:
+        paired: one image for each style instead, with the emoji above and its styled copy below
+            (`emoji_pairs.py`); all those of an emoji are in the same part.
 
     Raises:
         DataError: no font to be had, or OUT holds shards already.
@@ -50,17 +55,21 @@ def build_emoji(out: str, size: int, seed: int, held_out: float) -> None:
     refuse_used(*(storage.join(out, part) for part in PARTS))
     font = _load_font(find_font())
     known = list(fully_qualified())
-    images = {emoji: image for emoji in known if (image := render(font, emoji, size))}
+    # Pairs are made smaller afterwards.
+    side = CELL if paired else size
+    images = {emoji: image for emoji in known if (image := render(font, emoji, side))}
     drawn = list(images)
     chosen = choose_held_out(drawn, held_out, seed)
     for part in PARTS:
         with ShardWriter(storage.join(out, part), "images", {"source": FONT, "size": size}) as w:
             for i, (emoji, image) in enumerate(images.items()):
                 if (emoji in chosen) == (part == "held-out"):
-                    w.write(f"{i:06d}", _files(emoji, image))
+                    for key, files in _samples(f"{i:06d}", emoji, image, size, paired):
+                        w.write(key, files)
     print(
         f"{out}: {len(drawn)} of {len(known)} fully-qualified emoji are in the font; "
         f"{len(drawn) - len(chosen)} to train on, {len(chosen)} held out"
+        + (f"; {len(STYLES)} images of each" if paired else "")
     )
 
 
@@ -153,7 +162,17 @@ def _load_font(path: Path) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(path), STRIKE, layout_engine=ImageFont.Layout.RAQM)
 
 
-def _files(emoji: Emoji, image: Image.Image) -> dict[str, bytes]:
+def _samples(
+    key: str, emoji: Emoji, image: Image.Image, size: int, paired: bool
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    if not paired:
+        yield key, _files(emoji, image, emoji.name)
+        return
+    for style, pair, caption in pairs(image, emoji.name, size):
+        yield f"{key}-{style}", _files(emoji, pair, caption)
+
+
+def _files(emoji: Emoji, image: Image.Image, caption: str) -> dict[str, bytes]:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     width, height = image.size
@@ -166,6 +185,6 @@ def _files(emoji: Emoji, image: Image.Image) -> dict[str, bytes]:
     }
     return {
         "png": buffer.getvalue(),
-        "txt": emoji.name.encode(),
+        "txt": caption.encode(),
         "json": json.dumps(about).encode(),
     }

@@ -86,14 +86,16 @@ def sample_images(
     text_BT: Tensor,
     seeds: Sequence[int],
     batch_size: int = 64,
+    kept_codes: Tensor | None = None,
 ) -> Tensor:
     """One decoded image for each caption, on the CPU: images_BCHW in [0, 1].
 
-    By the sampling options of the model's config.
+    By the sampling options of the model's config; `kept_codes` as in `sample_codes`.
     """
     images = []
     for start in range(0, len(seeds), batch_size):
         part = slice(start, start + batch_size)
-        codes_BN = sample_codes(model, text_BT[part], seeds[part])
+        kept_BN = None if kept_codes is None else kept_codes[part]
+        codes_BN = sample_codes(model, text_BT[part], seeds[part], kept_codes=kept_BN)
         images.append(image_tokenizer.decode(codes_BN).cpu())
     return torch.cat(images)

@@ -22,6 +22,7 @@ from dalle_dist.engine.interface import Engine
 from dalle_dist.errors import ConfigError
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 from dalle_dist.metrics.caption_gain import caption_cycle
+from dalle_dist.metrics.completion import complete_images, completion_ranks, rows_kept
 from dalle_dist.metrics.held_out import MOST, held_out_losses
 from dalle_dist.metrics.identification import identify, sample_images, summary
 from dalle_dist.transformer.model import Transformer
@@ -87,30 +88,57 @@ def identification(evaluation: Evaluation) -> dict[str, float]:
     never change. The true image is what the image tokenizer decodes from the held-out codes: no
     image shards are needed, and what the tokenizer loses is not held against the transformer.
     """
-    found: dict[str, float] = {}
-    with evaluation.sampling_model() as model:
-        if model is not None:
-            found = summary(_ranks(evaluation, model))
-    found = evaluation.ranks.broadcast(found)
+    found = _sampled(evaluation, _identification_ranks)
     return {f"identification_{name}": value for name, value in found.items()}
 
 
-def _ranks(evaluation: Evaluation, model: Transformer) -> Tensor:
-    count = min(MOST_IDENTIFIED, len(evaluation.held_out))
-    text_BT, codes_BN, _ = collate_tokens([evaluation.held_out[i] for i in range(count)])
-    generated_BCHW = sample_images(
-        model,
-        evaluation.image_tokenizer,
-        text_BT.to(evaluation.ranks.device),
-        [evaluation.config.seed + i for i in range(count)],
-    )
+def completion(evaluation: Evaluation) -> dict[str, float]:
+    """`completion_r1` and `_r10`, shares, and `_rank`, a median: see `completion.py`.
+
+    Of the same images as `identification`, in the same way.
+    """
+    found = _sampled(evaluation, _completion_ranks)
+    return {f"completion_{name}": value for name, value in found.items()}
+
+
+def _sampled(
+    evaluation: Evaluation, ranks_of: Callable[[Evaluation, Transformer], Tensor]
+) -> dict[str, float]:
+    """`summary` of what rank 0 finds, on all ranks."""
+    found: dict[str, float] = {}
+    with evaluation.sampling_model() as model:
+        if model is not None:
+            found = summary(ranks_of(evaluation, model))
+    return evaluation.ranks.broadcast(found)
+
+
+def _identification_ranks(evaluation: Evaluation, model: Transformer) -> Tensor:
+    text_BT, codes_BN, seeds = _identified(evaluation)
+    generated_BCHW = sample_images(model, evaluation.image_tokenizer, text_BT, seeds)
     return identify(generated_BCHW, evaluation.image_tokenizer.decode(codes_BN).cpu())
+
+
+def _completion_ranks(evaluation: Evaluation, model: Transformer) -> Tensor:
+    text_BT, codes_BN, seeds = _identified(evaluation)
+    tokenizer, rows = evaluation.image_tokenizer, rows_kept(evaluation.config)
+    completed_BCHW = complete_images(model, tokenizer, text_BT, codes_BN, seeds, rows)
+    true_BCHW = tokenizer.decode(codes_BN).cpu()
+    return completion_ranks(completed_BCHW, true_BCHW, rows / tokenizer.grid)
+
+
+def _identified(evaluation: Evaluation) -> tuple[Tensor, Tensor, list[int]]:
+    """text_BT, codes_BN and seeds of the first held-out samples, on the rank's device."""
+    count, device = min(MOST_IDENTIFIED, len(evaluation.held_out)), evaluation.ranks.device
+    text_BT, codes_BN, _ = collate_tokens([evaluation.held_out[i] for i in range(count)])
+    seeds = [evaluation.config.seed + i for i in range(count)]
+    return text_BT.to(device), codes_BN.to(device), seeds
 
 
 METRICS: dict[str, Metric] = {
     "losses": losses,
     "caption_gain": caption_gain,
     "identification": identification,
+    "completion": completion,
 }
 
 

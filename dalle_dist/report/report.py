@@ -16,6 +16,7 @@ from dalle_dist.data.labelled_grid import grid, to_image
 from dalle_dist.generate.generator import Generator
 from dalle_dist.metrics.identification import nearest
 from dalle_dist.report import facts
+from dalle_dist.report.completions import completions
 from dalle_dist.report.figures import Row, curves, table
 from dalle_dist.report.inputs import HeldOut, TrainingImages, read_tokens
 from dalle_dist.report.measures import (
@@ -45,6 +46,7 @@ TRAIN_PANELS = (
     {"loss_text": "text, training", "held_out_text": "text, held out"},
     {"caption_gain": "what the caption is worth, nats per image token"},
     {"identification_r1": "identification, R@1", "identification_r10": "identification, R@10"},
+    {"completion_r1": "completion, R@1", "completion_r10": "completion, R@10"},
     {"lr": "learning rate"},
 )
 STAGE_1, STAGE_2 = "training, stage 1", "training, stage 2"
@@ -73,6 +75,10 @@ def write_report(config: Config) -> None:
     figures |= caption_figures(generator, held_out, config.seed)
     rows, found = sample(config, generator, held_out, train)
     figures |= found | {"model": generator.fingerprint}
+    completed: list[Section] = []
+    if "completion" in config.train.metrics:
+        section, found = completions(generator, held_out, config.seed)
+        completed, figures = [section], figures | found
     logs = _logs(config)
     about = facts.run_facts(config, generator, len(held_out.captions), len(tokens["train"]), logs)
     rules = facts.table_facts(len(rows), len(held_out.captions), train)
@@ -80,6 +86,7 @@ def write_report(config: Config) -> None:
     first = table(rows, f"{facts.title(config)}: captions the model never saw", NOTE)
     sections = [
         Section("Captions it never saw", list(rules.items()), first),
+        *completed,
         Section("The run", list(about.items())),
         Section("Measured on held-out images", list(figures.items())),
         Section(

@@ -5,46 +5,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from PIL import Image
+from tiny_generator import build, text
 
-from dalle_dist.config import load
-from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import UserError
 from dalle_dist.generate import outputs
-from dalle_dist.generate.generator import Generator
 from dalle_dist.generate.outputs import write_outputs
 from dalle_dist.generate.request import Settings
 from dalle_dist.generate.sampler import FREE, sample_codes
 from dalle_dist.generate.sampling_options import Sampling
-from dalle_dist.image_tokenizer.dvae import DVAETokenizer
-from dalle_dist.text_tokenizer.bpe import PAD, train_tokenizer
-from dalle_dist.transformer.model import Transformer
-
-TINY = [
-    "sampling.guidance=1",
-    "transformer.layers=4", "transformer.width=64", "transformer.heads=1",
-    "transformer.text_tokens=6", "transformer.image_grid=4", "transformer.conv_kernel=3",
-    "tokenizer.vocab_size=300", "dvae.image_size=8", "dvae.downsamplings=1", "dvae.width=8",
-    "dvae.decoder_stem=8", "dvae.codebook_size=20", "transformer.codebook_size=20",
-]  # fmt: skip
-
-
-def build(*overrides, dtype=torch.float32):
-    torch.manual_seed(0)
-    config = load("emoji", [*TINY, *overrides])
-    model = Transformer(config).eval().requires_grad_(False).to(dtype)
-    for name, parameter in model.named_parameters():
-        if "norm." not in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    # So that a token hangs on those before it, and not on its noise alone.
-    model.image_embedding.code.weight.mul_(5)
-    tokenizer = train_tokenizer(["a red heart", "a blue car"], 300)
-    return Generator(model, tokenizer, DVAETokenizer(DVAE(config.dvae)), config, "f" * 16)
-
-
-def text(size=3):
-    text_BT = torch.randint(2, 250, (size, 6), generator=torch.Generator().manual_seed(5))
-    text_BT[0, 2:] = PAD
-    return text_BT
 
 
 @pytest.mark.parametrize("masks", ["paper", "causal"])

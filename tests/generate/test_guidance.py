@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from test_generate import build, text
+from tiny_generator import build, text
 
 from dalle_dist.generate import sampler
 from dalle_dist.generate.sampler import FREE, sample_codes

@@ -4,7 +4,7 @@ import inspect
 import json
 
 import pytest
-from test_generate import build
+from tiny_generator import build
 
 from dalle_dist import Generator
 from dalle_dist.cli import main

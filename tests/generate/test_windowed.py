@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_generate import build, text
+from tiny_generator import build, text
 
 from benchmarks import generate as benchmark
 from dalle_dist.generate.noise import gumbel

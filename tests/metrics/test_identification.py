@@ -92,7 +92,7 @@ def test_the_first_captions_are_sampled_once_each(monkeypatch, tmp_path):
     random.Random(0).shuffle(held_out)
     seeds_seen = []
 
-    def sample_codes(model, text_BT, seeds):
+    def sample_codes(model, text_BT, seeds, kept_codes=None):
         assert model == "model"
         seeds_seen.extend(seeds)
         codes_B = text_BT[:, 0].clone()
