@@ -190,6 +190,17 @@ def _add_data(verbs: argparse._SubParsersAction) -> None:
     for action in (emoji, build):
         action.add_argument("--seed", type=int, default=0)
         action.add_argument("--held-out", type=float, default=0.05, metavar="SHARE")
+    coco = actions.add_parser("coco", help="from MS-COCO's captions and images, as unpacked")
+    coco.add_argument("--held-out-captions", type=int, default=30_000, help="default 30000")
+    coco.add_argument("--seed", type=int, default=0)
+    coco.set_defaults(handler=_data_coco)
+    cub = actions.add_parser("cub", help="from CUB-200-2011 and its captions, as unpacked")
+    cub.add_argument("--test-classes", metavar="FILE", help="else FOLDER/test/filenames.pickle")
+    cub.set_defaults(handler=_data_cub)
+    for action in (coco, cub):
+        action.add_argument("folder", metavar="FOLDER")
+        action.add_argument("out", metavar="OUT")
+        action.add_argument("--size", type=int, help="shrink to this many pixels, shorter side")
     inspect = actions.add_parser("inspect", help="counts, sizes, caption lengths, contact sheet")
     inspect.add_argument("folder", metavar="SHARDS")
     inspect.add_argument("--contact-sheet", type=Path, metavar="PNG")
@@ -237,6 +248,18 @@ def _data_build(options: argparse.Namespace) -> None:
     from dalle_dist.data.image_folder import build_folder
 
     build_folder(options.folder, options.out, options.size, options.seed, options.held_out)
+
+
+def _data_coco(options: argparse.Namespace) -> None:
+    from dalle_dist.data.benchmark_sets import build_coco
+
+    build_coco(options.folder, options.out, options.size, options.seed, options.held_out_captions)
+
+
+def _data_cub(options: argparse.Namespace) -> None:
+    from dalle_dist.data.benchmark_sets import build_cub
+
+    build_cub(options.folder, options.out, options.size, options.test_classes)
 
 
 def _data_inspect(options: argparse.Namespace) -> None:
