@@ -51,6 +51,18 @@ TRIES = [
     (r"pip install .* '\.\[clip\]'", r"cd $ROOT && \g<0> --dry-run --no-deps"),
     (r"dalle-dist (slurm|--version)", r"\g<0>"),
     (r"\.venv/bin/dalle-dist generate runs/demo/release .*", r"\g<0>"),
+    (
+        r"dalle-dist generate RELEASE (--prompts \S+) -n 512 --keep 32 --rerank CLIP (.*)",
+        r"printf 'a red heart\na dog\n' > prompts.txt && dalle-dist train-clip emoji $SMALL "
+        r"paths.clip_run=runs/clip && dalle-dist generate runs/demo/release \1 -n 4 --keep 2 "
+        r"--rerank runs/clip/release \2",
+    ),
+    (
+        r"dalle-dist complete RELEASE image\.png (.*) --rows 15",
+        r"cp generated/grid.png image.png && dalle-dist complete runs/demo/release image.png \1 "
+        r"--rows 2 -o completed",
+    ),
+    (r"make demo-image-to-image", r"make -n -C $ROOT \g<0>"),
     (r"python -c 'from dalle_dist import .*", r"\g<0> && test -s heart.png"),
     (r"dalle-dist data build FOLDER data/mine", r"dalle-dist data build images data/mine"),
     (r"dalle-dist data inspect data/mine .*", r"\g<0>"),
