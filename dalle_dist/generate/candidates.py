@@ -22,7 +22,7 @@ FOLDER = "unfinished"
 
 @dataclass(frozen=True)
 class Batch:
-    """codes_BN, int64, on the CPU; scores_B, fp32, if candidates are scored."""
+    """codes_BN, int64, on the CPU; scores_B, float64, if candidates are scored."""
 
     codes_BN: Tensor
     scores_B: Tensor | None

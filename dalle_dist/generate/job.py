@@ -26,6 +26,9 @@ from dalle_dist.generate.outputs import check_folder, write_images, write_manife
 from dalle_dist.generate.request import Entry, Request
 from dalle_dist.generate.shards import refuse_other_shards, write_shard_index, write_shards
 
+DECODED = 16  # images at once, whatever the batch: pixels then depend on no option
+DIGITS = 4  # of a score
+
 
 class Scorer(Protocol):
     """How well images fit their captions; `dalle_dist.clip.scorer.CLIPScorer` is one."""
@@ -118,7 +121,9 @@ def _batch(job: Job, generator: Generator, numbers: range) -> Batch:
     scores_B = None
     if job.scorer is not None:
         prompts = [prompt for prompt, _ in wanted]
-        scores_B = job.scorer.score(generator.images(codes_BN), prompts).float().cpu()
+        scores_B = job.scorer.score(generator.images(codes_BN), prompts).double().cpu()
+        # Sums of another batch are rounded otherwise: what is left tells images apart all the same.
+        scores_B = scores_B.round(decimals=DIGITS)
     return Batch(codes_BN.cpu(), scores_B)
 
 
@@ -141,7 +146,7 @@ class _Images:
         kept = order[: self._job.keep].tolist()
         images = [
             image
-            for part in codes_BN[kept].split(self._job.batch_size)
+            for part in codes_BN[kept].split(DECODED)
             for image in self._generator.images(part)
         ]
         entries = [self._entry(numbers[i], rank, i, scores_B) for rank, i in enumerate(kept)]
@@ -151,7 +156,7 @@ class _Images:
         entry = self._job.request.entry(number)
         if scores_B is None or self._job.scorer is None:
             return entry
-        scored = {"score": round(scores_B[own].item(), 6), "rank": rank + 1}
+        scored = {"score": round(scores_B[own].item(), DIGITS), "rank": rank + 1}
         return entry | scored | {"scored_by": self._job.scorer.fingerprint}
 
     def _read(self, numbers: range) -> tuple[Tensor, Tensor | None]:
