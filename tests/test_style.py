@@ -28,6 +28,7 @@ FLOORS = [
     ["testing"],
     ["checkpoint"],
     ["generate"],
+    ["serve"],
     ["metrics"],
     ["evaluation"],
     ["train"],
