@@ -7,6 +7,7 @@ and, if it has its own name point to this machine (DNS rebinding), by `Host`.
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from urllib.parse import urlsplit
 
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OF_THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 ANY_ADDRESS = ("0.0.0.0", "::")
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^][:/?#@\s]+)(:\d+)?")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -65,10 +67,10 @@ class Guard:
         return None
 
     def _is_ours(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
+        match = HOST.fullmatch(host.lower())
+        if match is None:
             return False
+        name = match[1].strip("[]")
         if name in self._names:
             return True
         # Nobody's name: what has no name cannot be made to point here.

@@ -6,8 +6,10 @@ import errno
 import os
 import socket
 import sys
+import warnings
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from dalle_dist.choices import GeneratePrecision
 from dalle_dist.errors import UserError
@@ -33,12 +35,20 @@ def serve(release: str, host: str, port: int, precision: GeneratePrecision, limi
         line = Line(limits.waiting)
         app = application(generator, line, limits, release, host)
         _tell(host, listening.getsockname()[1])
-        thread = worker.start(generator, line)
-        try:
-            EndingServer(uvicorn_config(app), line).run(sockets=[listening])
-        finally:
-            line.close()
-            thread.join(SECONDS_TO_END)
+        with warnings.catch_warnings():
+            # The page tells of them. They quote the client, whose text could steer a terminal, and
+            # Python keeps each that it has shown.
+            warnings.simplefilter("ignore")
+            _run(app, generator, line, listening)
+
+
+def _run(app: ASGIApp, generator: Generator, line: Line, listening: socket.socket) -> None:
+    thread = worker.start(generator, line)
+    try:
+        EndingServer(uvicorn_config(app), line).run(sockets=[listening])
+    finally:
+        line.close()
+        thread.join(SECONDS_TO_END)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -83,9 +93,9 @@ def _tell(host: str, port: int) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def uvicorn_config(app: object) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
     return uvicorn.Config(
-        app,  # type: ignore[arg-type]
+        app,
         http="h11",
         loop="asyncio",
         ws="none",

@@ -29,7 +29,8 @@ def image_of(name: str, text: Any, most_pixels: int) -> Image.Image:
             # Opening reads the header alone; decoding is what a bomb waits for.
             if image.width * image.height > most_pixels:
                 raise _too_large(name, most_pixels)
-            return on_white(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return on_white(image)
     except Refusal:
         raise
     except Image.DecompressionBombError:

@@ -149,6 +149,37 @@ def test_an_image_is_completed_where_it_is_painted_over(browser, served, generat
     page.check_quiet()
 
 
+def test_strokes_paint_all_that_they_pass_and_take_paint_away(browser, served, tmp_path):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+
+    page = Page(browser, served)
+    page.click("#completion summary")
+    page("#file").send_keys(str(picture(16, 16, tmp_path)))
+    page.until(lambda: page("#canvas").is_displayed())
+    browser.execute_script("document.querySelector('#brush').value = 1")
+    canvas = page("#canvas")
+    across = canvas.size["width"] // 4
+
+    def stroke(first, last, row):
+        """In one jump, as a quick pointer does."""
+        builder = ActionBuilder(browser, duration=0)
+        at = ActionChains(browser)
+        at.w3c_actions = builder
+        down = int((row - 1.5) * across)
+        at.move_to_element_with_offset(canvas, int((first - 1.5) * across), down).click_and_hold()
+        at.move_to_element_with_offset(canvas, int((last - 1.5) * across), down).release()
+        at.perform()
+        found = browser.execute_script("return painted")
+        return [cell for cell in range(16) if found[cell]]
+
+    assert stroke(0, 3, row=1) == [4, 5, 6, 7]
+    assert stroke(1, 2, row=1) == [4, 7]
+    assert stroke(0, 0, row=2) == [4, 7, 8]
+    page.click("#clear")
+    assert browser.execute_script("return painted.some(Boolean)") is False
+
+
 def _data(url):
     import base64
 

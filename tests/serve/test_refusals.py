@@ -158,6 +158,8 @@ def test_ten_thousand_requests_are_refused_fast(serve):
         {"Host": "localhost.evil.example"},
         {"Host": "192.168.0.7"},
         {"Host": "[::1"},
+        {"Host": "evil.example@localhost"},
+        {"Host": "localhost/.evil.example"},
         {"Host": ""},
         {"Origin": "http://evil.example"},
         {"Origin": "null"},

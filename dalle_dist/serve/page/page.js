@@ -7,6 +7,7 @@ let release = null; // what /api/release says
 let upload = null; // {bitmap, data}: the image that is begun with
 let painted = null; // one boolean per cell of the grid, row by row
 let cursor = 0; // the cell that the keyboard is at
+let stroke = null; // {x, y, paint}: where the pointer was last, and what it leaves
 let running = null; // AbortController of the request under way
 
 // ---- the form
@@ -91,17 +92,19 @@ async function generate(event) {
   event.preventDefault();
   if (running || !release) return;
   clearResults();
-  let body;
+  let asked, body;
   try {
-    body = JSON.stringify(askedFor());
+    asked = askedFor();
+    body = JSON.stringify(asked);
     if (body.length > release.most_bytes) throw new Error("The image's file is too large.");
   } catch (error) {
     return fail(error.message);
   }
   running = new AbortController();
   setBusy(true);
+  element("results").scrollIntoView({ block: "nearest" });
   try {
-    await follow(body, running.signal);
+    await follow(asked, body, running.signal);
   } catch (error) {
     if (error.name === "AbortError") say("Cancelled.");
     else fail(error instanceof TypeError ? "The server does not answer." : error.message);
@@ -111,11 +114,10 @@ async function generate(event) {
   }
 }
 
-async function follow(body, signal) {
+async function follow(asked, body, signal) {
   const headers = { "Content-Type": "application/json" };
   const answer = await fetch("api/images", { method: "POST", headers, body, signal });
   if (!answer.ok) throw new Error(await sentenceOf(answer));
-  const wanted = JSON.parse(body).n;
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   let ended = false;
@@ -125,7 +127,7 @@ async function follow(body, signal) {
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
-      if (line) ended = take(JSON.parse(line), wanted) || ended;
+      if (line) ended = take(JSON.parse(line), asked) || ended;
     }
   }
   if (!ended) throw new Error("The server has gone.");
@@ -140,22 +142,22 @@ async function sentenceOf(answer) {
 }
 
 // Whether it is the last event.
-function take(event, wanted) {
+function take(event, asked) {
   if (event.error) throw new Error(event.error);
-  if (event.command) showCommand(event.command);
+  if (event.command) showCommand(event.command, asked);
   if (event.before !== undefined) {
     const requests = event.before === 1 ? "1 request" : `${event.before} requests`;
     say(event.before ? `Waiting: ${requests} before yours.` : "Waiting: yours is next.");
   }
   if (event.working) {
-    say(`0 of ${wanted} pictures`);
+    say(`0 of ${asked.n} pictures`);
     element("notices").append(...event.notices.map(notice));
   }
   if (event.png) {
-    element("pictures").append(picture(event));
+    element("pictures").append(picture(event, asked.prompt));
     const made = element("pictures").childElementCount;
-    say(`${made} of ${wanted} pictures`);
-    element("progress").value = made / wanted;
+    say(`${made} of ${asked.n} pictures`);
+    element("progress").value = made / asked.n;
   }
   return Boolean(event.done);
 }
@@ -166,10 +168,10 @@ function notice(text) {
   return item;
 }
 
-function picture({ index, seed, png }) {
+function picture({ index, seed, png }, prompt) {
   const image = new Image();
   image.src = `data:image/png;base64,${png}`;
-  image.alt = `${element("prompt").value.trim()}, picture ${index}`;
+  image.alt = `${prompt}, picture ${index}`;
   image.classList.toggle("small", release.image_size <= SMALL);
   const link = document.createElement("a");
   link.href = image.src;
@@ -193,10 +195,10 @@ function clearResults() {
   say("");
 }
 
-function showCommand(command) {
+function showCommand(command, asked) {
   element("command").textContent = command;
   element("again").hidden = false;
-  element("again-files").hidden = !upload;
+  element("again-files").hidden = !asked.mask;
 }
 
 function setBusy(busy) {
@@ -330,20 +332,41 @@ function maskUrl() {
   return mask.toDataURL("image/png");
 }
 
-function paintAt(event) {
-  if (!upload || !paints() || !(event.buttons & 1)) return;
+// Where the pointer is, in cells.
+function place(event) {
   const box = canvas.getBoundingClientRect();
   const at = (where, start, length) => ((where - start) / length) * release.grid;
-  const x = at(event.clientX, box.left, box.width);
-  const y = at(event.clientY, box.top, box.height);
+  return [at(event.clientX, box.left, box.width), at(event.clientY, box.top, box.height)];
+}
+
+function beginStroke(event) {
+  if (!upload || !paints() || event.button !== 0) return;
+  canvas.setPointerCapture(event.pointerId);
+  const [x, y] = place(event);
+  stroke = { x, y, paint: !painted[Math.floor(y) * release.grid + Math.floor(x)] };
+  goOnWithStroke(event);
+}
+
+// A quick pointer is told of at places far apart.
+function goOnWithStroke(event) {
+  if (!stroke || !upload) return;
+  const [x, y] = place(event);
+  const steps = Math.ceil(2 * Math.hypot(x - stroke.x, y - stroke.y)) || 1;
+  for (let i = 1; i <= steps; i++) {
+    dab(stroke.x + ((x - stroke.x) * i) / steps, stroke.y + ((y - stroke.y) * i) / steps);
+  }
+  [stroke.x, stroke.y] = [x, y];
+  draw();
+}
+
+function dab(x, y) {
   const radius = Number(element("brush").value) / 2;
   painted.forEach((_, i) => {
     const across = (i % release.grid) + 0.5 - x;
     const down = Math.floor(i / release.grid) + 0.5 - y;
     const inside = Math.abs(across) <= 0.5 && Math.abs(down) <= 0.5;
-    if (inside || Math.hypot(across, down) < radius) painted[i] = true;
+    if (inside || Math.hypot(across, down) < radius) painted[i] = stroke.paint;
   });
-  draw();
 }
 
 function paintByKey(event) {
@@ -378,11 +401,11 @@ element("prompt").addEventListener("keydown", (event) => {
   event.preventDefault();
   element("form").requestSubmit();
 });
-canvas.addEventListener("pointerdown", (event) => {
-  canvas.setPointerCapture(event.pointerId);
-  paintAt(event);
-});
-canvas.addEventListener("pointermove", paintAt);
+canvas.addEventListener("pointerdown", beginStroke);
+canvas.addEventListener("pointermove", goOnWithStroke);
+for (const end of ["pointerup", "pointercancel"]) {
+  canvas.addEventListener(end, () => (stroke = null));
+}
 canvas.addEventListener("keydown", paintByKey);
 canvas.addEventListener("focus", draw);
 canvas.addEventListener("blur", draw);
