@@ -3,7 +3,6 @@
 import http.client
 import json
 import threading
-from pathlib import Path
 
 import pytest
 import tiny_run
@@ -126,13 +125,3 @@ def shared(release, generator):
     served = Served(release, generator, Limits(), "127.0.0.1")
     yield served
     served.stop()
-
-
-def picture(width: int, height: int, folder: Path) -> Path:
-    """A PNG of many colours."""
-    from PIL import Image
-
-    path = folder / f"{width}x{height}.png"
-    ramp = Image.linear_gradient("L").resize((width, height))
-    Image.merge("RGB", [ramp, ramp.rotate(90), ramp.rotate(180)]).save(path)
-    return path

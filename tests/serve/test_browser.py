@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from serve.conftest import picture
+from uploaded import picture
 
 PROGRAMS = ("chromium", "chromedriver")
 TRAFFIC = "performance"  # the log that holds it

@@ -10,7 +10,7 @@ import zlib
 
 import pytest
 from PIL import Image
-from serve.conftest import picture
+from uploaded import picture
 
 GOOD = {"prompt": "red heart"}
 

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -33,10 +32,9 @@ def test_it_starts_answers_and_ends_by_ctrl_c_with_a_request_under_way(release):
         connection.request("POST", "/api/images", json.dumps(LONG))
         answer = connection.getresponse()
         assert b"command" in answer.readline()
-        begin = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert answer.read().splitlines()[-1].startswith((b'{"error"', b'{"done"'))
-        assert process.wait(20) == 130 and time.monotonic() - begin < 8
+        assert process.wait(20) == 130
         assert process.stdout.read() == "" and process.stderr.read() == ""
     finally:
         process.kill()
