@@ -33,6 +33,7 @@ FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
+    "/canvas.js": ("canvas.js", "text/javascript"),
 }
 STILL_THERE = 10.0  # seconds
 

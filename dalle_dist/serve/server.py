@@ -60,11 +60,10 @@ def listen(host: str, port: int) -> socket.socket:
     if not 0 <= port < 2**16:
         raise UserError(f"--port: {port} is not in 0 to {2**16 - 1}")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError):
         raise UserError(f"--host: {host!r} is no address of this machine") from None
+    family, kind, protocol, _, address = found[0]
     listening = socket.socket(family, kind, protocol)
     # Connections of a server that has just ended would keep the port for a minute.
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

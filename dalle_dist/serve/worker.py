@@ -1,7 +1,8 @@
-"""The one thread that has the model: requests in their order, each in small batches.
+"""The one thread that has the model: requests in their order, each in batches that grow.
 
-A picture does not depend on what is generated beside it, so that the batches of a request are free
-to be small: pictures come early, and a client that has gone is noticed soon.
+A picture does not depend on what is generated beside it, so that the batches of a request are free.
+The first are small, so that pictures come early; a large one is cheaper per picture. None has more
+pictures than all before it, so that of a client that has gone it is known in time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 import threading
 import traceback
 from base64 import b64encode
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from dalle_dist.generate.completion import kept_tokens
@@ -19,7 +21,7 @@ from dalle_dist.generate.request import Request
 from dalle_dist.serve.form import Asked
 from dalle_dist.serve.line import Line, Ticket
 
-BATCH = 4
+FIRST, MOST = 4, 16  # pictures of a batch
 
 
 def start(generator: Generator, line: Line) -> threading.Thread:
@@ -43,10 +45,9 @@ def _serve(generator: Generator, line: Line) -> None:
 def _carry_out(generator: Generator, ticket: Ticket) -> None:
     request = _request(generator, ticket.wanted)
     ticket.tell({"working": True, "notices": _notices(generator, ticket.wanted)})
-    for start_ in range(0, len(request), BATCH):
+    for numbers in batches(len(request)):
         if ticket.left:
             return
-        numbers = range(start_, min(start_ + BATCH, len(request)))
         wanted = [request[number] for number in numbers]
         images = generator.images(generator.codes(wanted, request.settings))
         for (_, index), image in zip(wanted, images, strict=True):
@@ -58,6 +59,15 @@ def _carry_out(generator: Generator, ticket: Ticket) -> None:
                 }
             )
     ticket.tell({"done": True})
+
+
+def batches(count: int) -> Iterator[range]:
+    """0 to `count` in parts."""
+    done = 0
+    while done < count:
+        stop = min(done + min(max(FIRST, done), MOST), count)
+        yield range(done, stop)
+        done = stop
 
 
 def _request(generator: Generator, wanted: Asked) -> Request:

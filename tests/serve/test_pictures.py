@@ -10,6 +10,7 @@ from PIL import Image
 from uploaded import picture
 
 from dalle_dist.cli import main
+from dalle_dist.serve.worker import batches
 
 PROMPT = "red heart"
 
@@ -44,6 +45,12 @@ def test_pictures_are_those_of_generate(served, generator, options):
     assert [sorted(event) for event in events if "png" not in event] == [
         ["command"], ["before"], ["notices", "working"], ["done"]
     ]  # fmt: skip
+
+
+def test_batches_grow_and_hold_each_picture_once():
+    assert [len(part) for part in batches(64)] == [4, 4, 8, 16, 16, 16]
+    for count in range(1, 70):
+        assert [number for part in batches(count) for number in part] == list(range(count))
 
 
 def test_a_completion_is_that_of_complete_and_keeps_tokens(served, generator, tmp_path):

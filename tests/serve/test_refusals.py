@@ -196,6 +196,7 @@ def test_no_other_address_is_answered_and_every_answer_has_its_headers(shared):
         ("GET", "/", 200),
         ("GET", "/page.js", 200),
         ("GET", "/page.css", 200),
+        ("GET", "/canvas.js", 200),
         ("GET", "/api/release", 200),
         ("GET", "/api/images", 405),
         ("POST", "/", 405),
