@@ -20,7 +20,7 @@ from dalle_dist.serve.guard import OF_THIS_MACHINE
 from dalle_dist.serve.limits import Limits
 from dalle_dist.serve.line import Line
 
-MOST_CONNECTIONS = 64
+MOST_CONNECTIONS = 64  # beside those that wait in the line
 SECONDS_TO_END = 5
 
 
@@ -39,13 +39,15 @@ def serve(release: str, host: str, port: int, precision: GeneratePrecision, limi
             # The page tells of them. They quote the client, whose text could steer a terminal, and
             # Python keeps each that it has shown.
             warnings.simplefilter("ignore")
-            _run(app, generator, line, listening)
+            _run(uvicorn_config(app, limits.waiting), generator, line, listening)
 
 
-def _run(app: ASGIApp, generator: Generator, line: Line, listening: socket.socket) -> None:
+def _run(
+    config: uvicorn.Config, generator: Generator, line: Line, listening: socket.socket
+) -> None:
     thread = worker.start(generator, line)
     try:
-        EndingServer(uvicorn_config(app), line).run(sockets=[listening])
+        EndingServer(config, line).run(sockets=[listening])
     finally:
         line.close()
         thread.join(SECONDS_TO_END)
@@ -92,7 +94,7 @@ def _tell(host: str, port: int) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, waiting: int) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http="h11",
@@ -103,7 +105,7 @@ def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MOST_CONNECTIONS,
+        limit_concurrency=MOST_CONNECTIONS + waiting,
         timeout_graceful_shutdown=SECONDS_TO_END,
     )
 

@@ -65,7 +65,7 @@ class Served:
         self.port = self.listening.getsockname()[1]
         app = application(held, self.line, limits, release, host)
         self.worker = worker.start(held, self.line)
-        self.server = EndingServer(uvicorn_config(app), self.line)
+        self.server = EndingServer(uvicorn_config(app, limits.waiting), self.line)
         self.thread = threading.Thread(target=self.server.run, args=([self.listening],))
         self.thread.start()
 

@@ -90,7 +90,10 @@ async function generate(event) {
   try {
     asked = askedFor();
     body = JSON.stringify(asked);
-    if (body.length > release.most_bytes) throw new Error("The image's file is too large.");
+    const megabytes = Math.floor(release.most_bytes / 2 ** 20);
+    if (body.length > release.most_bytes) {
+      throw new Error(`The request has more than ${megabytes} MB; take a smaller image.`);
+    }
   } catch (error) {
     return fail(error.message);
   }
