@@ -22,6 +22,7 @@ setup(
     package_data={
         "dalle_dist": ["py.typed"],
         "dalle_dist.presets": ["*.yaml"],
+        "dalle_dist.serve": ["page/*"],
         "dalle_dist.slurm": ["*.sbatch", "*.sh"],
     },
     install_requires=[
@@ -51,11 +52,15 @@ setup(
             "pytest-xdist",
             "ruff",
             "scipy",
+            "selenium",
+            "starlette",
             "types-PyYAML",
             "types-tqdm",
+            "uvicorn",
         ],
         "gpu": ["triton"],
         "clip": ["transformers>=5.23"],
+        "serve": ["starlette", "uvicorn"],
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["dalle-dist = dalle_dist.cli:program"]},

@@ -47,6 +47,7 @@ TRIES = [
     (r"python3 -m venv my-env && \. my-env/bin/activate", r"\g<0>"),
     (r"pip install -c constraints.txt setuptools .*", r"cd $ROOT && \g<0> --dry-run"),
     (r"pip install .* kernels/ \.", r"cd $ROOT && \g<0> --dry-run --no-deps"),
+    (r"pip install .* '\.\[serve\]'", r"cd $ROOT && \g<0> --dry-run --no-deps"),
     (r"pip install .* 'kernels/\[gpu\]'", r"cd $ROOT && \g<0> --dry-run --no-deps"),
     (r"pip install .* '\.\[clip\]'", r"cd $ROOT && \g<0> --dry-run --no-deps"),
     (r"dalle-dist (slurm|--version)", r"\g<0>"),
@@ -63,6 +64,14 @@ TRIES = [
         r"--rows 2 -o completed",
     ),
     (r"make demo-image-to-image", r"make -n -C $ROOT \g<0>"),
+    # Once it answers it is told to end.
+    (
+        r"\.venv/bin/dalle-dist serve runs/demo/release",
+        r"\g<0> --port $PORT & "
+        r"until python -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1])' "
+        r"http://127.0.0.1:$PORT/ 2> waits; do kill -0 $!; sleep 1; done; "
+        r"kill -INT $!; wait $! || test $? = 130",
+    ),
     (r"python -c 'from dalle_dist import .*", r"\g<0> && test -s heart.png"),
     (r"dalle-dist data build FOLDER data/mine", r"dalle-dist data build images data/mine"),
     (r"dalle-dist data inspect data/mine .*", r"\g<0>"),

@@ -17,6 +17,7 @@ VERBS = [
     ["encode"],
     ["train"],
     ["generate"],
+    ["serve"],
     ["convert"],
     ["report"],
     ["config"],

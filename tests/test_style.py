@@ -29,6 +29,7 @@ FLOORS = [
     ["checkpoint"],
     ["clip"],
     ["generate"],
+    ["serve"],
     ["metrics"],
     ["evaluation"],
     ["train"],

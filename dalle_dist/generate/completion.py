@@ -25,11 +25,7 @@ from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 
 def kept_rows(tokenizer: ImageTokenizer, image: Image.Image, rows: int) -> Kept:
     """The first rows of tokens. Raises UserError: not fewer rows than the image has."""
-    if not 0 < rows < tokenizer.grid:
-        raise UserError(f"--rows: {rows} is not in 1 to {tokenizer.grid - 1}")
-    keep_GG = torch.zeros(tokenizer.grid, tokenizer.grid, dtype=torch.bool)
-    keep_GG[:rows] = True
-    return _kept(tokenizer, image, keep_GG)
+    return kept_tokens(tokenizer, image, first_rows(tokenizer, rows))
 
 
 def kept_region(tokenizer: ImageTokenizer, image: Image.Image, mask: Image.Image) -> Kept:
@@ -38,7 +34,28 @@ def kept_region(tokenizer: ImageTokenizer, image: Image.Image, mask: Image.Image
     Raises:
         UserError: other proportions, or all or none of the tokens are kept.
     """
-    (width, height), (across, down) = image.size, mask.size
+    return kept_tokens(tokenizer, image, white_tokens(tokenizer, image.size, mask))
+
+
+def kept_tokens(tokenizer: ImageTokenizer, image: Image.Image, keep_GG: Tensor) -> Kept:
+    """The tokens of an image's centred square that are True in `keep_GG`."""
+    pixels_HWC = torch.from_numpy(np.array(centre(on_white(image), tokenizer.image_size)))
+    codes_1N = tokenizer.encode(pixels_HWC.permute(2, 0, 1)[None].float() / 255).cpu()
+    return Kept(torch.where(keep_GG.flatten(), codes_1N[0], FREE))
+
+
+def first_rows(tokenizer: ImageTokenizer, rows: int) -> Tensor:
+    """keep_GG of `kept_rows`, and its error; the image is not needed."""
+    if not 0 < rows < tokenizer.grid:
+        raise UserError(f"--rows: {rows} is not in 1 to {tokenizer.grid - 1}")
+    keep_GG = torch.zeros(tokenizer.grid, tokenizer.grid, dtype=torch.bool)
+    keep_GG[:rows] = True
+    return keep_GG
+
+
+def white_tokens(tokenizer: ImageTokenizer, size: tuple[int, int], mask: Image.Image) -> Tensor:
+    """keep_GG of `kept_region` for an image of `size` (width, height), and its errors."""
+    (width, height), (across, down) = size, mask.size
     # A mask's side may be rounded to whole pixels.
     if abs(width * down - height * across) > max(width, height):
         raise UserError(
@@ -54,7 +71,7 @@ def kept_region(tokenizer: ImageTokenizer, image: Image.Image, mask: Image.Image
             f"--keep-mask: keeps {what} of the {tokenizer.grid} x {tokenizer.grid} tokens; white "
             "is kept, black is to be generated"
         )
-    return _kept(tokenizer, image, keep_GG)
+    return keep_GG
 
 
 def read_image(path: str) -> Image.Image:
@@ -71,9 +88,3 @@ def _square(mask: Image.Image, size: int) -> Image.Image:
     square = centre(black_or_white, min(mask.size))
     filter_ = Image.Resampling.NEAREST if square.width < size else Image.Resampling.BOX
     return square.resize((size, size), filter_)
-
-
-def _kept(tokenizer: ImageTokenizer, image: Image.Image, keep_GG: Tensor) -> Kept:
-    pixels_HWC = torch.from_numpy(np.array(centre(on_white(image), tokenizer.image_size)))
-    codes_1N = tokenizer.encode(pixels_HWC.permute(2, 0, 1)[None].float() / 255).cpu()
-    return Kept(torch.where(keep_GG.flatten(), codes_1N[0], FREE))
