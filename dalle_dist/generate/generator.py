@@ -190,7 +190,7 @@ class Generator:
             codes_N = settings.kept.codes_N.to(self._device())
             kept_BN = codes_N.expand(len(wanted), -1)
         if window is None:
-            window = best_window(self.model, len(wanted), settings.sampling)
+            window = best_window(self._device(), len(wanted), settings.sampling)
         return sample_codes(
             self.model,
             torch.stack([texts[prompt] for prompt, _ in wanted]),

@@ -19,12 +19,19 @@ from torch import Tensor
 
 from dalle_dist.generate.sampler import FREE, Draw, choose
 from dalle_dist.generate.sampling_options import Sampling
-from dalle_dist.transformer.model import Transformer
 
 
-def best_window(model: Transformer, samples: int, sampling: Sampling) -> int:
-    """The window that is quickest for a batch of `samples`; 1 where none is."""
-    return 16 if samples <= 8 else 1
+# Rows of a matrix product that cost hardly more than one, since loading the weights takes longer:
+# measured on CPUs (docs/log.md); of a GPU's floors for bytes and FLOP, and not measured.
+CHEAP_ROWS = {"cpu": 32, "cuda": 256}
+LARGEST, SMALLEST = 16, 4  # windows beyond which few guesses are right, and which gain nothing
+
+
+def best_window(device: torch.device, samples: int, sampling: Sampling) -> int:
+    """The window that is about the quickest for a batch of `samples`; 1: one by one."""
+    rows = samples * (2 if sampling.guided else 1)
+    window = min(LARGEST, CHEAP_ROWS.get(device.type, 1) // rows)
+    return window if window >= SMALLEST else 1
 
 
 @dataclass(frozen=True)

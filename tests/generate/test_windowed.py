@@ -8,7 +8,7 @@ from benchmarks import generate as benchmark
 from dalle_dist.generate.noise import gumbel
 from dalle_dist.generate.sampler import FREE, Draw, choose, sample_codes
 from dalle_dist.generate.sampling_options import Sampling
-from dalle_dist.generate.windowed import Windows, sample_windows
+from dalle_dist.generate.windowed import Windows, best_window, sample_windows
 from dalle_dist.text_tokenizer.protocol import PAD
 
 SAME = torch.zeros(2, 16).long()
@@ -111,6 +111,18 @@ def test_the_benchmark_times_windows_of_equal_tokens(monkeypatch):
     monkeypatch.setattr(benchmark, "sample_windows", lambda draw, window: Windows(0 * SAME, 1))
     with pytest.raises(SystemExit, match="tokens differ"):
         benchmark.windows(build(), 2, rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("device", "samples", "guidance", "window"),
+    [
+        ("cpu", 1, 1, 16), ("cpu", 1, 2, 16), ("cpu", 4, 1, 8), ("cpu", 8, 1, 4), ("cpu", 8, 2, 1),
+        ("cpu", 64, 1, 1), ("cuda", 8, 2, 16), ("cuda", 64, 1, 4), ("cuda", 512, 1, 1),
+        ("mps", 1, 1, 1),
+    ],
+)  # fmt: skip
+def test_windows_are_for_few_images(device, samples, guidance, window):
+    assert best_window(torch.device(device), samples, Sampling(guidance=guidance)) == window
 
 
 def test_a_window_of_nothing_is_named():
