@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import torch
 import torch.nn.functional as F
 from dalle_kernels.masks import AttentionMask
-from dalle_kernels.sparse_attention import DecodeCache, WindowCache, sparse_attention
+from dalle_kernels.sparse_attention import BlockCache, DecodeCache, sparse_attention
 from torch import Tensor, nn
 
 from dalle_dist.config import HEAD_DIM
@@ -22,7 +22,7 @@ from dalle_dist.precision.scaled_branch import scaled_branch
 from dalle_dist.precision.scales import BlockScale, BlockScales
 from dalle_dist.transformer.embeddings import LayerNorm
 
-Cache = DecodeCache | WindowCache
+Cache = DecodeCache | BlockCache
 
 
 class Resblock(nn.Module, ABC):

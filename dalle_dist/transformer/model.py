@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from dalle_kernels.sparse_attention import DecodeCache, WindowCache
+from dalle_kernels.sparse_attention import BlockCache, DecodeCache
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -99,7 +99,7 @@ class Transformer(nn.Module):
         checks.ids_fit("text", text_CT, self.config.tokenizer.vocab_size)
         masks = layer_masks(self.config.transformer)
         caches: list[Cache] = [
-            DecodeCache(mask, samples) if window is None else WindowCache(mask, samples, window)
+            DecodeCache(mask, samples) if window is None else BlockCache(mask, samples, window)
             for mask in masks
         ]
         x_CSW = self.text_embedding(text_inputs(text_CT))

@@ -2,7 +2,7 @@
 
 sparse_attention(qkv, mask)        attention that skips what an AttentionMask hides
 DecodeCache(mask, samples)         the same for images that are generated token by token
-WindowCache(mask, samples, window) the same for several tokens at once, at positions of their own
+BlockCache(mask, samples, block)   the same for several tokens at once, at positions of their own
 adamw_(param, grad, mean, variance, by)   one AdamW update in place, by AdamWHyperparameters
 pack(x, fmt), unpack(bits, fmt)    Adam's moments in 16 bits
 """
@@ -14,13 +14,13 @@ from dalle_kernels.minifloat import pack, unpack
 
 # The function takes the place of the subpackage of that name as an attribute; what the subpackage
 # holds is still imported by `from dalle_kernels.sparse_attention import ...`.
-from dalle_kernels.sparse_attention import DecodeCache, WindowCache, sparse_attention
+from dalle_kernels.sparse_attention import BlockCache, DecodeCache, sparse_attention
 
 __all__ = [
     "AdamWHyperparameters",
     "AttentionMask",
+    "BlockCache",
     "DecodeCache",
-    "WindowCache",
     "adamw_",
     "pack",
     "sparse_attention",

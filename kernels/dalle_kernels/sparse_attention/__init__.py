@@ -2,6 +2,6 @@
 
 from dalle_kernels.sparse_attention.api import BACKENDS, sparse_attention
 from dalle_kernels.sparse_attention.decode import DecodeCache
-from dalle_kernels.sparse_attention.window import WindowCache
+from dalle_kernels.sparse_attention.decode_block import BlockCache
 
-__all__ = ["BACKENDS", "DecodeCache", "WindowCache", "sparse_attention"]
+__all__ = ["BACKENDS", "BlockCache", "DecodeCache", "sparse_attention"]

@@ -1,15 +1,15 @@
 """Attention of several image tokens per sample at once, each sample at a position of its own.
 
-What a window of guesses needs (`dalle_dist.generate.windowed`): a token's key and value replace
-those of an earlier guess at its position, and samples advance by different numbers of tokens.
+What guesses of tokens need: a token's key and value replace those of an earlier guess at its
+position, and samples advance by different numbers of tokens.
 
-Masks in raster order have a ring with room for the window beyond what a query looks back to, so
+Masks in raster order have a ring with room for the block beyond what a query looks back to, so
 that no guess replaces a key that is still needed. Masks by column keep all columns, and a query
 looks at its own. Positions from the end of the image on are no tokens: they see themselves alone,
 so that a sample that is finished can wait for the others.
 
-Shape suffixes: C captions, B samples of all captions, W positions of the window, H heads, D head
-width, T text tokens, J slots that a query looks at, P positions and the window after the last.
+Shape suffixes: C captions, B samples of all captions, W positions of the block, H heads, D head
+width, T text tokens, J slots that a query looks at, P positions and the block after the last.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from dalle_kernels.masks import AttentionMask
 from dalle_kernels.sparse_attention.caption_text import CaptionCache
 
 
-class WindowCache(CaptionCache):
-    """One layer's keys and values while images are generated `window` tokens at a time.
+class BlockCache(CaptionCache):
+    """One layer's keys and values while images are generated `block` tokens at a time.
 
     Arguments and errors are those of `CaptionCache`.
 
     Args:
-        window: image tokens of a call.
+        block: image tokens of a call.
     """
 
-    def __init__(self, mask: AttentionMask, samples: Sequence[int], window: int) -> None:
+    def __init__(self, mask: AttentionMask, samples: Sequence[int], block: int) -> None:
         super().__init__(mask, samples)
-        if window < 1:
-            raise ValueError(f"window: {window} is below 1")
-        self.window = window
+        if block < 1:
+            raise ValueError(f"block: {block} is below 1")
+        self.block = block
         if mask.rule.by_column:
-            self.slots = mask.image + math.ceil(window / mask.grid) * mask.grid
+            self.slots = mask.image + math.ceil(block / mask.grid) * mask.grid
         else:
-            self.slots = self.span.window + window
+            self.slots = self.span.window + block
 
     def put_text(self, k_CHTD: Tensor, v_CHTD: Tensor) -> None:
         super().put_text(k_CHTD, v_CHTD)
@@ -60,13 +60,13 @@ class WindowCache(CaptionCache):
         than in its last call, and not less; the number of image tokens once it is finished.
 
         Raises:
-            ValueError: another number of positions than the window's, or no text yet.
+            ValueError: another number of positions than the block's, or no text yet.
         """
         self._check_text()
-        if q_BWHD.shape[1] != self.window:
-            raise ValueError(f"q: {q_BWHD.shape[1]} positions are not the window's {self.window}")
-        slot_P, bias_PJ = _tables(self.mask, self.slots, self.window, q_BWHD.device)
-        position_BW = first_B[:, None] + torch.arange(self.window, device=first_B.device)
+        if q_BWHD.shape[1] != self.block:
+            raise ValueError(f"q: {q_BWHD.shape[1]} positions are not the block's {self.block}")
+        slot_P, bias_PJ = _tables(self.mask, self.slots, self.block, q_BWHD.device)
+        position_BW = first_B[:, None] + torch.arange(self.block, device=first_B.device)
         slot_BW, bias_BWJ = slot_P[position_BW], bias_PJ[position_BW]
         sample_B1 = torch.arange(len(first_B), device=first_B.device)[:, None]
         self.k_BHJD[sample_B1, :, slot_BW] = k_BWHD
@@ -116,10 +116,10 @@ def _slot(mask: AttentionMask, slots: int, position: int) -> int:
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _tables(
-    mask: AttentionMask, slots: int, window: int, device: torch.device
+    mask: AttentionMask, slots: int, block: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """slot_P of each position; bias_PJ: 0 where a slot that it looks at may be seen, else -inf."""
-    positions = range(mask.image + window)
+    positions = range(mask.image + block)
     slot_P = torch.tensor([_slot(mask, slots, p) for p in positions])
     shown = mask.grid if mask.rule.by_column else slots
     bias_PJ = torch.full((len(positions), shown), -torch.inf)

@@ -7,7 +7,7 @@ import torch
 from dalle_kernels.masks import MASKS, AttentionMask, variants
 from dalle_kernels.sparse_attention import reference
 from dalle_kernels.sparse_attention.decode import DecodeCache
-from dalle_kernels.sparse_attention.window import WindowCache
+from dalle_kernels.sparse_attention.decode_block import BlockCache
 from decoding import nan_memory
 
 uninitialised_memory_is_nan = pytest.fixture(autouse=True)(nan_memory)
@@ -30,7 +30,7 @@ def put_text(cache, qkv):
 def guessed(mask, samples, window, prefix=0):
     """Outputs of windows that hold the tokens up to the first wrong guess, and noise after it."""
     qkv, exact = sequences(mask, samples)
-    cache = WindowCache(mask, samples, window)
+    cache = BlockCache(mask, samples, window)
     put_text(cache, qkv)
     image = torch.nn.functional.pad(qkv[:, mask.text :], (0, 0) * 3 + (0, window))
     found = exact.clone().zero_()
@@ -67,7 +67,7 @@ def test_both_caches_go_on_from_a_prefix_that_samples_share(kind, prefix, window
     qkv, _ = sequences(mask, samples)
     qkv[1, mask.text : mask.text + prefix] = qkv[0, mask.text : mask.text + prefix]
     exact = reference.attention(qkv, mask)[:, mask.text :]
-    cache = DecodeCache(mask, samples) if window is None else WindowCache(mask, samples, window)
+    cache = DecodeCache(mask, samples) if window is None else BlockCache(mask, samples, window)
     put_text(cache, qkv)
     shared = qkv[[0, 2], mask.text : mask.text + prefix, 1:].permute(2, 0, 3, 1, 4)
     cache.put_prefix(*shared)
@@ -85,7 +85,7 @@ def test_as_exact_as_plain_torch(kind, dtype):
     mask = AttentionMask(kind, 9, 6, kernel=5)
     qkv, exact = sequences(mask, [2, 2])
     plain = reference.attention(qkv.to(dtype), mask)[:, mask.text :]
-    cache = WindowCache(mask, [2, 2], 4)
+    cache = BlockCache(mask, [2, 2], 4)
     put_text(cache, qkv.to(dtype))
     found = [
         cache.extend(torch.full((4,), p), *qkv[:, mask.text + p :][:, :4].to(dtype).unbind(2))
@@ -106,7 +106,7 @@ def test_as_exact_as_plain_torch(kind, dtype):
     ],
 )
 def test_bytes_at_the_papers_shape(kind, variant, slots):
-    cache = WindowCache(AttentionMask(kind, 256, 32, variant), [4, 4], 16)
+    cache = BlockCache(AttentionMask(kind, 256, 32, variant), [4, 4], 16)
     text = torch.zeros(2, 3, 256, 64, dtype=torch.float16)
     cache.put_text(text, text)
     assert cache.nbytes == 2 * 3 * 64 * 2 * 2 * (256 + 4 * slots)
@@ -114,13 +114,13 @@ def test_bytes_at_the_papers_shape(kind, variant, slots):
 
 def test_arguments_that_do_not_fit_are_named():
     mask, first = AttentionMask("row", 2, 3), torch.zeros(1).long()
-    with pytest.raises(ValueError, match=r"^window: 0 is below 1"):
-        WindowCache(mask, [1], 0)
-    cache, block = WindowCache(mask, [1], 2), torch.zeros(1, 2, 1, 8)
+    with pytest.raises(ValueError, match=r"^block: 0 is below 1"):
+        BlockCache(mask, [1], 0)
+    cache, block = BlockCache(mask, [1], 2), torch.zeros(1, 2, 1, 8)
     with pytest.raises(ValueError, match=r"^text: none is there"):
         cache.extend(first, block, block, block)
     put_text(cache, torch.zeros(1, 2, 3, 1, 8))
-    with pytest.raises(ValueError, match=r"^q: 1 positions are not the window's 2"):
+    with pytest.raises(ValueError, match=r"^q: 1 positions are not the block's 2"):
         cache.extend(first, *[block[:, :1]] * 3)
     with pytest.raises(ValueError, match=r"^prefix: 10 tokens are not 0 to 9"):
         cache.put_prefix(*torch.zeros(2, 1, 1, 10, 8))
