@@ -33,6 +33,7 @@ FLOORS = [
     ["evaluation"],
     ["train"],
     ["report"],
+    ["evaluate"],
     ["cli"],
     ["__main__"],
 ]
