@@ -12,6 +12,8 @@ from dalle_dist.evaluate.figures import Figure
 from dalle_dist.evaluate.paper import PUBLISHED, label
 
 COLUMNS = 3  # plots side by side
+ACROSS = {"blur": "blur radius, pixels", "candidates": "best of so many candidates"}
+TITLES = {"blur": "blur radius", "candidates": "candidates"}
 DISTANCES, SCORE, CLIP = ("FID", "FD (CLIP)"), "inception score", "CLIP score"
 
 
@@ -19,7 +21,7 @@ DISTANCES, SCORE, CLIP = ("FID", "FD (CLIP)"), "inception score", "CLIP score"
 class Panel:
     """One plot: `curves` are {label: {x: y}}, those of the paper dashed."""
 
-    title: str
+    name: str
     across: str
     curves: dict[str, dict[float, float]] = field(default_factory=dict)
 
@@ -56,16 +58,16 @@ def chart(shown: Sequence[Panel]) -> Image.Image:
             axes.plot(*zip(*points.items(), strict=True), style, marker="o", label=name)
         if panel.across == "candidates":
             axes.set_xscale("log", base=2)
-        axes.set_title(panel.title, fontsize=10)
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        if panel.name in DISTANCES:
+            axes.set_ylim(bottom=0)  # differences that are small beside a distance look so
+        axes.set_title(f"{panel.name} by {TITLES[panel.across]}", fontsize=10)
         axes.set_xlabel(ACROSS[panel.across])
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png")
     return Image.open(buffer)
-
-
-ACROSS = {"blur": "blur radius, pixels", "candidates": "best of so many candidates"}
 
 
 def _panel(figures: Sequence[Figure], name: str, across: str) -> Panel:
@@ -75,13 +77,16 @@ def _panel(figures: Sequence[Figure], name: str, across: str) -> Panel:
         kept = [f for f in figures if f.name == name and f.candidates == most]
     else:
         kept = [f for f in figures if f.name == name and f.candidates and not f.blur]
-    panel = Panel(f"{name} by {'blur radius' if across == 'blur' else 'candidates'}", across)
+    panel = Panel(name, across)
     points = {float(getattr(f, across) or 0): f.value for f in kept}
     if points:
         panel.curves["this evaluation"] = points
     halves = {float(f.blur or 0): f.halves for f in kept if f.halves is not None}
     if halves and across == "blur":
         panel.curves["two halves of the reference"] = halves
+    for figure in figures:
+        if figure.name == f"{name} of the true images":
+            panel.curves["true images"] = dict.fromkeys(points, figure.value)
     return panel
 
 

@@ -38,7 +38,7 @@ class Figure:
     def title(self) -> str:
         """The name with what tells it from other figures of this name."""
         best = "" if self.candidates in (None, 1) else f", best of {self.candidates}"
-        blur = "" if self.blur is None else f", blur {self.blur:g}"
+        blur = "" if not self.blur else f", blur {self.blur:g}"
         return f"{self.name}{best}{blur}"
 
     @property

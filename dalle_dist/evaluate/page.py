@@ -19,6 +19,10 @@ from dalle_dist.report.page import Section, page
 CAPTIONS, SHOWN = 24, 4  # of the table of pictures: rows, and generated images of each
 BLOCKS = 3  # of rows side by side
 PAIRS = 24  # images that are shown with their reconstructions
+HALVES = (
+    "what so few images make by themselves, of half as many each: a figure of all images may lie "
+    "below, the more so as the captions are those of the reference images"
+)
 
 
 def html(
@@ -34,7 +38,8 @@ def html(
         sections.append(_pictures(subject, samples))
     shown = panels(figures, subject.options.candidates, subject.options.named)
     if shown:
-        sections.append(Section("Curves, beside the paper's", image=chart(shown)))
+        note = [("two halves of the reference", HALVES)]
+        sections.append(Section("Curves, beside the paper's", note, chart(shown)))
     sections.append(Section("Figures", table(figures)))
     if any(figure.name == "FID" for figure in figures):
         sections.append(_published(subject))
