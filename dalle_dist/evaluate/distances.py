@@ -135,15 +135,17 @@ class Distances:
                 f"{path}: moments of {len(found.gaussian.mean_D)} features, {self.network.name} "
                 f"has {self.network.dim}"
             )
+        of = "" if found.gaussian.count is None else f" of {found.gaussian.count} images"
         unknown = "" if found.setting else ", which states no setting"
-        self._references[radius] = found.gaussian, None, f"moments in {path}{unknown}"
+        self._references[radius] = found.gaussian, found.halves, f"moments{of} in {path}{unknown}"
 
     def _measured(self, radius: float, features_NV: Tensor, source: str) -> None:
-        gaussian = gaussian_of(features_NV)
-        self._references[radius] = gaussian, halves_check(features_NV), source
+        gaussian, halves = gaussian_of(features_NV), halves_check(features_NV)
+        self._references[radius] = gaussian, halves, source
         if self._kept is not None:
             path = storage.join(self._kept, self._name(radius))
-            save_reference(path, gaussian, Setting.of(self.network, self._preparation, radius))
+            setting = Setting.of(self.network, self._preparation, radius)
+            save_reference(path, gaussian, setting, halves)
 
 
 def gaussian_of(features_NV: Tensor) -> Gaussian:

@@ -55,7 +55,7 @@ class Samples:
         """One candidate of each of these captions, prepared for a comparison."""
         codes_BN = torch.stack(
             [
-                self._candidates(caption).codes_BN[candidate]
+                self._candidates.codes(caption, candidate)
                 for caption, candidate in zip(captions, candidates, strict=True)
             ]
         )

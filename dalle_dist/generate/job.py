@@ -144,6 +144,13 @@ class Candidates:
         codes, scores = zip(*parts, strict=True)
         return Batch(torch.cat(codes), None if scores[0] is None else torch.cat(scores))
 
+    def codes(self, prompt: int, index: int) -> Tensor:
+        """codes_N of one candidate, for which one batch is read."""
+        number, size = prompt * self._job.request.candidates + index, self._job.batch_size
+        start = number // size * size
+        whole = range(start, min(start + size, len(self._job.request)))
+        return self._batch(_digest(self._job, whole)).codes_BN[number - start]
+
     def _batch(self, digest: str) -> Batch:
         if self._last is None or self._last[0] != digest:
             self._last = digest, self._store.read(digest)

@@ -178,7 +178,9 @@ def test_kept_moments_take_the_place_of_the_images(place, whole, tmp_path, capsy
     again, lines = alone(place, tmp_path / "b", reference=kept)
     assert again == pytest.approx(first, rel=1e-5)
     notes = {line["note"] for line in lines if line["name"] == "FID"}
-    assert all("moments in" in note for note in notes)
+    assert all("moments of 20 images in" in note for note in notes)
+    halves = [line["halves"] for line in table(whole)[1]]
+    assert [line["halves"] for line in lines] == halves
     one = f"{kept}/fid-blur-0.safetensors"
     with pytest.raises(Exception, match="measured with preparation"):
         alone(place, tmp_path / "c", reference=one, size=12)
