@@ -17,6 +17,7 @@ VERBS = [
     ["encode"],
     ["train"],
     ["generate"],
+    ["evaluate"],
     ["convert"],
     ["report"],
     ["config"],

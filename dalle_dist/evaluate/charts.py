@@ -12,8 +12,16 @@ from dalle_dist.evaluate.figures import Figure
 from dalle_dist.evaluate.paper import PUBLISHED, label
 
 COLUMNS = 3  # plots side by side
+OURS, HALVES, TRUE = "this evaluation", "two halves of the reference", "true images"
 ACROSS = {"blur": "blur radius, pixels", "candidates": "best of so many candidates"}
 TITLES = {"blur": "blur radius", "candidates": "candidates"}
+COLOURS = {  # the same in all plots
+    OURS: "C0",
+    HALVES: "C7",
+    TRUE: "C7",
+    PUBLISHED["coco"].name: "C1",
+    PUBLISHED["cub"].name: "C2",
+}
 DISTANCES, SCORE, CLIP = ("FID", "FD (CLIP)"), "inception score", "CLIP score"
 
 
@@ -55,12 +63,17 @@ def chart(shown: Sequence[Panel]) -> Image.Image:
         axes = canvas.add_subplot(rows, columns, i + 1)
         for name, points in panel.curves.items():
             style = "--" if name.startswith("paper") else "-"
-            axes.plot(*zip(*points.items(), strict=True), style, marker="o", label=name)
+            color = COLOURS[name.partition(" (")[0]]
+            axes.plot(
+                *zip(*points.items(), strict=True), style, color=color, marker="o", label=name
+            )
         if panel.across == "candidates":
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         if panel.name in DISTANCES:
-            axes.set_ylim(bottom=0)  # differences that are small beside a distance look so
+            # From 0, so that a difference that is small beside the distance looks small.
+            most = max(max(points.values()) for points in panel.curves.values())
+            axes.set_ylim(0, 1.1 * most or None)
         axes.set_title(f"{panel.name} by {TITLES[panel.across]}", fontsize=10)
         axes.set_xlabel(ACROSS[panel.across])
         axes.grid(alpha=0.3)
@@ -80,13 +93,13 @@ def _panel(figures: Sequence[Figure], name: str, across: str) -> Panel:
     panel = Panel(name, across)
     points = {float(getattr(f, across) or 0): f.value for f in kept}
     if points:
-        panel.curves["this evaluation"] = points
+        panel.curves[OURS] = points
     halves = {float(f.blur or 0): f.halves for f in kept if f.halves is not None}
     if halves and across == "blur":
-        panel.curves["two halves of the reference"] = halves
+        panel.curves[HALVES] = halves
     for figure in figures:
         if figure.name == f"{name} of the true images":
-            panel.curves["true images"] = dict.fromkeys(points, figure.value)
+            panel.curves[TRUE] = dict.fromkeys(points, figure.value)
     return panel
 
 
