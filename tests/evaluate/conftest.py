@@ -16,16 +16,17 @@ from dalle_dist.config import load
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.transformer.model import Transformer
 
-CAPTIONS = tiny_run.CAPTIONS[:20]
+# More than a chunk of images, and some captions twice.
+CAPTIONS = tiny_run.CAPTIONS + tiny_run.CAPTIONS[:6]
 
 
 class Inception(nn.Module):
-    """The convention of `inception-2015-12-05.pt`, with 24 features and 12 classes."""
+    """The convention of `inception-2015-12-05.pt`, with 72 features and 12 classes."""
 
     def forward(self, img, return_features: bool = False, no_output_bias: bool = False):
         x = img.to(torch.float32) / 255
         parts = [x.mean((2, 3)), x.std((2, 3)), (x[:, :, 1:] - x[:, :, :-1]).abs().mean((2, 3))]
-        features = torch.cat(parts, 1).repeat(1, 3)[:, :24]
+        features = torch.cat(parts, 1).repeat(1, 8)
         return features if return_features else (20 * features[:, :12]).softmax(1)
 
 
@@ -46,7 +47,7 @@ def place(tmp_path_factory):
     weights = {name: 0.3 * torch.randn(values.shape) for name, values in state.items()}
     dvae = f"{config.paths.dvae_run}/release"
     save_release(str(folder / "release"), config, weights, config.paths.tokenizer, dvae)
-    with ShardWriter(str(folder / "data/held-out"), "images", {}, samples_per_shard=9) as writer:
+    with ShardWriter(str(folder / "data/held-out"), "images", {}, samples_per_shard=30) as writer:
         for i, caption in enumerate(CAPTIONS):
             writer.write(f"{i:03d}", {"png": picture(i), "txt": caption.encode()})
     for seed, name in enumerate(("clip", "judge")):

@@ -18,13 +18,15 @@ from dalle_dist.evaluate.distances import gaussian_of
 from dalle_dist.evaluate.options import Options
 from dalle_dist.evaluate.run import evaluate
 from dalle_dist.evaluation import inception
+from dalle_dist.evaluation.blur import blur
 from dalle_dist.evaluation.frechet import frechet_distance
 from dalle_dist.evaluation.prepare import stack
 from dalle_dist.image_tokenizer.dvae import DVAETokenizer
+from dalle_dist.metrics.identification import identify, summary
 from dalle_dist.testing import run_distributed
 
 pytestmark = pytest.mark.filterwarnings("ignore:guidance")
-N, FEATURES, CLASSES = 4, 24, 12
+N, COUNT, FEATURES, CLASSES = 4, 70, 72, 12
 
 
 def options(place, out, **changed):
@@ -122,7 +124,7 @@ def test_ranks_batches_and_an_end_midway_change_no_figure(place, whole, tmp_path
         Generator, "codes", lambda *given: calls.append(len(given[1])) or codes(*given)
     )
     alone(place, tmp_path / "cut", batch_size=16)
-    assert sum(calls) == N * 20, "nothing was sampled twice"
+    assert sum(calls) == N * COUNT, "nothing was sampled twice"
     assert (tmp_path / "cut/figures.csv").read_bytes() == expected
 
 
@@ -135,17 +137,27 @@ def test_curves_are_those_of_brute_force(place, whole):
     made = [sample.image for sample in generator.generate(captions, n=N)]
     scores = clip.score(made, [caption for caption in captions for _ in range(N)]).view(-1, N)
     network = torch.jit.load(str(place / "inception.pt"))
-    boxed = [data.image(i).resize((8, 8), Image.Resampling.BOX) for i in range(len(data))]
-    true = stack(boxed)
-    reference = gaussian_of(network(true, return_features=True))
+    true = [data.image(i).resize((8, 8), Image.Resampling.BOX) for i in range(len(data))]
+
+    def distance(images, radius):
+        pixels = [stack([blur(image, radius) for image in part]) for part in (true, images)]
+        with pytest.warns(UserWarning, match="full rank"):
+            return frechet_distance(
+                *(gaussian_of(network(part, return_features=True)) for part in pixels)
+            )
+
     for n in (1, 2, 4):
         best = [made[c * N + int(scores[c, :n].argmax())] for c in range(len(captions))]
         score = judge.score(best, captions).mean().item()
         assert found["CLIP score", str(n), "", "CLIP"] == pytest.approx(score, rel=1e-4)
-        features = gaussian_of(network(stack(best), return_features=True))
-        with pytest.warns(UserWarning, match="full rank"):
-            distance = frechet_distance(reference, features)
-        assert found["FID", str(n), "0", "Inception"] == pytest.approx(distance, rel=1e-4)
+        assert found["FID", str(n), "0", "Inception"] == pytest.approx(distance(best, 0), rel=1e-4)
+    for radius in (1, 8):
+        value = found["FID", "4", str(radius), "Inception"]
+        assert value == pytest.approx(distance(best, radius), rel=1e-4)
+    ranks = identify(stack(best), stack(true))
+    assert found["identification R@10", "4", "", ""] == pytest.approx(
+        summary(ranks)["r10"], rel=1e-5
+    )
 
 
 def test_the_set_against_itself_is_at_no_distance(place, tmp_path, monkeypatch):
@@ -178,7 +190,7 @@ def test_kept_moments_take_the_place_of_the_images(place, whole, tmp_path, capsy
     again, lines = alone(place, tmp_path / "b", reference=kept)
     assert again == pytest.approx(first, rel=1e-5)
     notes = {line["note"] for line in lines if line["name"] == "FID"}
-    assert all("moments of 20 images in" in note for note in notes)
+    assert all("moments of 70 images in" in note for note in notes)
     halves = [line["halves"] for line in table(whole)[1]]
     assert [line["halves"] for line in lines] == halves
     one = f"{kept}/fid-blur-0.safetensors"
@@ -190,7 +202,7 @@ def test_fewer_captions_are_spread(place, tmp_path):
     _, lines = alone(place, tmp_path, captions=5, candidates=1, rerank=None, clip=None)
     images = {line["name"]: line["images"] for line in lines}
     assert images["FID"] == images["identification R@1"] == "5"
-    assert images["image loss"] == images["rFID"] == "20"
+    assert images["image loss"] == images["rFID"] == str(COUNT)
     page = (tmp_path / "report.html").read_text()
     assert "rerank curves" in page and "paper, COCO (another data set): FID" in page
 
