@@ -59,6 +59,7 @@ class Subject:
         if has_transformer(options.release):
             generator = Generator.load(options.release, device, options.precision)
             settings = generator.settings(options.seed, None, **options.sampling)
+            data.chosen(options.captions)  # its errors before the first image is measured
             tokenizer = generator.image_tokenizer
         else:
             tokenizer = load_release_image_tokenizer(options.release, device)

@@ -11,6 +11,7 @@ from PIL import Image
 from dalle_dist import Generator
 from dalle_dist.cli import main
 from dalle_dist.clip.scorer import CLIPScorer
+from dalle_dist.data import storage
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.distributed import process_group
 from dalle_dist.evaluate.data import Data
@@ -105,8 +106,6 @@ def test_ranks_batches_and_an_end_midway_change_no_figure(place, whole, tmp_path
     expected = (whole / "figures.csv").read_bytes()
     run_distributed(on_ranks, 2, options(place, tmp_path / "ranks"))
     assert (tmp_path / "ranks/figures.csv").read_bytes() == expected
-    alone(place, tmp_path / "batches", batch_size=7)
-    assert (tmp_path / "batches/figures.csv").read_bytes() == expected
 
     codes, calls = Generator.codes, []
 
@@ -215,6 +214,22 @@ def test_the_report_shows_captions_curves_and_figures(whole):
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
+def test_a_judge_that_chose_is_called_so(place, whole, tmp_path):
+    _, lines = alone(place, tmp_path, score_clip=None, captions=5, candidates=2, inception=None)
+    notes = [line["note"] for line in lines if line["name"] == "CLIP score"]
+    assert notes == ["", "by the CLIP that chose the images: biased upwards"]
+    assert not any("chose" in line["note"] for line in table(whole)[1])
+
+
+def test_an_evaluation_on_s3(place, bucket):
+    out = f"{bucket}/out"
+    few = options(place, out, captions=5, candidates=1, rerank=None, clip=None, inception=None)
+    for _ in range(2):  # the second finds the first one's candidates
+        evaluate(few, process_group.init())
+    names = storage.list_files(out)
+    assert names[1:] == ["figures.csv", "report.html"] and names[0].startswith("candidates/")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -243,6 +258,10 @@ def test_damaged_images_and_foreign_folders_are_refused(place, tmp_path, capsys)
     words = ["evaluate", f"{place}/release", f"{tmp_path}/data", "-o"]
     assert main([*words, f"{tmp_path}/out"]) == 2
     assert "broken cannot be decoded" in capsys.readouterr().err
+    with ShardWriter(str(tmp_path / "mute"), "images", {}) as writer:
+        writer.write("broken", {"png": b"not looked at", "txt": b" "})
+    assert main(["evaluate", f"{place}/release", f"{tmp_path}/mute", "-o", f"{tmp_path}/out"]) == 2
+    assert "all captions are empty" in capsys.readouterr().err
     (tmp_path / "notes.txt").write_text("mine")
     assert main([*words, str(tmp_path)]) == 2
     assert "not of an evaluation" in capsys.readouterr().err
