@@ -17,7 +17,9 @@ from dalle_dist.distributed import process_group
 from dalle_dist.evaluate.data import Data
 from dalle_dist.evaluate.distances import gaussian_of
 from dalle_dist.evaluate.options import Options
+from dalle_dist.evaluate.rows import gathered
 from dalle_dist.evaluate.run import evaluate
+from dalle_dist.evaluate.samples import Samples
 from dalle_dist.evaluation import inception
 from dalle_dist.evaluation.blur import blur
 from dalle_dist.evaluation.frechet import frechet_distance
@@ -77,7 +79,8 @@ def whole(place, tmp_path_factory):
 
 def on_ranks(ranks, chosen):
     small_inception(setattr)
-    return [figure.value for figure in evaluate(chosen, ranks)]
+    evaluate(chosen, ranks)
+    return gathered(ranks, 20, lambda part: torch.tensor([[i] for i in part]), 3).flatten().tolist()
 
 
 def test_all_measures_are_there(whole):
@@ -104,7 +107,8 @@ def test_all_measures_are_there(whole):
 
 def test_ranks_batches_and_an_end_midway_change_no_figure(place, whole, tmp_path, monkeypatch):
     expected = (whole / "figures.csv").read_bytes()
-    run_distributed(on_ranks, 2, options(place, tmp_path / "ranks"))
+    rows = run_distributed(on_ranks, 2, options(place, tmp_path / "ranks"))
+    assert rows == [list(range(20)), []]
     assert (tmp_path / "ranks/figures.csv").read_bytes() == expected
 
     codes, calls = Generator.codes, []
@@ -179,6 +183,17 @@ def test_the_set_against_itself_is_at_no_distance(place, tmp_path, monkeypatch):
     assert names["LPIPS of reconstructions"] == 0 and names["SSIM of reconstructions"] == 1
     assert "FID" not in names and "image loss" not in names
     assert "all of generated images" in (tmp_path / "report.html").read_text()
+
+
+def test_true_images_in_place_of_samples_are_at_no_distance(place, tmp_path, monkeypatch):
+    def true(self, captions, candidates):
+        return [self._subject.true(self.numbers[caption]) for caption in captions]
+
+    monkeypatch.setattr(Samples, "images", true)
+    found, _ = alone(place, tmp_path, candidates=1, rerank=None)
+    assert [value for (name, *_), value in found.items() if name == "identification R@1"] == [1]
+    distances = [value for (name, *_), value in found.items() if name in ("FID", "FD (CLIP)")]
+    assert len(distances) == 10 and max(distances) < 1e-9
 
 
 def test_kept_moments_take_the_place_of_the_images(place, whole, tmp_path, capsys):
