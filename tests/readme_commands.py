@@ -81,6 +81,10 @@ TRIES = [
     (r"torchrun --nproc-per-node 8 (.* train mine\.yaml .*)", r"torchrun --nproc-per-node 2 \1"),
     (r"dalle-dist train emoji", r"\g<0> $SMALL paths.run=runs/alone"),
     (
+        r"(dalle-dist evaluate) RELEASE DATA",
+        r"\1 runs/demo/release data/emoji --clip runs/mine-clip/release --captions 8",
+    ),
+    (
         r"deepspeed (.* train emoji)",
         r"deepspeed --master_port $PORT \1 $SMALL paths.run=runs/deepspeed",
     ),

@@ -18,6 +18,7 @@ VERBS = [
     ["train"],
     ["generate"],
     ["serve"],
+    ["evaluate"],
     ["convert"],
     ["report"],
     ["config"],

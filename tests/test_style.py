@@ -34,6 +34,7 @@ FLOORS = [
     ["evaluation"],
     ["train"],
     ["report"],
+    ["evaluate"],
     ["cli"],
     ["__main__"],
 ]

@@ -118,6 +118,16 @@ def load_release(folder: str | os.PathLike[str], device: torch.device | str = "c
     return Release(config, tokenizer, image_tokenizer, transformer, fingerprint(state))
 
 
+def has_transformer(folder: str) -> bool:
+    """Whether a release folder is a whole model's, and not that of an image tokenizer alone."""
+    return storage.exists(storage.join(folder, TRANSFORMER_FILE))
+
+
+def load_release_image_tokenizer(folder: str, device: torch.device | str = "cpu") -> ImageTokenizer:
+    """The image tokenizer of any release folder. Raises CheckpointError: no release there."""
+    return load_image_tokenizer(_read_config(folder).image_tokenizer.kind, folder, device)
+
+
 def _read_config(folder: str) -> Config:
     path = storage.join(folder, CONFIG)
     # A run has a config too: it is the weights that make a folder a release.

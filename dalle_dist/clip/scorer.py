@@ -38,6 +38,8 @@ class CLIPScorer:
     """A frozen CLIP in fp32; made by `load`.
 
     fingerprint   16 hex digits of the weights, for manifests
+    name          what it sees, for figures and their files
+    dim           number of features
     """
 
     def __init__(
@@ -46,6 +48,9 @@ class CLIPScorer:
         self._model, self._processor, self._tokenizer = model, processor, tokenizer
         self.fingerprint, self._batch = fingerprint, batch
         self._length: int = model.config.text_config.max_position_embeddings
+        self.dim: int = model.config.projection_dim
+        seen = model.config.vision_config
+        self.name = f"CLIP, {seen.image_size} pixels in patches of {seen.patch_size}"
 
     @classmethod
     def load(
@@ -107,7 +112,7 @@ class CLIPScorer:
 
     def _batched(self, features: Callable[[Sequence[Any]], Tensor], items: Sequence[Any]) -> Tensor:
         if not items:
-            return torch.zeros(0, self._model.config.projection_dim, device=self._device)
+            return torch.zeros(0, self.dim, device=self._device)
         starts = range(0, len(items), self._batch)
         parts = [features(items[start : start + self._batch]) for start in starts]
         return normalize(torch.cat(parts).float(), dim=-1)

@@ -50,15 +50,25 @@ class Setting:
 
 @dataclass(frozen=True)
 class Reference:
-    """Moments and their setting, None where the file states none."""
+    """Moments and their setting, None where the file states none.
+
+    halves   `halves_check` of the images that the moments are of, where it was measured
+    """
 
     gaussian: Gaussian
     setting: Setting | None
+    halves: float | None = None
 
 
-def save_reference(path: str, gaussian: Gaussian, setting: Setting) -> None:
-    """Write a safetensors file, local or on S3, whole or not at all. Raises DataError."""
-    note = json.dumps({**asdict(setting), "count": gaussian.count}, sort_keys=True)
+def save_reference(
+    path: str, gaussian: Gaussian, setting: Setting, halves: float | None = None
+) -> None:
+    """Write a safetensors file, local or on S3, whole or not at all. Raises DataError.
+
+    Args:
+        halves: `halves_check` of the images, which moments alone cannot give again.
+    """
+    note = json.dumps({**asdict(setting), "count": gaussian.count, "halves": halves})
     tensors = {"mean": gaussian.mean_D, "covariance": gaussian.covariance_DD}
     save_tensors(path, tensors, {NOTE: note})
 
@@ -77,9 +87,10 @@ def load_reference(path: str, setting: Setting) -> Reference:
     if note is None or tensors.keys() != {"mean", "covariance"}:
         raise DataError(f"{path}: not a file of reference moments")
     found = json.loads(note)
-    count = found.pop("count")
+    count, halves = found.pop("count"), found.pop("halves")
     _refuse_other(path, Setting(**found), setting)
-    return Reference(_gaussian(path, tensors["mean"], tensors["covariance"], count), setting)
+    gaussian = _gaussian(path, tensors["mean"], tensors["covariance"], count)
+    return Reference(gaussian, setting, halves)
 
 
 def _refuse_other(path: str, found: Setting, wanted: Setting) -> None:

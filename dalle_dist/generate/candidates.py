@@ -31,9 +31,9 @@ class Batch:
 class CandidateStore:
     """Batches in a folder inside the call's own, local or remote, each a file by its digest."""
 
-    def __init__(self, out: str) -> None:
-        self._out = out
-        names = storage.list_files(storage.join(out, FOLDER))
+    def __init__(self, out: str, folder: str = FOLDER) -> None:
+        self._folder = storage.join(out, folder)
+        names = storage.list_files(self._folder)
         self._found = {name.partition(".")[0] for name in names}
 
     def __contains__(self, digest: str) -> bool:
@@ -59,7 +59,7 @@ class CandidateStore:
         """What is no longer needed; batches of other calls that were cut off stay."""
         for digest in digests:
             storage.remove(self._path(digest))
-        storage.remove_empty(storage.join(self._out, FOLDER))
+        storage.remove_empty(self._folder)
 
     def _path(self, digest: str) -> str:
-        return storage.join(self._out, FOLDER, f"{digest}.npz")
+        return storage.join(self._folder, f"{digest}.npz")

@@ -70,7 +70,7 @@ def run(job: Job, generator: Generator, ranks: Ranks) -> int:
     check = refuse_other_shards if job.tar else check_folder
     ranks.on_main(lambda: check(job.out))
     store = CandidateStore(job.out)
-    ranks.together(lambda: _sample(job, generator, ranks, store))
+    ranks.together(lambda: sample(job, generator, ranks, store))
     images = _Images(job, generator, store)
     if job.tar:
         shards = ranks.together(lambda: write_shards(job.out, job.request, job.keep, images, ranks))
@@ -99,7 +99,8 @@ def _batches(job: Job) -> list[range]:
     return [range(s, min(s + job.batch_size, len(job.request))) for s in starts]
 
 
-def _sample(job: Job, generator: Generator, ranks: Ranks, store: CandidateStore) -> None:
+def sample(job: Job, generator: Generator, ranks: Ranks, store: CandidateStore) -> None:
+    """This rank's part of the candidates, into the store; what lies there is not sampled again."""
     mine = _batches(job)[ranks.rank :: ranks.world]
     total = sum(len(numbers) for numbers in mine)
     with tqdm(total=total, desc="candidates", unit="image", disable=ranks.rank != 0) as bar:
@@ -127,40 +128,17 @@ def _batch(job: Job, generator: Generator, numbers: range) -> Batch:
     return Batch(codes_BN.cpu(), scores_B)
 
 
-class _Images:
-    """The images that stay, prompt by prompt, best first where they are scored."""
+class Candidates:
+    """What `sample` has put into a store, by all ranks, prompt by prompt."""
 
-    def __init__(self, job: Job, generator: Generator, store: CandidateStore) -> None:
-        self._job, self._generator, self._store = job, generator, store
+    def __init__(self, job: Job, store: CandidateStore) -> None:
+        self._job, self._store = job, store
         self._last: tuple[str, Batch] | None = None
 
-    def __call__(self, prompt: int) -> list[tuple[Entry, Image.Image]]:
-        """(manifest's entry, image) of each that stays of the prompt with this number."""
-        count = self._job.request.candidates
+    def __call__(self, prompt: int) -> Batch:
+        """All candidates of the prompt with this number, in the order of their indices."""
+        count, size = self._job.request.candidates, self._job.batch_size
         numbers = range(prompt * count, (prompt + 1) * count)
-        codes_BN, scores_B = self._read(numbers)
-        order = torch.arange(count)
-        if scores_B is not None:
-            # Stable: of equal scores the lower index.
-            order = scores_B.argsort(descending=True, stable=True)
-        kept = order[: self._job.keep].tolist()
-        images = [
-            image
-            for part in codes_BN[kept].split(DECODED)
-            for image in self._generator.images(part)
-        ]
-        entries = [self._entry(numbers[i], rank, i, scores_B) for rank, i in enumerate(kept)]
-        return list(zip(entries, images, strict=True))
-
-    def _entry(self, number: int, rank: int, own: int, scores_B: Tensor | None) -> Entry:
-        entry = self._job.request.entry(number)
-        if scores_B is None or self._job.scorer is None:
-            return entry
-        scored = {"score": round(scores_B[own].item(), DIGITS), "rank": rank + 1}
-        return entry | scored | {"scored_by": self._job.scorer.fingerprint}
-
-    def _read(self, numbers: range) -> tuple[Tensor, Tensor | None]:
-        size = self._job.batch_size
         parts = []
         for start in range(numbers[0] // size * size, numbers[-1] + 1, size):
             whole = range(start, min(start + size, len(self._job.request)))
@@ -169,9 +147,49 @@ class _Images:
             scores_B = None if batch.scores_B is None else batch.scores_B[inside]
             parts.append((batch.codes_BN[inside], scores_B))
         codes, scores = zip(*parts, strict=True)
-        return torch.cat(codes), None if scores[0] is None else torch.cat(scores)
+        return Batch(torch.cat(codes), None if scores[0] is None else torch.cat(scores))
+
+    def codes(self, prompt: int, index: int) -> Tensor:
+        """codes_N of one candidate, for which one batch is read."""
+        number, size = prompt * self._job.request.candidates + index, self._job.batch_size
+        start = number // size * size
+        whole = range(start, min(start + size, len(self._job.request)))
+        return self._batch(_digest(self._job, whole)).codes_BN[number - start]
 
     def _batch(self, digest: str) -> Batch:
         if self._last is None or self._last[0] != digest:
             self._last = digest, self._store.read(digest)
         return self._last[1]
+
+
+class _Images:
+    """The images that stay, prompt by prompt, best first where they are scored."""
+
+    def __init__(self, job: Job, generator: Generator, store: CandidateStore) -> None:
+        self._job, self._generator = job, generator
+        self._candidates = Candidates(job, store)
+
+    def __call__(self, prompt: int) -> list[tuple[Entry, Image.Image]]:
+        """(manifest's entry, image) of each that stays of the prompt with this number."""
+        count = self._job.request.candidates
+        numbers = range(prompt * count, (prompt + 1) * count)
+        found = self._candidates(prompt)
+        order = torch.arange(count)
+        if found.scores_B is not None:
+            # Stable: of equal scores the lower index.
+            order = found.scores_B.argsort(descending=True, stable=True)
+        kept = order[: self._job.keep].tolist()
+        images = [
+            image
+            for part in found.codes_BN[kept].split(DECODED)
+            for image in self._generator.images(part)
+        ]
+        entries = [self._entry(numbers[i], rank, i, found.scores_B) for rank, i in enumerate(kept)]
+        return list(zip(entries, images, strict=True))
+
+    def _entry(self, number: int, rank: int, own: int, scores_B: Tensor | None) -> Entry:
+        entry = self._job.request.entry(number)
+        if scores_B is None or self._job.scorer is None:
+            return entry
+        scored = {"score": round(scores_B[own].item(), DIGITS), "rank": rank + 1}
+        return entry | scored | {"scored_by": self._job.scorer.fingerprint}

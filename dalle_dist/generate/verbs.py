@@ -58,12 +58,7 @@ def _add_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--rerank", metavar="CLIP", help="score images by this folder's CLIP; the best come first"
     )
-    for name, kind, meaning in keys_of(SamplingConfig):
-        choices = get_args(kind) or None
-        help_ = f"{meaning.description} (default: the release's)"
-        verb.add_argument(flag(name), type=str if choices else kind, choices=choices, help=help_)
-    verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--batch-size", type=int, default=64, help="images generated at once")
+    add_sampling(verb)
     verb.add_argument(
         "--window",
         type=int,
@@ -71,12 +66,22 @@ def _add_options(verb: argparse.ArgumentParser) -> None:
         "is quickest for the batch)",
     )
     verb.add_argument(
-        "--precision", choices=get_args(GeneratePrecision), default="fp32", help="default fp32"
-    )
-    verb.add_argument(
         "--format", choices=("png", "tar"), default="png", help="PNGs (default) or tar shards"
     )
     verb.add_argument("-o", "--out", default="generated", help="folder (default generated)")
+
+
+def add_sampling(verb: argparse.ArgumentParser) -> None:
+    """All that images depend on, prompts and release apart, and how many are made at once."""
+    for name, kind, meaning in keys_of(SamplingConfig):
+        choices = get_args(kind) or None
+        help_ = f"{meaning.description} (default: the release's)"
+        verb.add_argument(flag(name), type=str if choices else kind, choices=choices, help=help_)
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--batch-size", type=int, default=64, help="images generated at once")
+    verb.add_argument(
+        "--precision", choices=get_args(GeneratePrecision), default="fp32", help="default fp32"
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:
