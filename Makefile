@@ -1,4 +1,4 @@
-# make demo   a model learns to generate images from text: 11 minutes on 2 cores, longer without AVX-512 BF16, ends with runs/demo/report.html
+# make demo   a model learns to generate images from text: 11 minutes on 2 cores, longer without AVX-512 BF16, ends with runs/demo/report.html and runs/demo/evaluation/report.html
 # make demo-image-to-image   the paper's sketch experiment in small, ends with runs/image-to-image/report.html
 # make docs   docs/config.md, from the config's fields
 # make test   all quick tests            make check   lint, format, types
@@ -12,6 +12,7 @@ PYTHON ?= python3
 PRESET := emoji
 DATA := data/emoji
 RUN := runs/demo
+CANDIDATES := 32
 # Threads of one process wait for one another, which crawls beside any other busy process; ranks of
 # one thread do not (benchmarks/busy_machine.py).
 RANKS := 2
@@ -19,13 +20,26 @@ RANKS := 2
 PORT := $(shell shuf -i 12000-31999 -n 1)
 LAUNCH = $(BIN)/deepspeed --master_port $(PORT) --num_accelerators $(RANKS) --module dalle_dist
 SET := paths.images=$(DATA) paths.tokens=$(DATA)-tokens paths.tokenizer=$(DATA)/tokenizer.json \
-       paths.dvae_run=$(RUN)-dvae paths.run=$(RUN) $(EXTRA)
+       paths.dvae_run=$(RUN)-dvae paths.run=$(RUN) \
+       paths.clip_run=$(RUN)-clip $(EXTRA)
 
 .PHONY: demo demo-short demo-image-to-image test test-slow test-one-unit-off test-deepspeed-matrix check format docs bench clean
 .DELETE_ON_ERROR:
 
-demo: $(RUN)/report.html
+demo: $(RUN)/report.html $(RUN)/evaluation/report.html
 	@echo "Open $(RUN)/report.html; the table of generated images is $(RUN)/report.png"
+	@echo "Open $(RUN)/evaluation/report.html: what reranking by CLIP brings"
+
+# One CLIP chooses among candidates, one of another seed judges what it has chosen.
+$(RUN)/evaluation/report.html: $(RUN)/release/config.yaml $(RUN)-clip/release/config.yaml $(RUN)-judge/release/config.yaml
+	$(LAUNCH) evaluate $(RUN)/release $(DATA) --candidates $(CANDIDATES) --rerank $(RUN)-clip/release \
+	  --clip $(RUN)-judge/release --score-clip $(RUN)-judge/release -o $(RUN)/evaluation
+
+$(RUN)-clip/release/config.yaml: $(DATA)/tokenizer.json
+	$(LAUNCH) train-clip $(PRESET) --resume auto $(SET)
+
+$(RUN)-judge/release/config.yaml: $(DATA)/tokenizer.json
+	$(LAUNCH) train-clip $(PRESET) --resume auto $(SET) paths.clip_run=$(RUN)-judge seed=1000
 
 $(RUN)/report.html: $(RUN)/release/config.yaml
 	$(BIN)/dalle-dist report $(PRESET) $(SET)
@@ -48,11 +62,12 @@ $(DATA)/held-out/index.json: | $(VENV)/ready
 
 # The same stages in a few minutes: it proves that they run, its images are poor.
 demo-short:
-	$(MAKE) demo RUN=runs/demo-short DATA=data/emoji-short \
-	  EXTRA="dvae_train.steps=60 dvae_train.eval_every=60 train.steps=40 train.warmup=10 train.eval_every=40 train.sample_every=40"
+	$(MAKE) demo RUN=runs/demo-short DATA=data/emoji-short CANDIDATES=4 \
+	  EXTRA="clip_train.steps=20 clip_train.warmup=5 dvae_train.steps=60 dvae_train.eval_every=60 train.steps=40 train.warmup=10 train.eval_every=40 train.sample_every=40"
 
 demo-image-to-image:
-	$(MAKE) demo PRESET=emoji-image-to-image RUN=runs/image-to-image DATA=data/emoji-pairs PAIRS=--pairs
+	$(MAKE) runs/image-to-image/report.html PRESET=emoji-image-to-image RUN=runs/image-to-image \
+	  DATA=data/emoji-pairs PAIRS=--pairs
 
 # A file's tests stay in one process, which shares what they set up. pytest-xdist would start with the
 # files of most tests; the longest have few, and tests/conftest.py puts those first.

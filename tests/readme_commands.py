@@ -41,7 +41,7 @@ TRIES = [
     (
         r"make demo",
         r"make -C $ROOT demo -o $VENV/ready VENV=$VENV RUN=$PWD/runs/demo DATA=$PWD/data/emoji "
-        r'EXTRA="$SMALL"',
+        r'CANDIDATES=2 EXTRA="$SMALL"',
     ),
     # The real installation, into an empty environment, is tests/test_wheel.py.
     (r"python3 -m venv my-env && \. my-env/bin/activate", r"\g<0>"),
