@@ -34,6 +34,7 @@ FLOORS = [
     ["evaluation"],
     ["train"],
     ["report"],
+    ["overlap"],
     ["cli"],
     ["__main__"],
 ]
