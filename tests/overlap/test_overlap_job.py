@@ -1,6 +1,7 @@
 """The nearest training images: those of brute force, by any ranks, cut off or not."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -119,14 +120,17 @@ def test_ranks_and_chunks_do_not_change_a_byte(sets, tmp_path):
 
 def test_a_lookup_that_was_cut_off_goes_on_where_it_was(sets, tmp_path):
     alone(sets, tmp_path / "whole")
-    cut, goes_on = Thumbnails(fail_after=4), Thumbnails()
+    cut, goes_on = Thumbnails(fail_after=5), Thumbnails()
     with pytest.raises(KeyboardInterrupt):
         alone(sets, tmp_path / "cut", cut, chunk=64)
     assert len(list((tmp_path / "cut/unfinished").glob("*.npz"))) == 2
+    shutil.copytree(tmp_path / "cut", tmp_path / "on two ranks")
     alone(sets, tmp_path / "cut", goes_on, chunk=64)
-    assert goes_on.calls == 3  # two blocks of the evaluation set, the last chunk
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
-    assert not (tmp_path / "cut/unfinished").exists()
+    assert goes_on.calls == 4  # three blocks of the evaluation set, the last chunk
+    run_distributed(look_up, 2, sets, tmp_path / "on two ranks", {"chunk": 64})
+    for folder in ("cut", "on two ranks"):
+        assert files(tmp_path / folder) == files(tmp_path / "whole")
+        assert not (tmp_path / folder / "unfinished").exists()
 
 
 def test_a_threshold_is_chosen_afterwards_without_looking_anything_up(sets, tmp_path):
