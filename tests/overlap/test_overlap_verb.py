@@ -3,15 +3,19 @@
 import base64
 import io
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from copied import COPIES, CORRUPT_EVALUATED, EVALUATED
 from PIL import Image
 
 from dalle_dist.cli import main
+from dalle_dist.data.shards import ShardSet
 from dalle_dist.overlap.page import SPREAD, TOP, chosen
 from dalle_dist.overlap.pairs import CELL, ShownPair, drawn
 
+ROOT = Path(__file__).parents[2]
 READABLE = EVALUATED - len(CORRUPT_EVALUATED)
 
 
@@ -34,17 +38,25 @@ def test_the_verb_finds_copies_by_a_clip(sets, clip, tmp_path, capsys):
         assert nearest[f"e{copy:04d}"] == f"t{origin:04d}"
 
 
+def threshold_of(out, row):
+    """The similarity of a row of the table, which that row and those before it reach."""
+    rows = (out / "overlap.csv").read_text().splitlines()[1:]
+    similarities = [line.rpartition(",")[2] for line in rows]
+    assert float(similarities[row]) > float(similarities[row + 1])
+    return similarities[row]
+
+
 def test_a_threshold_is_told_and_shown(sets, clip, tmp_path, capsys):
     command = ["overlap", *sets, "--clip", clip, "-o", str(tmp_path), "--chunk", "64"]
-    assert main([*command, "--threshold", "0.5"]) == 0
-    kept = (tmp_path / "keep.txt").read_text().split()
-    count = READABLE - len(kept)
-    assert f"threshold 0.5: {count} of {READABLE} images ({count / READABLE:.1%}) overlap" in (
-        capsys.readouterr().out
-    )
+    assert main(command) == 0
+    threshold = threshold_of(tmp_path, 40)
+    assert main([*command, "--threshold", threshold]) == 0
+    told = f"threshold {float(threshold):g}: 41 of {READABLE} images (29.5%) overlap"
+    assert told in capsys.readouterr().out
+    assert len((tmp_path / "keep.txt").read_text().split()) == READABLE - 41
     page = (tmp_path / "report.html").read_text()
-    assert f"<td>0.5 (--threshold)</td><td>{count} of {READABLE} images" in page
-    assert f"Around the threshold 0.5, which {count} images reach" in page
+    assert f"<td>{float(threshold):g} (--threshold)</td><td>41 of {READABLE} images" in page
+    assert f"Around the threshold {float(threshold):g}, which 41 images reach" in page
     for part in ("1 to 60", "61 to 120", f"121 to {READABLE}"):
         assert f"Pairs {part} of {READABLE}: " in page
     histogram, around, *pairs = images_of(page)
@@ -88,3 +100,17 @@ def test_what_does_not_fit_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "overlap").exists()
+
+
+def test_the_page_in_docs_says_how_to_leave_out_what_overlaps(sets, clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sets[0], "data/mine/held-out")
+    command = ["overlap", "data/mine/held-out", sets[1], "--clip", clip]
+    assert main(command) == 0
+    assert main([*command, "--threshold", threshold_of(Path("overlap"), 40)]) == 0
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/overlap.md").read_text(), re.DOTALL)
+    exec(code)
+    apart = ShardSet("data/mine/held-out-apart", "images")
+    keys = [apart.read(i)["__key__"].decode() for i in range(len(apart))]
+    assert keys == Path("overlap/keep.txt").read_text().split()
+    assert len(keys) == READABLE - 41
