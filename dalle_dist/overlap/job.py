@@ -111,8 +111,8 @@ def facts(job: Job, found: Found) -> list[tuple[str, str]]:
 
 
 def _count(images: int, corrupt: int) -> str:
-    skipped = f", of which {corrupt:,} cannot be decoded and are left out" if corrupt else ""
-    return f"{images:,} images{skipped}"
+    skipped = f", of which {corrupt:,} cannot be decoded, left out" if corrupt else ""
+    return f"{images:,} {'image' if images == 1 else 'images'}{skipped}"
 
 
 def _look_up(job: Job, encoder: ImageEncoder, ranks: Ranks) -> Found:

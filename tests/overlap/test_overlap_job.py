@@ -1,5 +1,6 @@
 """The nearest training images: those of brute force, by any ranks, cut off or not."""
 
+import contextlib
 import csv
 import shutil
 
@@ -16,6 +17,7 @@ from copied import (
 )
 from PIL import Image
 
+from dalle_dist.data import storage
 from dalle_dist.distributed import process_group
 from dalle_dist.errors import DataError, UserError
 from dalle_dist.overlap.images import ImageSet
@@ -140,6 +142,15 @@ def test_a_lookup_that_was_cut_off_goes_on_where_it_was(sets, whole, tmp_path):
     for folder in ("cut", "on two ranks"):
         assert files(tmp_path / folder) == files(whole)
         assert not (tmp_path / folder / "unfinished").exists()
+
+
+def test_the_folder_may_be_remote(sets, whole, bucket):
+    out = f"{bucket}/out"
+    for encoder in (Thumbnails(fail_after=5), Thumbnails(), Thumbnails(fail_after=0)):
+        with contextlib.suppress(KeyboardInterrupt):
+            alone(sets, out, encoder, chunk=64)
+    found = {name: storage.read_bytes(f"{out}/{name}") for name in storage.list_files(out)}
+    assert found == files(whole)
 
 
 def test_a_threshold_is_chosen_afterwards_without_looking_anything_up(sets, copy):

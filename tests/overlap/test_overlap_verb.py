@@ -28,8 +28,8 @@ def test_the_verb_finds_copies_by_a_clip(sets, clip, tmp_path, capsys):
     command = ["overlap", *sets, "--clip", clip, "-o", str(tmp_path)]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "evaluated: 140 images, of which 1 cannot be decoded and are left out" in said
-    assert "150 images, of which 3 cannot be decoded and are left out" in said
+    assert "evaluated: 140 images, of which 1 cannot be decoded, left out" in said
+    assert "150 images, of which 3 cannot be decoded, left out" in said
     assert not (tmp_path / "keep.txt").exists()
     lines = (tmp_path / "overlap.csv").read_text().splitlines()
     nearest = {line.split(",")[0]: line.split(",")[3].strip('"') for line in lines[1:]}
