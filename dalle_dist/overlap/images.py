@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
@@ -16,6 +16,7 @@ from dalle_dist.errors import DataError
 # Images whose features are computed at once. What one gets is rounded otherwise in another batch,
 # so that blocks hang neither on chunks nor on ranks.
 BLOCK = 64
+S = TypeVar("S", range, list[int])
 
 
 class Label(NamedTuple):
@@ -57,6 +58,6 @@ class ImageSet:
         return DataError(f"{self.folder}: none of {len(self)} images can be decoded")
 
 
-def parts(numbers: range, size: int) -> list[range]:
-    """`numbers` in runs of `size`; the last may be shorter."""
+def parts(numbers: S, size: int) -> list[S]:
+    """`numbers`, a range or a list, in runs of `size`; the last may be shorter."""
     return [numbers[start : start + size] for start in range(0, len(numbers), size)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ from dalle_dist.evaluation.features import ImageEncoder
 from dalle_dist.evaluation.overlap import nearest_cosine
 from dalle_dist.overlap.found import ChunkStore, Found, Nearest, read_found, write_found
 from dalle_dist.overlap.images import BLOCK, ImageSet, parts
-from dalle_dist.overlap.outputs import pairs_of, write_keep, write_table
+from dalle_dist.overlap.outputs import Labels, Pair, pairs_of, write_keep, write_table
 from dalle_dist.overlap.page import REPORT, report
 
 # Of a similarity: sums on another number of threads differ in the seventh digit, and copies of one
@@ -86,15 +86,30 @@ def run(job: Job, encoder: ImageEncoder, ranks: Ranks) -> Found:
     found = ranks.on_main(lambda: read_found(job.out, job.digest))
     if found is None:
         found = _look_up(job, encoder, ranks)
-    ranks.on_main(lambda: _write(job, found))
+    pairs = pairs_of(found)
+    evaluated = _labels(job.evaluated, {pair.evaluated for pair in pairs}, ranks)
+    training = _labels(job.training, {pair.nearest for pair in pairs}, ranks)
+    ranks.on_main(lambda: _write(job, found, pairs, evaluated, training))
     return found
 
 
-def _write(job: Job, found: Found) -> None:
-    pairs = pairs_of(found)
-    write_table(job.out, pairs, job.evaluated, job.training)
+def _labels(images: ImageSet, numbers: set[int], ranks: Ranks) -> Labels:
+    """Of the images with these numbers, on every rank; each rank reads a run of them.
+
+    They may lie in as many shards: by one rank alone the others would wait for hours.
+    """
+    runs = parts(sorted(numbers), -(-len(numbers) // ranks.world))
+    mine = runs[ranks.rank] if ranks.rank < len(runs) else []
+    shared = ranks.gather(ranks.together(lambda: {i: images.label(i) for i in mine}))
+    return {number: label for part in shared for number, label in part.items()}
+
+
+def _write(
+    job: Job, found: Found, pairs: Sequence[Pair], evaluated: Labels, training: Labels
+) -> None:
+    write_table(job.out, pairs, evaluated, training)
     if job.threshold is not None:
-        write_keep(job.out, pairs, job.threshold, job.evaluated)
+        write_keep(job.out, pairs, job.threshold, evaluated)
     text = report(pairs, job.evaluated, job.training, facts(job, found), job.threshold)
     storage.write_bytes(storage.join(job.out, REPORT), text.encode())
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from dalle_dist.data import storage
 from dalle_dist.overlap.found import Found
-from dalle_dist.overlap.images import ImageSet, Label
+from dalle_dist.overlap.images import Label
 
 TABLE, KEEP = "overlap.csv", "keep.txt"
 DIGITS = 5  # of a similarity
 COLUMNS = ("key", "caption", "nearest_key", "nearest_caption", "similarity")
+Labels = dict[int, Label]  # of images by their number
 
 
 @dataclass(frozen=True)
@@ -38,26 +39,19 @@ def overlapping(pairs: Sequence[Pair], threshold: float) -> int:
     return sum(pair.similarity >= threshold for pair in pairs)
 
 
-def write_table(out: str, pairs: Sequence[Pair], evaluated: ImageSet, training: ImageSet) -> None:
+def write_table(out: str, pairs: Sequence[Pair], evaluated: Labels, training: Labels) -> None:
     """overlap.csv: a row for each pair, the most similar first."""
-    first = _labels(evaluated, {pair.evaluated for pair in pairs})
-    second = _labels(training, {pair.nearest for pair in pairs})
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)
     for pair in pairs:
         similarity = f"{pair.similarity:.{DIGITS}f}"
-        table.writerow([*first[pair.evaluated], *second[pair.nearest], similarity])
+        table.writerow([*evaluated[pair.evaluated], *training[pair.nearest], similarity])
     storage.write_bytes(storage.join(out, TABLE), text.getvalue().encode())
 
 
-def write_keep(out: str, pairs: Sequence[Pair], threshold: float, evaluated: ImageSet) -> None:
+def write_keep(out: str, pairs: Sequence[Pair], threshold: float, evaluated: Labels) -> None:
     """keep.txt: a line for each evaluated image that does not overlap, its key, in their order."""
     kept = sorted(pair.evaluated for pair in pairs[overlapping(pairs, threshold) :])
-    lines = "".join(f"{evaluated.label(number).key}\n" for number in kept)
+    lines = "".join(f"{evaluated[number].key}\n" for number in kept)
     storage.write_bytes(storage.join(out, KEEP), lines.encode())
-
-
-def _labels(images: ImageSet, numbers: set[int]) -> dict[int, Label]:
-    # In their order, so that no shard is opened twice.
-    return {number: images.label(number) for number in sorted(numbers)}
