@@ -19,6 +19,7 @@ from dalle_dist.distributed.launchers import read_environment
 from dalle_dist.errors import ConfigError, OtherRankError, UserError
 from dalle_dist.evaluate.verbs import add_evaluate
 from dalle_dist.generate.verbs import add_complete, add_generate
+from dalle_dist.overlap.verbs import add_overlap
 from dalle_dist.serve.verbs import add_serve
 from dalle_dist.stages import STAGES
 
@@ -135,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_complete(verbs)
     add_serve(verbs)
     add_evaluate(verbs)
+    add_overlap(verbs)
     _add_convert(verbs)
     _add_plot(verbs)
     _add_slurm(verbs)

@@ -78,6 +78,10 @@ TRIES = [
     (r"dalle-dist config --explain \S+", r"\g<0>"),
     (r"(dalle-dist config cc3m) > mine.yaml", r"\1 $SMALL $MINE > mine.yaml"),
     (r"dalle-dist (tokenizer train|train-dvae|encode|train-clip) mine\.yaml", r"\g<0>"),
+    (
+        r"dalle-dist overlap data/mine/held-out data/mine/train .*",
+        r"\g<0> && test -s overlap/report.html",
+    ),
     (r"torchrun --nproc-per-node 8 (.* train mine\.yaml .*)", r"torchrun --nproc-per-node 2 \1"),
     (r"dalle-dist train emoji", r"\g<0> $SMALL paths.run=runs/alone"),
     (

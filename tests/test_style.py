@@ -35,6 +35,7 @@ FLOORS = [
     ["train"],
     ["report"],
     ["evaluate"],
+    ["overlap"],
     ["cli"],
     ["__main__"],
 ]

@@ -27,6 +27,16 @@ def test_chunks_find_what_brute_force_finds(chunk, k):
     assert indices[2, 0] == 33 and similarities[2, 0] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 40])
+@pytest.mark.parametrize("k", [1, 3])
+def test_of_equally_similar_ones_the_first_comes_first(chunk, k):
+    others = torch.eye(6)[[0] * 3 + [1] * 37]
+    others[5:] += 1e-5 * drawn(35, 2)
+    indices, similarities = nearest_cosine(torch.eye(6)[1:2], others.split(chunk), k, decimals=3)
+    assert indices[0].tolist() == [3, 4, 5][:k]
+    assert similarities[0].tolist() == [1] * k
+
+
 def test_fewer_than_asked_for():
     indices, similarities = nearest_cosine(drawn(2, 0), [drawn(1, 1)], 3)
     assert indices[:, 0].tolist() == [0, 0] and indices[:, 1:].eq(-1).all()

@@ -1,0 +1,113 @@
+"""What a lookup found, of one chunk of the training set or of all, and the files that keep it.
+
+Shape suffix: Q images of the evaluation set that can be decoded.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dalle_dist.data import storage
+from dalle_dist.errors import UserError
+
+UNFINISHED, FOUND = "unfinished", "nearest.npz"
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest training image of each, numbers_Q and similarities_Q (-inf: there is none).
+
+    corrupt   training images that cannot be decoded
+    """
+
+    numbers_Q: NDArray[np.int64]
+    similarities_Q: NDArray[np.float32]
+    corrupt: int
+
+    def merged(self, later: Nearest) -> Nearest:
+        """With a chunk of higher numbers; of equally similar images the first stays."""
+        better_Q = later.similarities_Q > self.similarities_Q
+        return Nearest(
+            np.where(better_Q, later.numbers_Q, self.numbers_Q),
+            np.where(better_Q, later.similarities_Q, self.similarities_Q),
+            self.corrupt + later.corrupt,
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """`nearest` of the evaluated images of numbers evaluated_Q; the others cannot be decoded."""
+
+    evaluated_Q: NDArray[np.int64]
+    nearest: Nearest
+
+
+class ChunkStore:
+    """Finished chunks in a folder inside OUT, local or remote, each a file by its digest."""
+
+    def __init__(self, out: str) -> None:
+        self._folder = storage.join(out, UNFINISHED)
+        self._found = set(storage.list_files(self._folder))
+
+    def __contains__(self, digest: str) -> bool:
+        """Whether the chunk was there when this call began."""
+        return f"{digest}.npz" in self._found
+
+    def write(self, digest: str, nearest: Nearest) -> None:
+        _write(self._path(digest), **vars(nearest))
+
+    def read(self, digest: str) -> Nearest:
+        return _nearest(_read(self._path(digest)))
+
+    def remove(self, digests: Iterable[str]) -> None:
+        """What is no longer needed; chunks of other calls that were cut off stay."""
+        for digest in digests:
+            storage.remove(self._path(digest))
+        storage.remove_empty(self._folder)
+
+    def _path(self, digest: str) -> str:
+        return storage.join(self._folder, f"{digest}.npz")
+
+
+def write_found(out: str, digest: str, found: Found) -> None:
+    """What `read_found` reads."""
+    arrays = vars(found.nearest) | {"evaluated_Q": found.evaluated_Q, "digest": digest}
+    _write(storage.join(out, FOUND), **arrays)
+
+
+def read_found(out: str, digest: str) -> Found | None:
+    """What an earlier call found; None if there was none.
+
+    Raises UserError: it was about other sets, or by another CLIP.
+    """
+    path = storage.join(out, FOUND)
+    if not storage.exists(path):
+        return None
+    arrays = _read(path)
+    if str(arrays["digest"]) != digest:
+        raise UserError(f"{path}: is of other sets or another CLIP; choose another --out")
+    return Found(arrays["evaluated_Q"], _nearest(arrays))
+
+
+def _nearest(arrays: dict[str, NDArray]) -> Nearest:
+    return Nearest(arrays["numbers_Q"], arrays["similarities_Q"], int(arrays["corrupt"]))
+
+
+def _write(path: str, **arrays: object) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    storage.write_bytes(path, buffer.getvalue())
+
+
+def _read(path: str) -> dict[str, NDArray]:
+    """Raises UserError: not a whole file of arrays."""
+    try:
+        with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, OSError, EOFError):
+        raise UserError(f"{path}: is damaged; remove it") from None
