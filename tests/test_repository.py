@@ -144,7 +144,9 @@ def test_a_newer_environment_does_not_make_the_demo_anew(tmp_path):
     made = ["setup.py", "kernels/setup.py", "constraints.txt", "data/emoji/held-out/index.json",
             "data/emoji/tokenizer.json", "runs/demo-dvae/release/config.yaml",
             "data/emoji-tokens/held-out/index.json", "runs/demo/release/config.yaml",
-            "runs/demo/report.html", ".venv/ready"]  # fmt: skip
+            "runs/demo-clip/release/config.yaml", "runs/demo-judge/release/config.yaml",
+            "runs/demo/report.html", "runs/demo/evaluation/report.html",
+            ".venv/ready"]  # fmt: skip
     for age, name in enumerate(reversed(made)):
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
