@@ -23,6 +23,7 @@ COLOURS = {  # the same in all plots
     PUBLISHED["cub"].name: "C2",
 }
 DISTANCES, SCORE, CLIP = ("FID", "FD (CLIP)"), "inception score", "CLIP score"
+IDENTIFICATION = "identification R@1"
 
 
 @dataclass
@@ -42,7 +43,7 @@ def panels(figures: Sequence[Figure], candidates: int, named: str | None) -> lis
         if panel.curves:
             _publish(panel, name, named, by_candidates=False)
             found.append(panel)
-    for name in (*DISTANCES, SCORE, CLIP) if candidates > 1 else ():
+    for name in (*DISTANCES, SCORE, CLIP, IDENTIFICATION) if candidates > 1 else ():
         panel = _panel(figures, name, "candidates")
         if panel.curves:
             _publish(panel, name, named, by_candidates=True)

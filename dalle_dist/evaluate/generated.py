@@ -37,14 +37,13 @@ def generated_figures(
     subject: Subject, samples: Samples, distances: Sequence[Distances]
 ) -> list[Figure]:
     """A collective call; the figures of rank 0 on all."""
-    n = subject.options.candidates
     found: list[Figure] = []
     for network in distances:
         found += _distances(subject, samples, network)
     if subject.scorer is not None:
         found += _clip_scores(subject, samples, subject.scorer)
-    for best in sorted({1, n}):
-        found += _identification(subject, samples, best)
+    for n in counts(subject.options.candidates):
+        found += _identification(subject, samples, n)
     return found
 
 
