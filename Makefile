@@ -1,4 +1,4 @@
-# make demo   a model learns to generate images from text: 11 minutes on 2 cores, longer without AVX-512 BF16, ends with runs/demo/report.html and runs/demo/evaluation/report.html
+# make demo   a model learns to generate images from text: 14 minutes on 2 quiet cores, longer without AVX-512 BF16, ends with runs/demo/report.html and runs/demo/evaluation/report.html
 # make demo-image-to-image   the paper's sketch experiment in small, ends with runs/image-to-image/report.html
 # make docs   docs/config.md, from the config's fields
 # make test   all quick tests            make check   lint, format, types
