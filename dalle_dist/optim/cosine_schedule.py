@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dalle_dist.config import CLIPTrainConfig
 from dalle_dist.optim.dvae_schedule import cosine
+from dalle_dist.optim.stateless import Stateless
 from dalle_dist.optim.warmup import warmup_factor
 
 
-class CosineSchedule:
+class CosineSchedule(Stateless):
     """The rate by the optimizer step, counted from 1; it depends on nothing else."""
 
     def __init__(self, config: CLIPTrainConfig) -> None:
@@ -20,12 +19,3 @@ class CosineSchedule:
         return warmup_factor(step, config.warmup) * cosine(
             config.lr, config.lr_final, step - 1, config.lr_steps
         )
-
-    def observe(self, step: int, loss: float) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from dalle_dist.config import DVAETrainConfig
+from dalle_dist.optim.stateless import Stateless
 from dalle_dist.optim.warmup import warmup_factor
 
 
@@ -25,7 +25,7 @@ class Rates:
     kl_weight: float
 
 
-class DVAESchedule:
+class DVAESchedule(Stateless):
     """The schedules by the optimizer step, counted from 1; they depend on nothing else."""
 
     def __init__(self, config: DVAETrainConfig) -> None:
@@ -44,12 +44,3 @@ class DVAESchedule:
 
     def rate(self, step: int) -> float:
         return self.at(step).lr
-
-    def observe(self, step: int, loss: float) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
