@@ -6,6 +6,7 @@ D head width, T text tokens, J slots.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 
@@ -16,7 +17,7 @@ from dalle_kernels.masks import AttentionMask
 from dalle_kernels.spans import span
 
 
-class CaptionCache:
+class CaptionCache(ABC):
     """One layer's keys and values while images are generated; a cache adds how it takes images.
 
     Args:
@@ -71,9 +72,9 @@ class CaptionCache:
         for cache_BHJD, new_CHnD in ((self.k_BHJD, k_CHnD), (self.v_BHJD, v_CHnD)):
             cache_BHJD[:, :, slots] = new_CHnD[:, :, kept].repeat_interleave(samples_C, dim=0)
 
+    @abstractmethod
     def slot(self, position: int) -> int:
         """Where the image token at raster position `position` is kept."""
-        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
