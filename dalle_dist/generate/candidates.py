@@ -7,8 +7,6 @@ Shape suffixes: B candidates of a batch, N image tokens.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dalle_dist.data import storage
+from dalle_dist.data.array_store import ArrayStore
 
 FOLDER = "unfinished"
 
@@ -28,38 +27,19 @@ class Batch:
     scores_B: Tensor | None
 
 
-class CandidateStore:
-    """Batches in a folder inside the call's own, local or remote, each a file by its digest."""
+class CandidateStore(ArrayStore):
+    """Batches in a folder inside the call's own, local or remote."""
 
     def __init__(self, out: str, folder: str = FOLDER) -> None:
-        self._folder = storage.join(out, folder)
-        names = storage.list_files(self._folder)
-        self._found = {name.partition(".")[0] for name in names}
-
-    def __contains__(self, digest: str) -> bool:
-        """Whether the batch was there when this call began."""
-        return digest in self._found
+        super().__init__(storage.join(out, folder))
 
     def write(self, digest: str, batch: Batch) -> None:
         arrays = {"codes": batch.codes_BN.numpy().astype(np.uint16)}
         if batch.scores_B is not None:
             arrays["scores"] = batch.scores_B.numpy()
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
-        storage.write_bytes(self._path(digest), buffer.getvalue())
+        self.write_part(digest, **arrays)
 
     def read(self, digest: str) -> Batch:
-        with np.load(
-            io.BytesIO(storage.read_bytes(self._path(digest))), allow_pickle=False
-        ) as all_:
-            scores = torch.from_numpy(all_["scores"]) if "scores" in all_ else None
-            return Batch(torch.from_numpy(all_["codes"].astype(np.int64)), scores)
-
-    def remove(self, digests: Iterable[str]) -> None:
-        """What is no longer needed; batches of other calls that were cut off stay."""
-        for digest in digests:
-            storage.remove(self._path(digest))
-        storage.remove_empty(self._folder)
-
-    def _path(self, digest: str) -> str:
-        return storage.join(self._folder, f"{digest}.npz")
+        arrays = self.read_part(digest)
+        scores_B = torch.from_numpy(arrays["scores"]) if "scores" in arrays else None
+        return Batch(torch.from_numpy(arrays["codes"].astype(np.int64)), scores_B)

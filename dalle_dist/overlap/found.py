@@ -5,14 +5,13 @@ Shape suffix: Q images of the evaluation set that can be decoded.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dalle_dist.data import storage
+from dalle_dist.data.array_store import ArrayStore, read_arrays, write_arrays
 from dalle_dist.errors import UserError
 
 UNFINISHED, FOUND = "unfinished", "nearest.npz"
@@ -47,48 +46,34 @@ class Found:
     nearest: Nearest
 
 
-class ChunkStore:
-    """Finished chunks in a folder inside OUT, local or remote, each a file by its digest."""
+class ChunkStore(ArrayStore):
+    """Finished chunks in a folder inside OUT, local or remote."""
 
     def __init__(self, out: str) -> None:
-        self._folder = storage.join(out, UNFINISHED)
-        self._found = set(storage.list_files(self._folder))
-
-    def __contains__(self, digest: str) -> bool:
-        """Whether the chunk was there when this call began."""
-        return f"{digest}.npz" in self._found
+        super().__init__(storage.join(out, UNFINISHED))
 
     def write(self, digest: str, nearest: Nearest) -> None:
-        _write(self._path(digest), **vars(nearest))
+        self.write_part(digest, **vars(nearest))
 
     def read(self, digest: str) -> Nearest:
-        return _nearest(_read(self._path(digest)))
-
-    def remove(self, digests: Iterable[str]) -> None:
-        """What is no longer needed; chunks of other calls that were cut off stay."""
-        for digest in digests:
-            storage.remove(self._path(digest))
-        storage.remove_empty(self._folder)
-
-    def _path(self, digest: str) -> str:
-        return storage.join(self._folder, f"{digest}.npz")
+        return _nearest(self.read_part(digest))
 
 
 def write_found(out: str, digest: str, found: Found) -> None:
     """What `read_found` reads."""
     arrays = vars(found.nearest) | {"evaluated_Q": found.evaluated_Q, "digest": digest}
-    _write(storage.join(out, FOUND), **arrays)
+    write_arrays(storage.join(out, FOUND), **arrays)
 
 
 def read_found(out: str, digest: str) -> Found | None:
     """What an earlier call found; None if there was none.
 
-    Raises UserError: it was about other sets, or by another CLIP.
+    Raises UserError: it was about other sets, or by another CLIP, or is damaged.
     """
     path = storage.join(out, FOUND)
     if not storage.exists(path):
         return None
-    arrays = _read(path)
+    arrays = read_arrays(path)
     if str(arrays["digest"]) != digest:
         raise UserError(f"{path}: is of other sets or another CLIP; choose another --out")
     return Found(arrays["evaluated_Q"], _nearest(arrays))
@@ -96,18 +81,3 @@ def read_found(out: str, digest: str) -> Found | None:
 
 def _nearest(arrays: dict[str, NDArray]) -> Nearest:
     return Nearest(arrays["numbers_Q"], arrays["similarities_Q"], int(arrays["corrupt"]))
-
-
-def _write(path: str, **arrays: object) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    storage.write_bytes(path, buffer.getvalue())
-
-
-def _read(path: str) -> dict[str, NDArray]:
-    """Raises UserError: not a whole file of arrays."""
-    try:
-        with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (ValueError, OSError, EOFError):
-        raise UserError(f"{path}: is damaged; remove it") from None
