@@ -10,18 +10,17 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from tiny_clip import make_clip
 from torch.nn.functional import normalize
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from dalle_dist.checkpoint.formats import load_tensors, save_tensors
 from dalle_dist.clip.captions import caption_ids
-from dalle_dist.clip.model import LossCLIP, end_of_text
-from dalle_dist.clip.release import save_clip_release
+from dalle_dist.clip.model import end_of_text
 from dalle_dist.clip.scorer import CLIPScorer
-from dalle_dist.config import load
 from dalle_dist.data import storage
 from dalle_dist.errors import CheckpointError, UserError
-from dalle_dist.text_tokenizer.bpe import Tokenizer, train_tokenizer
+from dalle_dist.text_tokenizer.bpe import Tokenizer
 
 CAPTIONS = [
     "red heart", "Red  HEART", "", "u\u0308ber <pad> <start> <end>", "\u0130stanbul \U0001f600",
@@ -48,20 +47,7 @@ PICTURES = [doubled(image) for image in SMALL_PICTURES]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(config, the CLIP in memory, its release folder)."""
-    folder = tmp_path_factory.mktemp("clip")
-    train_tokenizer(CAPTIONS, 290).save(str(folder / "tokenizer.json"))
-    config = load(
-        "emoji",
-        [
-            f"paths.tokenizer={folder}/tokenizer.json", "tokenizer.vocab_size=300",
-            "clip.image_size=8", "clip.patch_size=4", "clip.image_width=16", "clip.image_layers=2",
-            "clip.text_tokens=12", "clip.text_width=16", "clip.text_layers=2", "clip.features=12",
-        ],
-    )  # fmt: skip
-    torch.manual_seed(3)
-    clip = LossCLIP(config).eval()
-    digest = save_clip_release(str(folder / "release"), config, clip.state_dict())
-    return config, clip, folder / "release", digest
+    return make_clip(tmp_path_factory.mktemp("clip"), CAPTIONS)
 
 
 @pytest.fixture
