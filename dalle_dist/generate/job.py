@@ -141,8 +141,7 @@ class Candidates:
         numbers = range(prompt * count, (prompt + 1) * count)
         parts = []
         for start in range(numbers[0] // size * size, numbers[-1] + 1, size):
-            whole = range(start, min(start + size, len(self._job.request)))
-            batch = self._batch(_digest(self._job, whole))
+            batch = self._batch(start)
             inside = slice(max(numbers[0] - start, 0), numbers[-1] + 1 - start)
             scores_B = None if batch.scores_B is None else batch.scores_B[inside]
             parts.append((batch.codes_BN[inside], scores_B))
@@ -152,11 +151,11 @@ class Candidates:
     def codes(self, prompt: int, index: int) -> Tensor:
         """codes_N of one candidate, for which one batch is read."""
         number, size = prompt * self._job.request.candidates + index, self._job.batch_size
-        start = number // size * size
-        whole = range(start, min(start + size, len(self._job.request)))
-        return self._batch(_digest(self._job, whole)).codes_BN[number - start]
+        return self._batch(number // size * size).codes_BN[number % size]
 
-    def _batch(self, digest: str) -> Batch:
+    def _batch(self, start: int) -> Batch:
+        whole = range(start, min(start + self._job.batch_size, len(self._job.request)))
+        digest = _digest(self._job, whole)
         if self._last is None or self._last[0] != digest:
             self._last = digest, self._store.read(digest)
         return self._last[1]
