@@ -10,6 +10,7 @@ anything is timed, all ways must give the same tokens.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,13 +35,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--releases", nargs="*", type=Path, default=[], help="trained models")
     parser.add_argument("--batches", nargs="*", type=int, default=BATCHES)
+    parser.add_argument("--windows", nargs="*", type=int, default=WINDOWS)
     options = common.arguments(__doc__, rounds=3, parents=[parser])
     config = common.benchmark_config(options.smoke)
     common.report("generate", config, candidates(config, options.rounds), options)
     for path in options.releases:
         generator = Generator.load(path, device="cpu")
         for batch in options.batches:
-            rows = windows(generator, batch, options.rounds)
+            rows = windows(generator, batch, options.windows, options.rounds)
             common.report("generate", generator.config, rows, options)
 
 
@@ -67,7 +69,9 @@ def candidates(config: Config, rounds: int) -> list[Measured]:
 
 
 @torch.no_grad()
-def windows(generator: Generator, batch: int, rounds: int) -> list[Measured]:
+def windows(
+    generator: Generator, batch: int, chosen: Sequence[int], rounds: int
+) -> list[Measured]:
     """Steps and time of each window, for a batch of images of several captions."""
     text_BT = texts(generator, batch)
     draw = Draw(
@@ -76,24 +80,24 @@ def windows(generator: Generator, batch: int, rounds: int) -> list[Measured]:
     sample = partial(sample_codes, draw.model, text_BT, list(range(batch)), draw.sampling)
     expected = sample()
     steps = {}
-    for window in WINDOWS:
+    for window in chosen:
         found = sample_windows(draw, window)
         _check(found.codes_BN, expected)
         steps[window] = found.steps / draw.tokens
-    cases = {"1": sample} | {str(w): partial(sample, window=w) for w in WINDOWS}
+    cases = {"1": sample} | {str(w): partial(sample, window=w) for w in chosen}
     times = common.interleaved(cases, rounds)
     rows = [
         Measured(f"batch {batch}, one by one", "an image", "s", [t / batch for t in times["1"]])
     ]
-    for window in WINDOWS:
+    for window in chosen:
         case, own = f"batch {batch}, window {window}", times[str(window)]
         speed = [one / t for one, t in zip(times["1"], own, strict=True)]
         rows += [
             Measured(case, "share of the steps", "x", [steps[window]]),
             Measured(case, "speed against one by one", "x", speed),
         ]
-    peak = common.peak_memory(partial(sample, window=16))
-    case = f"batch {batch}, window 16"
+    peak = common.peak_memory(partial(sample, window=chosen[-1]))
+    case = f"batch {batch}, window {chosen[-1]}"
     return [*rows, Measured(case, "peak memory beyond the model's", "MiB", [peak])]
 
 

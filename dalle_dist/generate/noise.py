@@ -4,8 +4,8 @@ A token is the code of the highest logit plus Gumbel noise of its own, which is 
 softmax (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030). So a token is a fixed function of what
 stands before it: guesses that turn out right give the tokens that generating one by one gives.
 
-Numbers come from SplitMix64 (Steele et al. 2014), a hash of 64-bit integers, by the same torch
-operations on every device; the logarithms after it are those of the device.
+Numbers come from SplitMix64 (Steele et al. 2014), a hash of 64-bit integers, the same bits on every
+device; the logarithms after it are those of the device.
 
 Shape suffixes: M pairs of seed and position, K codebook entries.
 """
@@ -13,6 +13,7 @@ Shape suffixes: M pairs of seed and position, K codebook entries.
 from __future__ import annotations
 
 import torch
+from dalle_kernels import generation
 from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -24,6 +25,8 @@ def gumbel(seed_M: Tensor, position_M: Tensor, codebook_size: int) -> Tensor:
 
     `seed_M` and `position_M` are int64; all bits of a seed count.
     """
+    if generation.runs_on(seed_M.device):
+        return generation.gumbel(seed_M, position_M, codebook_size)
     key_M = _mix(_mix(seed_M * _signed(GOLDEN)) + position_M * _signed(GOLDEN))
     code_K = torch.arange(1, codebook_size + 1, device=seed_M.device) * _signed(GOLDEN)
     bits_MK = _mix(key_M[:, None] + code_K)

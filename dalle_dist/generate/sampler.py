@@ -59,7 +59,9 @@ def sample_codes(
     _check(model, text_BT, seeds, kept_codes, window)
     draw = Draw(model, text_BT, seeds, sampling or Sampling.of(model.config.sampling), kept_codes)
     if window is None:
-        return _one_by_one(draw)
+        from dalle_dist.generate.sequential import sample_sequence
+
+        return sample_sequence(draw)
     from dalle_dist.generate.windowed import sample_windows
 
     return sample_windows(draw, window).codes_BN
@@ -86,6 +88,8 @@ class Draw:
         self.kept_BN = torch.full(shape, FREE, device=device) if kept_codes is None else kept_codes
         free_N = (self.kept_BN == FREE).any(dim=0)
         self.prefix = int(free_N.long().argmax()) if bool(free_N.any()) else self.tokens
+        weights = [sampling.guidance_at(position, self.tokens) for position in range(self.tokens)]
+        self.guidance_N = torch.tensor(weights, device=device)
 
     def prefill(self, window: int | None = None) -> list[Cache]:
         """Caches for the samples, followed by as many of the empty caption if there is guidance."""
@@ -102,32 +106,16 @@ class Draw:
         """logits_BNK of `Transformer.step`, guided if so wished."""
         if not self.sampling.guided:
             return self.model.step(held_BN, caches, at)
-        both = at if isinstance(at, int) else at.repeat(2)
-        both_BNK = self.model.step(held_BN.repeat(2, 1), caches, both)
-        at_BN = torch.as_tensor(at).reshape(-1, 1) + torch.arange(held_BN.shape[1])
-        weights = [
-            [self.sampling.guidance_at(p, self.tokens) for p in row] for row in at_BN.tolist()
-        ]
-        return guide(both_BNK, torch.tensor(weights, device=held_BN.device)[:, :, None])
+        own = isinstance(at, Tensor) and at.ndim == 1  # a position for each sample
+        both_BNK = self.model.step(held_BN.repeat(2, 1), caches, at.repeat(2) if own else at)
+        ahead_N = torch.arange(held_BN.shape[1], device=held_BN.device)
+        at_BN = torch.as_tensor(at, device=held_BN.device).reshape(-1, 1) + ahead_N
+        return guide(both_BNK, self.guidance_N[at_BN.clamp(max=self.tokens - 1)][:, :, None])
 
     def noise(self, sample_M: Tensor, position_M: Tensor) -> Tensor:
         """Gumbel noise_MK of some samples' tokens."""
         codes = self.model.config.transformer.codebook_size
         return gumbel(self.seed_B[sample_M], position_M, codes)
-
-
-def _one_by_one(draw: Draw) -> Tensor:
-    caches, first = draw.prefill(), draw.prefix
-    codes_BN = draw.kept_BN.clone()
-    held_B = codes_BN[:, first - 1] if first else torch.full_like(draw.seed_B, _start(draw.model))
-    sample_B = torch.arange(len(held_B), device=held_B.device)
-    for position in range(first, draw.tokens):
-        logits_BK = draw.logits(held_B[:, None], caches, position)[:, 0]
-        noise_BK = draw.noise(sample_B, torch.full_like(sample_B, position))
-        kept_B = draw.kept_BN[:, position]
-        held_B = torch.where(kept_B == FREE, choose(logits_BK, noise_BK, draw.sampling), kept_B)
-        codes_BN[:, position] = held_B
-    return codes_BN
 
 
 def guide(both: Tensor, weight: float | Tensor) -> Tensor:
@@ -164,10 +152,6 @@ def _kept(logits_BK: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k:
         kept_BK[..., sampling.top_k :] = False
     return torch.zeros_like(kept_BK).scatter(-1, order_BK, kept_BK)
-
-
-def _start(model: Transformer) -> int:
-    return model.image_embedding.start
 
 
 def _signed(seed: int) -> int:

@@ -36,7 +36,7 @@ class Resblock(nn.Module, ABC):
 
     def forward(self, x_BSW: Tensor) -> Tensor:
         if self.scale is None:
-            return x_BSW + self.inside(self.norm(x_BSW)).float()
+            return x_BSW + self.inside(self.norm(x_BSW))
         return x_BSW + scaled_branch(x_BSW, self.norm, self.inside, self.scale)
 
     @abstractmethod
@@ -67,7 +67,7 @@ class Attention(Resblock):
             cache.put_prefix(k_CHSD[:, :, text:], v_CHSD[:, :, text:])
             seen = self.mask.dense()[:length, :length].to(x_CSW.device)
             out_CHSD = F.scaled_dot_product_attention(q_CHSD, k_CHSD, v_CHSD, attn_mask=seen)
-        return x_CSW + self.out(out_CHSD.transpose(1, 2).flatten(2)).float()
+        return x_CSW + self.out(out_CHSD.transpose(1, 2).flatten(2))
 
     def step(self, x_BNW: Tensor, cache: Cache, at: int | Tensor) -> Tensor:
         """The next image tokens, which look at the text and at the image keys their mask allows.
@@ -76,7 +76,7 @@ class Attention(Resblock):
         """
         q_BNHD, k_BNHD, v_BNHD = self._qkv(self.norm(x_BNW)).unbind(2)
         out_BNHD = cache.extend(at, q_BNHD, k_BNHD, v_BNHD)  # type: ignore[arg-type]
-        return x_BNW + self.out(out_BNHD.flatten(2)).float()
+        return x_BNW + self.out(out_BNHD.flatten(2))
 
     def _qkv(self, h_BSW: Tensor) -> Tensor:
         return self.qkv(h_BSW).unflatten(-1, (3, self.heads, HEAD_DIM))

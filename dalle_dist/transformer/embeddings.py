@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from dalle_kernels import generation
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -44,16 +45,16 @@ class ImageEmbedding(nn.Module):
     def forward(self, codes_BN: Tensor, first: int | Tensor = 0) -> Tensor:
         """Codes of the image positions from `first` on to x_BNW; position 0 holds `self.start`.
 
-        `first` is one for all, or one of each sample, [B]. Positions past the image, which are
+        `first` is one for all, also as a tensor of no dimension, or one of each sample, [B]. Positions past the image, which are
         computed for nobody, count as its last.
         """
         count = codes_BN.shape[1]
-        position_NW = (self.row[:, None] + self.column[None, :]).flatten(0, 1).float()
-        if isinstance(first, Tensor):
-            at_BN = first[:, None] + torch.arange(count, device=first.device)
-            at_BNW = position_NW[at_BN.clamp(max=len(position_NW) - 1)]
-        else:
-            at_BNW = position_NW[first : first + count]
+        if isinstance(first, int):
+            position_NW = (self.row[:, None] + self.column[None, :]).flatten(0, 1).float()
+            return self.scale * (self.code(codes_BN).float() + position_NW[first : first + count])
+        at_BN = first[..., None] + torch.arange(count, device=first.device)
+        at_BN, grid = at_BN.clamp(max=self.row.shape[0] * self.column.shape[0] - 1), len(self.row)
+        at_BNW = (self.row[at_BN // grid] + self.column[at_BN % grid]).float()
         return self.scale * (self.code(codes_BN).float() + at_BNW)
 
 
@@ -72,6 +73,8 @@ class LayerNorm(nn.LayerNorm):
     kernel: tuple[nn.Module] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() and generation.runs_on(input.device):
+            return generation.layer_norm(input.contiguous(), self.weight, self.bias, self.eps)
         weight, bias = self.weight.float(), self.bias.float()
         if self.kernel is None:
             out = F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)

@@ -116,8 +116,8 @@ class Transformer(nn.Module):
 
         Args:
             held_BN: int64, N the window that the caches were made for, or 1.
-            at: without a window the position of all; with one the first position of each
-                sample, int64 [B].
+            at: without a window the position of all, also as a tensor (`DecodeCache.extend`);
+                with one the first position of each sample, int64 [B].
         """
         x_BNW = self.image_embedding(held_BN, first=at)
         for layer, cache in zip(self.blocks, caches, strict=True):

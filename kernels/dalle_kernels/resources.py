@@ -26,6 +26,7 @@ from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 
 from dalle_kernels.adamw import triton_adamw
+from dalle_kernels.generation import triton_generation
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.minifloat import FORMATS, triton_minifloat
 from dalle_kernels.sparse_attention.decode import DecodeCache
@@ -75,8 +76,8 @@ def measure(target: int) -> dict[str, Used]:
         found[f"backward {name}"] = _compile(
             attention_backward, signature, shape | tiles.constants(), tiles.options(), target
         )
-        names = ("q", "k_text", "v_text", "k_image", "v_image", "out")
-        signature = dict.fromkeys(names, tensor) | {"first_C": "*i64"}
+        names = ("q", "k_new", "v_new", "k_text", "v_text", "k_image", "v_image", "out")
+        signature = dict.fromkeys(names, tensor) | {"first_C": "*i64", "stride_b": "i32"}
         constants = decode_constants(mask, DecodeCache(mask, [1]).slots, width)
         found[f"decode {name}"] = _compile(
             attention_decode,
@@ -98,6 +99,16 @@ def _elementwise(target: int) -> dict[str, Used]:
             found[f"adamw {moments} moments, grad {POINTERS[grad][1:]}"] = _compile(
                 triton_adamw.adamw_update, types, constants, triton_adamw.OPTIONS, target
             )
+    for name, tensor in (("bf16", "*bf16"), ("fp32", "*fp32")):
+        types = {"x": "*fp32"} | dict.fromkeys(("weight", "bias", "out"), tensor)
+        constants = {"WIDTH": 3968, "BLOCK": 4096}
+        warps = {"num_warps": triton_generation.norm_warps(4096)}
+        found[f"layer norm {name}"] = _compile(
+            triton_generation.layer_norm_rows, types, constants, warps, target
+        )
+    types = {"seeds": "*i64", "positions": "*i64", "out": "*fp32", "codes": "i32"}
+    constants = {"BLOCK": triton_generation.BLOCK}
+    found["gumbel"] = _compile(triton_generation.gumbel_noise, types, constants, {}, target)
     for name, fmt in FORMATS.items():
         constants = {"MANTISSA": fmt.mantissa, "BLOCK": triton_minifloat.BLOCK}
         for verb, types in (
@@ -116,7 +127,7 @@ def _compile(
     """`types` are of the tensors and strides; the other numbers are the kernels' few scalars."""
     aligned = types
     types = types | dict.fromkeys(("scale", *triton_adamw.SCALARS), "fp32")
-    types |= dict.fromkeys(("scan", "start", "stop"), "i32")
+    types |= {"at": "*i64"}
     names = kernel.arg_names
     source = ASTSource(
         kernel,

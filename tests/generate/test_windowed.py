@@ -103,14 +103,13 @@ def test_a_window_saves_steps_where_tokens_do_not_hang_on_their_neighbours():
 
 
 def test_the_benchmark_times_windows_of_equal_tokens(monkeypatch):
-    monkeypatch.setattr(benchmark, "WINDOWS", (2, 8))
-    rows = benchmark.windows(build(), 2, rounds=1)
+    rows = benchmark.windows(build(), 2, (2, 8), rounds=1)
     shares = [row.median for row in rows if row.metric == "share of the steps"]
     assert [row.metric for row in rows].count("speed against one by one") == 2
     assert 0 < shares[1] < shares[0] < 1
     monkeypatch.setattr(benchmark, "sample_windows", lambda draw, window: Windows(0 * SAME, 1))
     with pytest.raises(SystemExit, match="tokens differ"):
-        benchmark.windows(build(), 2, rounds=1)
+        benchmark.windows(build(), 2, (2, 8), rounds=1)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,11 @@ from dalle_kernels.sparse_attention import reference
 from dalle_kernels.sparse_attention.decode import DecodeCache
 
 
-def decode(mask, samples, dtype, backend, heads=2, width=32, device="cpu"):
-    """(stepped, exact, plain) outputs of the image tokens: ours, fp64's and torch's in `dtype`."""
+def decode(mask, samples, dtype, backend, heads=2, width=32, device="cpu", at=int):
+    """(stepped, exact, plain) outputs of the image tokens: ours, fp64's and torch's in `dtype`.
+
+    `at` makes of a position what the cache is given.
+    """
     owner = [c for c, count in enumerate(samples) for _ in range(count)]
     shape = (len(owner), mask.tokens, 3, heads, width)
     qkv = torch.randn(shape, dtype=torch.double, generator=torch.Generator().manual_seed(3))
@@ -19,9 +22,8 @@ def decode(mask, samples, dtype, backend, heads=2, width=32, device="cpu"):
     cache.put_text(*text[:, :, 1:].permute(2, 0, 3, 1, 4))
     stepped = []
     for position in range(mask.image):
-        q, k, v = qkv[:, mask.text + position].unbind(1)
-        cache.put_image(position, k, v)
-        stepped.append(cache.attend(q, position, backend))
+        token = qkv[:, mask.text + position :][:, :1]
+        stepped.append(cache.extend(at(position), *token.unbind(2), backend)[:, 0])
     exact, plain = (reference.attention(x, mask)[:, mask.text :] for x in (qkv.double(), qkv))
     return torch.stack(stepped, 1), exact, plain
 

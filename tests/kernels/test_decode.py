@@ -60,27 +60,24 @@ def test_arguments_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"^samples: 3 is not a sequence"):
         DecodeCache(mask, 3)
     with pytest.raises(ValueError, match=r"^text: none is there"):
-        DecodeCache(mask, [1]).attend(torch.zeros(1, 1, 8), 0)
+        DecodeCache(mask, [1]).extend(0, *torch.zeros(3, 1, 1, 1, 8))
 
 
 def test_steps_that_do_not_fit_are_named(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    mask, one = AttentionMask("row", 2, 3, kernel=3), torch.zeros(1, 1, 32)
+    mask, one = AttentionMask("row", 2, 3, kernel=3), torch.zeros(1, 1, 1, 32)
     cache = DecodeCache(mask, [2])
     cache.put_text(*torch.zeros(2, 1, 1, 2, 32))
-    two = torch.zeros(2, 1, 32)
+    two = torch.zeros(2, 1, 1, 32)
     for position in (-1, 9):
         with pytest.raises(ValueError, match=f"^position: {position} is not in 0 to 8"):
-            cache.put_image(position, two, two)
-        with pytest.raises(ValueError, match=f"^position: {position} is not in 0 to 8"):
-            cache.attend(two, position)
-    with pytest.raises(ValueError, match=r"^k: shape \(1, 1, 32\) is not \(2, 1, 32\)"):
-        cache.put_image(0, one, two)
+            cache.extend(position, two, two, two)
+    with pytest.raises(ValueError, match=r"^k: shape \(1, 1, 1, 32\) is not \(2, 1, 1, 32\)"):
+        cache.extend(0, two, one, two)
     with pytest.raises(ValueError, match=r"^q: shape"):
-        cache.attend(one, 0)
-    cache.put_image(0, two, two)
+        cache.extend(0, one, two, two)
     with pytest.raises(ValueError, match=r"^backend: 'tritn' is not one of"):
-        cache.attend(two, 0, "tritn")
+        cache.extend(0, two, two, two, "tritn")
     with pytest.raises(ValueError, match=r"^backend: 'triton' cannot run here: "):
-        cache.attend(two, 0, "triton")
-    assert cache.attend(two, 0).shape == two.shape
+        cache.extend(0, two, two, two, "triton")
+    assert cache.extend(0, two, two, two).shape == two.shape

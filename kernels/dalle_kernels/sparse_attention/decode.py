@@ -36,54 +36,60 @@ class DecodeCache(CaptionCache):
     def slot(self, position: int) -> int:
         return self.mask.scan(position) % self.slots
 
-    def extend(self, position: int, q_B1HD: Tensor, k_B1HD: Tensor, v_B1HD: Tensor) -> Tensor:
-        """out_B1HD of the image token at raster position `position`, after it is put there."""
-        self.put_image(position, k_B1HD[:, 0], v_B1HD[:, 0])
-        return self.attend(q_B1HD[:, 0], position)[:, None]
+    def extend(
+        self,
+        position: int | Tensor,
+        q_B1HD: Tensor,
+        k_B1HD: Tensor,
+        v_B1HD: Tensor,
+        backend: str = "auto",
+    ) -> Tensor:
+        """out_B1HD of every sample's image token at raster position `position`.
 
-    def put_image(self, position: int, k_BHD: Tensor, v_BHD: Tensor) -> None:
-        """Key and value of the image token at raster position `position` of every sample.
+        Its key and value are put into the cache before. Positions come in order.
 
-        Positions come in order, from 0 on.
-        """
-        self._check(position, k=k_BHD, v=v_BHD)
-        slot = self.slot(position)
-        self.k_BHJD[:, :, slot], self.v_BHJD[:, :, slot] = k_BHD, v_BHD
-
-    def attend(self, q_BHD: Tensor, position: int, backend: str = "auto") -> Tensor:
-        """out_BHD of the image token at raster position `position`, which `put_image` has had.
-
-        backend: "torch" (any device), "triton", or "auto": Triton on GPUs that run it; on others
-            torch, after one warning.
+        Args:
+            position: also an int64 tensor of no dimension, so that a CUDA graph of the call
+                serves all positions; nobody looks whether that is in the image.
+            backend: "torch" (any device), "triton", or "auto": Triton on GPUs that run it; on
+                others torch, after one warning.
 
         Raises:
             ValueError: naming the argument that does not fit.
         """
         if backend not in ("auto", "torch", "triton"):
             raise ValueError(f"backend: {backend!r} is not one of auto, torch, triton")
-        self._check(position, q=q_BHD)
-        if self._takes_triton(q_BHD, backend):
-            from dalle_kernels.sparse_attention.triton_decode import attend
+        self._check(position, q=q_B1HD, k=k_B1HD, v=v_B1HD)
+        new = (q_B1HD[:, 0], k_B1HD[:, 0], v_B1HD[:, 0])
+        if self._takes_triton(q_B1HD, backend):
+            from dalle_kernels.sparse_attention.triton_decode import extend
 
-            return attend(
-                q_BHD, self._kept, self.first_C, self.samples, self.mask,
-                self.mask.scan(position), self.filled(position),
-            )  # fmt: skip
-        return self._attend(q_BHD, position)
+            at = position
+            if isinstance(position, int):
+                at = _positions(self.mask.image, q_B1HD.device)[position]
+            return extend(at, *new, self._kept, self.first_C, self.samples, self.mask)[:, None]
+        return self._extend(int(position), *new)[:, None]
 
-    def _check(self, position: int, **new: Tensor) -> None:
+    def takes_tensors(self) -> bool:
+        """Whether `extend` takes the position as a tensor without waiting for the device."""
         self._check_text()
-        if not 0 <= position < self.mask.image:
-            raise ValueError(f"position: {position} is not in 0 to {self.mask.image - 1}")
-        expected = (*self.k_BHJD.shape[:2], self.k_BHJD.shape[-1])
-        for name, x_BHD in new.items():
-            if x_BHD.shape != expected:
-                raise ValueError(f"{name}: shape {tuple(x_BHD.shape)} is not {expected}")
+        return self._takes_triton(self.k_BHJD, "auto")
 
-    def _takes_triton(self, q_BHD: Tensor, backend: str) -> bool:
-        if backend == "torch" or (backend == "auto" and q_BHD.device.type == "cpu"):
+    def _check(self, position: int | Tensor, **new: Tensor) -> None:
+        self._check_text()
+        if isinstance(position, int) and not 0 <= position < self.mask.image:
+            raise ValueError(f"position: {position} is not in 0 to {self.mask.image - 1}")
+        samples, heads, _, width = self.k_BHJD.shape
+        for name, x_B1HD in new.items():
+            if x_B1HD.shape != (samples, 1, heads, width):
+                raise ValueError(
+                    f"{name}: shape {tuple(x_B1HD.shape)} is not {(samples, 1, heads, width)}"
+                )
+
+    def _takes_triton(self, x_D: Tensor, backend: str) -> bool:
+        if backend == "torch" or (backend == "auto" and x_D.device.type == "cpu"):
             return False
-        missing = unfit(q_BHD)
+        missing = unfit(x_D)
         if missing and backend == "triton":
             raise ValueError(f"backend: 'triton' cannot run here: {missing}")
         if missing:
@@ -97,7 +103,9 @@ class DecodeCache(CaptionCache):
             return self.span.first_key(scan) % self.slots, scan % self.slots + 1
         return 0, min(scan + 1, self.slots)
 
-    def _attend(self, q_BHD: Tensor, position: int) -> Tensor:
+    def _extend(self, position: int, q_BHD: Tensor, k_BHD: Tensor, v_BHD: Tensor) -> Tensor:
+        slot = self.slot(position)
+        self.k_BHJD[:, :, slot], self.v_BHJD[:, :, slot] = k_BHD, v_BHD
         # Scores and their softmax in fp32 at least, as in the fused kernels.
         exact = torch.promote_types(q_BHD.dtype, torch.float32)
         q_BHD = q_BHD.to(exact) * (1 / math.sqrt(q_BHD.shape[-1]))
@@ -113,7 +121,13 @@ class DecodeCache(CaptionCache):
         return (out_BHD + (image_BHJ[:, :, None] @ v_BHJD)[:, :, 0]).to(self.v_BHJD.dtype)
 
 
-# Kept for later calls, so never an inference tensor, which autograd would refuse.
+# Kept for later calls, so never inference tensors, which autograd would refuse.
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _positions(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _bias(mask: AttentionMask, device: torch.device) -> Tensor:

@@ -19,34 +19,46 @@ from torch import Tensor
 
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.sparse_attention.triton_config import decode_warps
-from dalle_kernels.sparse_attention.triton_tiles import load_rows, mask_constants, visible
+from dalle_kernels.sparse_attention.triton_tiles import (
+    load_rows,
+    mask_constants,
+    store_rows,
+    visible,
+)
 
 BLOCK = 16  # samples: the least rows of a matrix product
 
 
-def attend(
+def extend(
+    at: Tensor,
     q_BHD: Tensor,
+    k_BHD: Tensor,
+    v_BHD: Tensor,
     kept: tuple[Tensor, Tensor, Tensor, Tensor],
     first_C: Tensor,
     samples: Sequence[int],
     mask: AttentionMask,
-    scan: int,
-    filled: tuple[int, int],
 ) -> Tensor:
-    """out_BHD; see `DecodeCache.attend`.
+    """out_BHD; see `DecodeCache.extend`.
 
     Args:
+        at: int64, the raster position; on the device, so that a CUDA graph can be replayed for
+            all positions.
+        q_BHD, k_BHD, v_BHD: of one tensor, read where they lie; a sample's heads are contiguous.
         kept: k_CHTD, v_CHTD, k_BHJD, v_BHJD, contiguous.
         first_C: int64 [C + 1], the first sample of each caption, and one past the last.
         samples: of each caption.
-        scan: the token's scan position.
-        filled: first and last + 1 of the slots that it may look at.
     """
     _, heads, width = q_BHD.shape
-    q_BHD, out_BHD = q_BHD.contiguous(), torch.empty_like(q_BHD.contiguous())
+    new = (q_BHD, k_BHD, v_BHD)
+    strides = {x_BHD.stride() for x_BHD in new}
+    if len(strides) > 1 or q_BHD.stride()[1:] != (width, 1):
+        new = tuple(x_BHD.contiguous() for x_BHD in new)
+    out_BHD = torch.empty(q_BHD.shape, dtype=q_BHD.dtype, device=q_BHD.device)
     grid = (heads, triton.cdiv(max(samples), BLOCK), len(samples))
     attention_decode[grid](
-        q_BHD, *kept, out_BHD, first_C, scan, *filled, math.log2(math.e) / math.sqrt(width),
+        at, *new, new[0].stride(0), *kept, out_BHD, first_C,
+        math.log2(math.e) / math.sqrt(width),
         **decode_constants(mask, kept[2].shape[2], width),
         num_warps=decode_warps(width, q_BHD.dtype),
     )  # fmt: skip
@@ -55,23 +67,25 @@ def attend(
 
 def decode_constants(mask: AttentionMask, slots: int, width: int) -> dict[str, Any]:
     """The kernel's compile-time constants: the mask's, and tiles of samples, text and slots."""
-    constants = mask_constants(mask)
-    del constants["BY_COLUMN"], constants["SAME_ROW"]  # `start` and `stop` say what they would
     tiles = {"BS": BLOCK, "BT": 32, "BJ": 256 // max(width, 64)}
-    return {**constants, "SLOTS": slots, "D": width, **tiles}
+    return {**mask_constants(mask), "SLOTS": slots, "D": width, **tiles}
 
 
-@triton.jit(do_not_specialize=["scan", "start", "stop"])
+@triton.jit(do_not_specialize_on_alignment=["at"])
 def attention_decode(
-    q, k_text, v_text, k_image, v_image, out, first_C, scan, start, stop, scale,
-    TEXT: tl.constexpr, GRID: tl.constexpr, WINDOW: tl.constexpr, RULE: tl.constexpr,
-    RADIUS: tl.constexpr, SLOTS: tl.constexpr, D: tl.constexpr,
-    BS: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
+    at, q, k_new, v_new, stride_b, k_text, v_text, k_image, v_image, out, first_C, scale,
+    TEXT: tl.constexpr, GRID: tl.constexpr, BY_COLUMN: tl.constexpr, WINDOW: tl.constexpr,
+    SAME_ROW: tl.constexpr, RULE: tl.constexpr, RADIUS: tl.constexpr, SLOTS: tl.constexpr,
+    D: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     head, heads, caption = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
     sample = tl.load(first_C + caption) + tl.program_id(1) * BS + tl.arange(0, BS)
     ok = sample < tl.load(first_C + caption + 1)
-    queries = load_rows(q + head * D, sample, ok, heads * D, D)
+    scan = tl.load(at).to(tl.int32)
+    if BY_COLUMN:
+        scan = (scan % GRID) * GRID + scan // GRID
+    own, ring = scan % SLOTS, (sample * heads + head) * SLOTS
+    queries = load_rows(q + head * D, sample, ok, stride_b, D)
     text = (caption * heads + head) * TEXT * D
     acc = tl.zeros([BS, D], tl.float32)
     top, total = tl.full([BS], float("-inf"), tl.float32), tl.zeros([BS], tl.float32)
@@ -86,14 +100,17 @@ def attention_decode(
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top, total = new_top, total * shrink + tl.sum(p, 1)
     wide, lane = queries.to(tl.float32), tl.arange(0, D)[None, None, :]
-    ring = (sample * heads + head) * SLOTS
+    start, stop = 0, tl.minimum(scan + 1, SLOTS)
+    if SAME_ROW:  # a line starts at a multiple of the slots, or all lines are kept
+        start = tl.maximum(scan // GRID * GRID, scan - WINDOW) % SLOTS
+        stop = own + 1
     for begin in range(start, stop, BJ):
         slot = begin + tl.arange(0, BJ)
         # Which scan position the slot holds: the last one up to now that falls on it.
-        held = scan - (scan % SLOTS - slot + SLOTS) % SLOTS
+        held = scan - (own - slot + SLOTS) % SLOTS
         # As wide as its peer: the interpreter turns a lone scalar's verdict into integers.
         now = scan + tl.zeros_like(slot)
-        seen = (slot < stop) & visible(now, held, GRID, WINDOW, RULE, RADIUS)
+        seen = (slot < stop) & (slot != own) & visible(now, held, GRID, WINDOW, RULE, RADIUS)
         offsets = (ring[:, None] + slot[None, :])[:, :, None] * D + lane
         there = (ok[:, None] & seen[None, :])[:, :, None]
         k = tl.load(k_image + offsets, there, other=0).to(tl.float32)
@@ -103,5 +120,14 @@ def attention_decode(
         p, shrink = tl.exp2(s - new_top[:, None]), tl.exp2(top - new_top)
         acc = acc * shrink[:, None] + tl.sum(p[:, :, None] * v, 1)
         top, total = new_top, total * shrink + tl.sum(p, 1)
-    pointers = out + head * D + sample[:, None] * heads * D + tl.arange(0, D)[None, :]
-    tl.store(pointers, (acc / total[:, None]).to(out.dtype.element_ty), ok[:, None])
+    # Every token sees itself, and from registers: what a program stores it may not load at once.
+    k_own = load_rows(k_new + head * D, sample, ok, stride_b, D)
+    v_own = load_rows(v_new + head * D, sample, ok, stride_b, D)
+    store_rows(k_image, ring + own, ok, D, k_own, D)
+    store_rows(v_image, ring + own, ok, D, v_own, D)
+    s = tl.sum(wide * k_own.to(tl.float32), 1) * scale
+    new_top = tl.maximum(top, s)
+    p, shrink = tl.exp2(s - new_top), tl.exp2(top - new_top)
+    acc = acc * shrink[:, None] + p[:, None] * v_own.to(tl.float32)
+    total = total * shrink + p
+    store_rows(out + head * D, sample, ok, heads * D, acc / total[:, None], D)

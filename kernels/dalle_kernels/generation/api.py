@@ -1,0 +1,49 @@
+"""The entry points; Triton is imported when they are first called.
+
+Shape suffixes: M pairs of seed and position, K codebook entries, W width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dalle_kernels.devices import triton_missing
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run there and are quicker than torch's: on GPUs that Triton takes."""
+    return device.type == "cuda" and triton_missing(device) is None
+
+
+def layer_norm(x_W: Tensor, weight_W: Tensor, bias_W: Tensor, eps: float) -> Tensor:
+    """Layer norm over the last axis, computed in fp32, in the dtype of the weight.
+
+    Args:
+        x_W: of any leading shape, contiguous.
+
+    Raises:
+        ValueError: a width that is not the weight's, or memory with gaps.
+    """
+    if x_W.shape[-1:] != weight_W.shape or weight_W.shape != bias_W.shape:
+        raise ValueError(f"x: width {x_W.shape[-1]} is not that of the weight, {len(weight_W)}")
+    if not x_W.is_contiguous():
+        raise ValueError(f"x: strides {x_W.stride()} are not contiguous")
+    from dalle_kernels.generation.triton_generation import launch_layer_norm
+
+    return launch_layer_norm(x_W, weight_W, bias_W, eps)
+
+
+def gumbel(seed_M: Tensor, position_M: Tensor, codebook_size: int) -> Tensor:
+    """Standard Gumbel noise_MK, fp32: a function of (seed, position, code), all int64.
+
+    Raises:
+        ValueError: not as many positions as seeds.
+    """
+    if seed_M.shape != position_M.shape or seed_M.ndim != 1:
+        raise ValueError(
+            f"position: shape {tuple(position_M.shape)} is not the seeds', {tuple(seed_M.shape)}"
+        )
+    from dalle_kernels.generation.triton_generation import launch_gumbel
+
+    return launch_gumbel(seed_M, position_M, codebook_size)
