@@ -1,4 +1,4 @@
-"""Generating image tokens on the CPU: candidates of one caption, and windows of guesses.
+"""Generating image tokens: candidates of one caption, and windows of guesses.
 
     python -m benchmarks.generate --releases runs/demo/release
 
@@ -36,14 +36,16 @@ def main() -> None:
     parser.add_argument("--releases", nargs="*", type=Path, default=[], help="trained models")
     parser.add_argument("--batches", nargs="*", type=int, default=BATCHES)
     parser.add_argument("--windows", nargs="*", type=int, default=WINDOWS)
+    parser.add_argument("--device", default="cpu", help="of the releases (%(default)s)")
     options = common.arguments(__doc__, rounds=3, parents=[parser])
     config = common.benchmark_config(options.smoke)
-    common.report("generate", config, candidates(config, options.rounds), options)
+    if options.device == "cpu":
+        common.report("generate", config, candidates(config, options.rounds), options)
     for path in options.releases:
-        generator = Generator.load(path, device="cpu")
+        generator = Generator.load(path, device=options.device)
         for batch in options.batches:
             rows = windows(generator, batch, options.windows, options.rounds)
-            common.report("generate", generator.config, rows, options)
+            common.report("generate", generator.config, rows, options, options.device)
 
 
 def candidates(config: Config, rounds: int) -> list[Measured]:
@@ -69,20 +71,22 @@ def candidates(config: Config, rounds: int) -> list[Measured]:
 
 
 @torch.no_grad()
-def windows(
-    generator: Generator, batch: int, chosen: Sequence[int], rounds: int
-) -> list[Measured]:
+def windows(generator: Generator, batch: int, chosen: Sequence[int], rounds: int) -> list[Measured]:
     """Steps and time of each window, for a batch of images of several captions."""
     text_BT = texts(generator, batch)
     draw = Draw(
         generator.model, text_BT, list(range(batch)), Sampling.of(generator.config.sampling)
     )
-    sample = partial(sample_codes, draw.model, text_BT, list(range(batch)), draw.sampling)
+    seeds = list(range(batch))
+
+    def sample(window: int | None = None) -> Tensor:  # on the CPU: once it is there, all is done
+        return sample_codes(draw.model, text_BT, seeds, draw.sampling, window=window).cpu()
+
     expected = sample()
     steps = {}
     for window in chosen:
         found = sample_windows(draw, window)
-        _check(found.codes_BN, expected)
+        _check(found.codes_BN.cpu(), expected)
         steps[window] = found.steps / draw.tokens
     cases = {"1": sample} | {str(w): partial(sample, window=w) for w in chosen}
     times = common.interleaved(cases, rounds)
@@ -96,9 +100,11 @@ def windows(
             Measured(case, "share of the steps", "x", [steps[window]]),
             Measured(case, "speed against one by one", "x", speed),
         ]
-    peak = common.peak_memory(partial(sample, window=chosen[-1]))
-    case = f"batch {batch}, window {chosen[-1]}"
-    return [*rows, Measured(case, "peak memory beyond the model's", "MiB", [peak])]
+    if text_BT.device.type == "cpu":
+        peak = common.peak_memory(partial(sample, window=chosen[-1]))
+        case = f"batch {batch}, window {chosen[-1]}"
+        rows.append(Measured(case, "peak memory beyond the model's", "MiB", [peak]))
+    return rows
 
 
 def texts(generator: Generator, batch: int) -> Tensor:
@@ -106,7 +112,7 @@ def texts(generator: Generator, batch: int) -> Tensor:
     length = generator.config.transformer.text_tokens
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
     ids = [generator.tokenizer.encode_padded(prompt, length)[0] for prompt in prompts]
-    return torch.tensor(ids)
+    return torch.tensor(ids, device=next(generator.model.parameters()).device)
 
 
 def _check(found: Tensor, expected: Tensor) -> None:

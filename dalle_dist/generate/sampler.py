@@ -106,8 +106,8 @@ class Draw:
         """logits_BNK of `Transformer.step`, guided if so wished."""
         if not self.sampling.guided:
             return self.model.step(held_BN, caches, at)
-        own = isinstance(at, Tensor) and at.ndim == 1  # a position for each sample
-        both_BNK = self.model.step(held_BN.repeat(2, 1), caches, at.repeat(2) if own else at)
+        both = at.repeat(2) if isinstance(at, Tensor) and at.ndim else at
+        both_BNK = self.model.step(held_BN.repeat(2, 1), caches, both)
         ahead_N = torch.arange(held_BN.shape[1], device=held_BN.device)
         at_BN = torch.as_tensor(at, device=held_BN.device).reshape(-1, 1) + ahead_N
         return guide(both_BNK, self.guidance_N[at_BN.clamp(max=self.tokens - 1)][:, :, None])

@@ -9,21 +9,27 @@ Shape suffixes: B samples, N image tokens, K codebook entries.
 from __future__ import annotations
 
 import torch
+from dalle_kernels.sparse_attention import DecodeCache
 from torch import Tensor
 
 from dalle_dist.generate.sampler import FREE, Draw, choose
+from dalle_dist.transformer.blocks import Cache
 
 
 def sample_sequence(draw: Draw) -> Tensor:
     """codes_BN of the samples."""
     state = State(draw)
     positions = range(draw.prefix, draw.tokens)
-    if len(positions) > 1 and all(cache.takes_tensors() for cache in state.caches):
+    if len(positions) > 1 and all(map(_takes_tensors, state.caches)):
         _replay(state, len(positions))
     else:
         for position in positions:
             state.step(position)
     return state.codes_BN
+
+
+def _takes_tensors(cache: Cache) -> bool:
+    return isinstance(cache, DecodeCache) and cache.takes_tensors()
 
 
 def _replay(state: State, steps: int) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 from dalle_dist.generate.sampler import FREE, Draw, choose
 from dalle_dist.generate.sampling_options import Sampling
 
-# Rows of a matrix product that cost hardly more than one, since loading the weights takes longer:
-# measured on CPUs (docs/log.md); of a GPU's floors for bytes and FLOP, and not measured.
-CHEAP_ROWS = {"cpu": 32, "cuda": 256}
+# Rows of a matrix product that cost hardly more than one, since loading the weights takes longer.
+# Measured on CPUs; a GPU's graph of single steps is quicker than windows (docs/log.md).
+CHEAP_ROWS = {"cpu": 32}
 LARGEST, SMALLEST = 16, 4  # windows beyond which few guesses are right, and which gain nothing
 
 

@@ -69,14 +69,14 @@ class Attention(Resblock):
             out_CHSD = F.scaled_dot_product_attention(q_CHSD, k_CHSD, v_CHSD, attn_mask=seen)
         return x_CSW + self.out(out_CHSD.transpose(1, 2).flatten(2))
 
-    def step(self, x_BNW: Tensor, cache: Cache, at: int | Tensor) -> Tensor:
-        """The next image tokens, which look at the text and at the image keys their mask allows.
+    def step(self, h_BNW: Tensor, cache: Cache, at: int | Tensor) -> Tensor:
+        """Of the next image tokens, which look at the text and what their mask allows of the image.
 
         `at` is what the cache's `extend` takes.
         """
-        q_BNHD, k_BNHD, v_BNHD = self._qkv(self.norm(x_BNW)).unbind(2)
+        q_BNHD, k_BNHD, v_BNHD = self._qkv(h_BNW).unbind(2)
         out_BNHD = cache.extend(at, q_BNHD, k_BNHD, v_BNHD)  # type: ignore[arg-type]
-        return x_BNW + self.out(out_BNHD.flatten(2))
+        return self.out(out_BNHD.flatten(2))
 
     def _qkv(self, h_BSW: Tensor) -> Tensor:
         return self.qkv(h_BSW).unflatten(-1, (3, self.heads, HEAD_DIM))
@@ -108,8 +108,14 @@ class Layer(nn.Module):
     def prefill(self, x_CSW: Tensor, cache: Cache) -> Tensor:
         return self.mlp(self.attention.prefill(x_CSW, cache))
 
-    def step(self, x_BNW: Tensor, cache: Cache, at: int | Tensor) -> Tensor:
-        return self.mlp(self.attention.step(x_BNW, cache, at))
+    def step(
+        self, x_BNW: Tensor, branch_BNW: Tensor | None, cache: Cache, at: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(stream, what is to be added to it): the next layer's norm adds it, in one kernel."""
+        x_BNW, h_BNW = self.attention.norm.after(x_BNW, branch_BNW)
+        branch_BNW = self.attention.step(h_BNW, cache, at)
+        x_BNW, h_BNW = self.mlp.norm.after(x_BNW, branch_BNW)
+        return x_BNW, self.mlp.inside(h_BNW)
 
 
 @torch.no_grad()

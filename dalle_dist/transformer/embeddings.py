@@ -45,8 +45,8 @@ class ImageEmbedding(nn.Module):
     def forward(self, codes_BN: Tensor, first: int | Tensor = 0) -> Tensor:
         """Codes of the image positions from `first` on to x_BNW; position 0 holds `self.start`.
 
-        `first` is one for all, also as a tensor of no dimension, or one of each sample, [B]. Positions past the image, which are
-        computed for nobody, count as its last.
+        `first` is one for all, also as a tensor of no dimension, or one of each sample, [B].
+        Positions past the image, which are computed for nobody, count as its last.
         """
         count = codes_BN.shape[1]
         if isinstance(first, int):
@@ -73,8 +73,6 @@ class LayerNorm(nn.LayerNorm):
     kernel: tuple[nn.Module] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() and generation.runs_on(input.device):
-            return generation.layer_norm(input.contiguous(), self.weight, self.bias, self.eps)
         weight, bias = self.weight.float(), self.bias.float()
         if self.kernel is None:
             out = F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
@@ -82,6 +80,13 @@ class LayerNorm(nn.LayerNorm):
             parameters = {"weight": weight, "bias": bias}
             out = functional_call(self.kernel[0], parameters, input.float())
         return out.to(self.weight.dtype)
+
+    def after(self, x_W: Tensor, branch_W: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + branch, its norm), without gradients; None is nothing to add."""
+        if generation.runs_on(x_W.device):
+            return generation.add_norm(x_W, branch_W, self.weight, self.bias, self.eps)
+        x_W = x_W if branch_W is None else x_W + branch_W
+        return x_W, self(x_W)
 
 
 def use_layer_norm(model: nn.Module, kernel: type[nn.Module]) -> None:

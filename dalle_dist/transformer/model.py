@@ -119,10 +119,10 @@ class Transformer(nn.Module):
             at: without a window the position of all, also as a tensor (`DecodeCache.extend`);
                 with one the first position of each sample, int64 [B].
         """
-        x_BNW = self.image_embedding(held_BN, first=at)
+        x_BNW, branch_BNW = self.image_embedding(held_BN, first=at), None
         for layer, cache in zip(self.blocks, caches, strict=True):
-            x_BNW = layer.step(x_BNW, cache, at)  # type: ignore[operator]
-        return self.image_unembedding(self.norm(x_BNW))
+            x_BNW, branch_BNW = layer.step(x_BNW, branch_BNW, cache, at)  # type: ignore[operator]
+        return self.image_unembedding(self.norm.after(x_BNW, branch_BNW)[1])
 
     def logits(self, text_BT: Tensor, codes_BN: Tensor) -> tuple[Tensor, Tensor]:
         """All of (text_BTV, image_BNK), for tests and analysis.

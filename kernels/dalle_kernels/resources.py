@@ -100,11 +100,12 @@ def _elementwise(target: int) -> dict[str, Used]:
                 triton_adamw.adamw_update, types, constants, triton_adamw.OPTIONS, target
             )
     for name, tensor in (("bf16", "*bf16"), ("fp32", "*fp32")):
-        types = {"x": "*fp32"} | dict.fromkeys(("weight", "bias", "out"), tensor)
-        constants = {"WIDTH": 3968, "BLOCK": 4096}
+        types = {"x": "*fp32", "total": "*fp32", "branch": tensor}
+        types |= dict.fromkeys(("weight", "bias", "out"), tensor)
+        constants = {"ADD": True, "WIDTH": 3968, "BLOCK": 4096}
         warps = {"num_warps": triton_generation.norm_warps(4096)}
-        found[f"layer norm {name}"] = _compile(
-            triton_generation.layer_norm_rows, types, constants, warps, target
+        found[f"add and layer norm {name}"] = _compile(
+            triton_generation.add_norm_rows, types, constants, warps, target
         )
     types = {"seeds": "*i64", "positions": "*i64", "out": "*fp32", "codes": "i32"}
     constants = {"BLOCK": triton_generation.BLOCK}

@@ -116,7 +116,7 @@ def test_the_benchmark_times_windows_of_equal_tokens(monkeypatch):
     ("device", "samples", "guidance", "window"),
     [
         ("cpu", 1, 1, 16), ("cpu", 1, 2, 16), ("cpu", 4, 1, 8), ("cpu", 8, 1, 4), ("cpu", 8, 2, 1),
-        ("cpu", 64, 1, 1), ("cuda", 8, 2, 16), ("cuda", 64, 1, 4), ("cuda", 512, 1, 1),
+        ("cpu", 64, 1, 1), ("cuda", 1, 1, 1), ("cuda", 8, 2, 1),
         ("mps", 1, 1, 1),
     ],
 )  # fmt: skip

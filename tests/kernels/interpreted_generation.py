@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dalle_kernels.generation.triton_generation import launch_gumbel, launch_layer_norm
+from dalle_kernels.generation.triton_generation import launch_add_norm, launch_gumbel
 from test_generation import SEEDS, noise_of_torch, norm_error
 
 
@@ -14,5 +14,6 @@ def test_noise_is_that_of_torch(codes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("width", [1, 64, 96, 2048])
-def test_layer_norm_is_as_exact_as_torchs(width, dtype):
-    assert norm_error(launch_layer_norm, width, dtype, "cpu") <= 2
+@pytest.mark.parametrize("added", [True, False])
+def test_layer_norm_is_as_exact_as_torchs(width, dtype, added):
+    assert norm_error(launch_add_norm, width, dtype, "cpu", added) <= 2

@@ -17,14 +17,16 @@ def noise_of_torch(seed_M, position_M, codes):
     return noise.gumbel(seed_M.cpu(), position_M.cpu(), codes)
 
 
-def norm_error(layer_norm, width, dtype, device):
-    """The largest error against fp64, in units of torch's own."""
+def norm_error(add_norm, width, dtype, device, added=True):
+    """The largest error of the norm against fp64, in units of torch's own; the sum is exact."""
     random = torch.Generator().manual_seed(0)
     x = (torch.randn(3, 5, width, generator=random) * 3 + 1).to(device)
+    branch = torch.randn(3, 5, width, generator=random).to(device, dtype) if added else None
     weight, bias = (torch.randn(width, generator=random).to(device, dtype) for _ in range(2))
-    exact = F.layer_norm(x.double(), (width,), weight.double(), bias.double(), 1e-5)
-    plain = F.layer_norm(x, (width,), weight.float(), bias.float(), 1e-5).to(dtype)
-    ours = layer_norm(x, weight, bias, 1e-5)
+    total, ours = add_norm(x, branch, weight, bias, 1e-5)
+    assert total.equal(x + branch if added else x)
+    exact = F.layer_norm(total.double(), (width,), weight.double(), bias.double(), 1e-5)
+    plain = F.layer_norm(total, (width,), weight.float(), bias.float(), 1e-5).to(dtype)
     assert ours.dtype == dtype and ours.shape == x.shape
     allowed = (plain - exact).abs().max().clamp(min=1e-6)
     return ((ours - exact).abs().max() / allowed).item()
@@ -35,15 +37,19 @@ def test_interpreted():
 
     run = interpreted("interpreted_generation.py")
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
-    assert "12 passed" in run.stdout
+    assert "20 passed" in run.stdout
 
 
 def test_arguments_that_do_not_fit_are_named():
     x, w = torch.zeros(2, 4), torch.zeros(3)
     with pytest.raises(ValueError, match=r"^x: width 4 is not that of the weight, 3"):
-        generation.layer_norm(x, w, w, 1e-5)
+        generation.add_norm(x, None, w, w, 1e-5)
     with pytest.raises(ValueError, match=r"^x: strides \(1, 2\) are not contiguous"):
-        generation.layer_norm(torch.zeros(3, 2).T, w, w, 1e-5)
+        generation.add_norm(torch.zeros(3, 2).T, None, w, w, 1e-5)
+    with pytest.raises(ValueError, match=r"^x: dtype torch.float16 is not fp32"):
+        generation.add_norm(x.half(), None, w, w, 1e-5)
+    with pytest.raises(ValueError, match=r"^branch: shape \(3, 3\) is not x's, \(2, 3\)"):
+        generation.add_norm(torch.zeros(2, 3), torch.zeros(3, 3), w, w, 1e-5)
     with pytest.raises(ValueError, match=r"^position: shape \(2,\) is not the seeds', \(3,\)"):
         generation.gumbel(torch.zeros(3).long(), torch.zeros(2).long(), 5)
 
@@ -65,4 +71,4 @@ def test_noise_on_a_gpu_is_that_of_the_cpu():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("width", [64, 2048, 3968])
 def test_layer_norm_on_a_gpu_is_as_exact_as_torchs(width, dtype):
-    assert norm_error(generation.layer_norm, width, dtype, "cuda") <= 2
+    assert norm_error(generation.add_norm, width, dtype, "cuda") <= 2

@@ -4,6 +4,6 @@ A step has few numbers to compute, and each kernel's start counts: these do at o
 in many. They are not differentiable. `runs_on` says where they run; elsewhere torch's are as good.
 """
 
-from dalle_kernels.generation.api import gumbel, layer_norm, runs_on
+from dalle_kernels.generation.api import add_norm, gumbel, runs_on
 
-__all__ = ["gumbel", "layer_norm", "runs_on"]
+__all__ = ["add_norm", "gumbel", "runs_on"]

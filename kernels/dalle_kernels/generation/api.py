@@ -16,22 +16,30 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" and triton_missing(device) is None
 
 
-def layer_norm(x_W: Tensor, weight_W: Tensor, bias_W: Tensor, eps: float) -> Tensor:
-    """Layer norm over the last axis, computed in fp32, in the dtype of the weight.
+def add_norm(
+    x_W: Tensor, branch_W: Tensor | None, weight_W: Tensor, bias_W: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(x + branch, fp32; its layer norm over the last axis, in the dtype of the weight).
 
     Args:
-        x_W: of any leading shape, contiguous.
+        x_W: fp32, of any leading shape, contiguous.
+        branch_W: the same shape, of any dtype; None: nothing is added.
 
     Raises:
-        ValueError: a width that is not the weight's, or memory with gaps.
+        ValueError: naming the argument that does not fit.
     """
+    if x_W.dtype != torch.float32:
+        raise ValueError(f"x: dtype {x_W.dtype} is not fp32")
     if x_W.shape[-1:] != weight_W.shape or weight_W.shape != bias_W.shape:
         raise ValueError(f"x: width {x_W.shape[-1]} is not that of the weight, {len(weight_W)}")
-    if not x_W.is_contiguous():
-        raise ValueError(f"x: strides {x_W.stride()} are not contiguous")
-    from dalle_kernels.generation.triton_generation import launch_layer_norm
+    if branch_W is not None and branch_W.shape != x_W.shape:
+        raise ValueError(f"branch: shape {tuple(branch_W.shape)} is not x's, {tuple(x_W.shape)}")
+    for name, given in (("x", x_W), ("branch", branch_W)):
+        if given is not None and not given.is_contiguous():
+            raise ValueError(f"{name}: strides {given.stride()} are not contiguous")
+    from dalle_kernels.generation.triton_generation import launch_add_norm
 
-    return launch_layer_norm(x_W, weight_W, bias_W, eps)
+    return launch_add_norm(x_W, branch_W, weight_W, bias_W, eps)
 
 
 def gumbel(seed_M: Tensor, position_M: Tensor, codebook_size: int) -> Tensor:

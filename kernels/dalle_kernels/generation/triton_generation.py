@@ -1,4 +1,4 @@
-"""Layer norm, a program for each row; Gumbel noise, a program for some codes of a token."""
+"""Sum and layer norm, a program for each row; Gumbel noise, a program for some codes of a token."""
 # ruff: noqa: ANN001, ANN201
 # mypy: disable-error-code="no-untyped-def"
 
@@ -12,16 +12,19 @@ from torch import Tensor
 BLOCK = 1024  # codes of a program
 
 
-def launch_layer_norm(x_W: Tensor, weight_W: Tensor, bias_W: Tensor, eps: float) -> Tensor:
-    """See `api.layer_norm`."""
+def launch_add_norm(
+    x_W: Tensor, branch_W: Tensor | None, weight_W: Tensor, bias_W: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `api.add_norm`."""
     width = len(weight_W)
     out_W = torch.empty(x_W.shape, dtype=weight_W.dtype, device=x_W.device)
-    rows = x_W.numel() // width
-    block = triton.next_power_of_2(width)
-    layer_norm_rows[(rows,)](
-        x_W, weight_W, bias_W, out_W, eps, WIDTH=width, BLOCK=block, num_warps=norm_warps(block)
-    )
-    return out_W
+    sum_W = x_W if branch_W is None else torch.empty_like(x_W)
+    rows, block = x_W.numel() // width, triton.next_power_of_2(width)
+    add_norm_rows[(rows,)](
+        x_W, x_W if branch_W is None else branch_W, sum_W, weight_W, bias_W, out_W, eps,
+        ADD=branch_W is not None, WIDTH=width, BLOCK=block, num_warps=norm_warps(block),
+    )  # fmt: skip
+    return sum_W, out_W
 
 
 def norm_warps(block: int) -> int:
@@ -41,10 +44,16 @@ def launch_gumbel(seed_M: Tensor, position_M: Tensor, codebook_size: int) -> Ten
 
 
 @triton.jit
-def layer_norm_rows(x, weight, bias, out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def add_norm_rows(
+    x, branch, total, weight, bias, out, eps,
+    ADD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     ok = at < WIDTH
-    value = tl.load(x + row * WIDTH + at, ok, other=0).to(tl.float32)
+    value = tl.load(x + row * WIDTH + at, ok, other=0)
+    if ADD:
+        value += tl.load(branch + row * WIDTH + at, ok, other=0).to(tl.float32)
+        tl.store(total + row * WIDTH + at, value, ok)
     mean = tl.sum(value, 0) / WIDTH
     centred = tl.where(ok, value - mean, 0)
     scale = 1 / tl.sqrt(tl.sum(centred * centred, 0) / WIDTH + eps)

@@ -64,10 +64,10 @@ class DecodeCache(CaptionCache):
         if self._takes_triton(q_B1HD, backend):
             from dalle_kernels.sparse_attention.triton_decode import extend
 
-            at = position
             if isinstance(position, int):
-                at = _positions(self.mask.image, q_B1HD.device)[position]
-            return extend(at, *new, self._kept, self.first_C, self.samples, self.mask)[:, None]
+                position = _positions(self.mask.image, q_B1HD.device)[position]
+            out_BHD = extend(position, *new, self._kept, self.first_C, self.samples, self.mask)
+            return out_BHD[:, None]
         return self._extend(int(position), *new)[:, None]
 
     def takes_tensors(self) -> bool:

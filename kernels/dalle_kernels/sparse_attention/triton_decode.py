@@ -50,10 +50,9 @@ def extend(
         samples: of each caption.
     """
     _, heads, width = q_BHD.shape
-    new = (q_BHD, k_BHD, v_BHD)
-    strides = {x_BHD.stride() for x_BHD in new}
-    if len(strides) > 1 or q_BHD.stride()[1:] != (width, 1):
-        new = tuple(x_BHD.contiguous() for x_BHD in new)
+    new = [q_BHD, k_BHD, v_BHD]
+    if {x_BHD.stride() for x_BHD in new} != {(q_BHD.stride(0), width, 1)}:
+        new = [x_BHD.contiguous() for x_BHD in new]
     out_BHD = torch.empty(q_BHD.shape, dtype=q_BHD.dtype, device=q_BHD.device)
     grid = (heads, triton.cdiv(max(samples), BLOCK), len(samples))
     attention_decode[grid](
@@ -67,7 +66,8 @@ def extend(
 
 def decode_constants(mask: AttentionMask, slots: int, width: int) -> dict[str, Any]:
     """The kernel's compile-time constants: the mask's, and tiles of samples, text and slots."""
-    tiles = {"BS": BLOCK, "BT": 32, "BJ": 256 // max(width, 64)}
+    # Measured on an H200 at width 64 (docs/log.md): more slots at a time are slower.
+    tiles = {"BS": BLOCK, "BT": 32 if width > 64 else 64, "BJ": 256 // max(width, 64)}
     return {**mask_constants(mask), "SLOTS": slots, "D": width, **tiles}
 
 
