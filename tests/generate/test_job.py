@@ -9,6 +9,7 @@ from PIL import Image
 
 from dalle_dist import Generator
 from dalle_dist.cli import main
+from dalle_dist.data import storage
 from dalle_dist.data.labelled_grid import to_image
 from dalle_dist.data.shards import ShardSet
 from dalle_dist.distributed import process_group
@@ -101,6 +102,29 @@ def test_a_job_that_was_cut_off_goes_on_where_it_was(release, tmp_path, monkeypa
     alone(release, out, **options)
     assert sampled == [4, 3]
     assert files(out) == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_a_job_on_s3_writes_and_goes_on_as_on_a_disk(release, tmp_path, bucket, monkeypatch, tar):
+    release, out = release(), f"{bucket}/images"
+    options = {"batch_size": 4, "scored": True, "keep": 2, "tar": tar}
+    alone(release, tmp_path / "whole", **options)
+    sample_codes, sampled = generator_module.sample_codes, []
+
+    def cut_off(model, text_BT, *rest, **more):
+        sampled.append(len(text_BT))
+        if len(sampled) == 3:
+            raise KeyboardInterrupt
+        return sample_codes(model, text_BT, *rest, **more)
+
+    monkeypatch.setattr(generator_module, "sample_codes", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        alone(release, out, **options)
+    assert len(storage.list_files(out)) == 2
+    alone(release, out, **options)
+    assert sampled == [4, 4, 4, 4, 3]
+    found = {name: storage.read_bytes(f"{out}/{name}") for name in storage.list_files(out)}
+    assert found == files(tmp_path / "whole")
 
 
 def test_a_job_cut_off_while_it_writes_goes_on_too(release, tmp_path, monkeypatch):
