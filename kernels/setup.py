@@ -12,6 +12,7 @@ setup(
     packages=[
         "dalle_kernels",
         "dalle_kernels.adamw",
+        "dalle_kernels.generation",
         "dalle_kernels.minifloat",
         "dalle_kernels.sparse_attention",
     ],

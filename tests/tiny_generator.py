@@ -5,6 +5,8 @@ import torch
 from dalle_dist.config import load
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.generate.generator import Generator
+from dalle_dist.generate.noise import gumbel
+from dalle_dist.generate.sampler import FREE, choose
 from dalle_dist.image_tokenizer.dvae import DVAETokenizer
 from dalle_dist.text_tokenizer.bpe import PAD, train_tokenizer
 from dalle_dist.transformer.model import Transformer
@@ -35,3 +37,22 @@ def text(size=3):
     text_BT = torch.randint(2, 250, (size, 6), generator=torch.Generator().manual_seed(5))
     text_BT[0, 2:] = PAD
     return text_BT
+
+
+@torch.no_grad()
+def recomputed(model, text_BT, seeds, sampling, kept_codes=None):
+    """Every one of 16 tokens from all logits of the whole sequence, computed anew."""
+    device = text_BT.device
+    codes_BN = torch.zeros(len(seeds), 16, device=device).long()
+    seed_B = torch.tensor([(s + 2**63) % 2**64 - 2**63 for s in seeds], device=device)
+    for position in range(16):
+        logits_BK = model.logits(text_BT, codes_BN)[1][:, position]
+        empty_BK = model.logits(torch.full_like(text_BT, PAD), codes_BN)[1][:, position]
+        weight = sampling.guidance_at(position, 16)
+        logits_BK = empty_BK + weight * (logits_BK - empty_BK)
+        noise_BK = gumbel(seed_B, torch.full_like(seed_B, position), 20)
+        codes_BN[:, position] = choose(logits_BK, noise_BK, sampling)
+        if kept_codes is not None:
+            kept = kept_codes[:, position] != FREE
+            codes_BN[kept, position] = kept_codes[kept, position]
+    return codes_BN

@@ -2,35 +2,15 @@
 
 import pytest
 import torch
-from tiny_generator import build, text
+from tiny_generator import build, recomputed, text
 
 from benchmarks import generate as benchmark
-from dalle_dist.generate.noise import gumbel
-from dalle_dist.generate.sampler import FREE, Draw, choose, sample_codes
+from dalle_dist.generate.sampler import FREE, Draw, sample_codes
 from dalle_dist.generate.sampling_options import Sampling
 from dalle_dist.generate.windowed import Windows, best_window, sample_windows
-from dalle_dist.text_tokenizer.protocol import PAD
 
 SAME = torch.zeros(2, 16).long()
 SEEDS = [11, 2**63 + 5, 3]
-
-
-@torch.no_grad()
-def naive(model, text_BT, seeds, sampling, kept_codes=None):
-    """Every token from all logits of the whole sequence, computed anew."""
-    codes_BN = torch.zeros(len(seeds), 16).long()
-    for position in range(16):
-        logits_BK = model.logits(text_BT, codes_BN)[1][:, position]
-        empty_BK = model.logits(torch.full_like(text_BT, PAD), codes_BN)[1][:, position]
-        weight = sampling.guidance_at(position, 16)
-        logits_BK = empty_BK + weight * (logits_BK - empty_BK)
-        seed_B = torch.tensor([(s + 2**63) % 2**64 - 2**63 for s in seeds])
-        noise_BK = gumbel(seed_B, torch.full_like(seed_B, position), 20)
-        codes_BN[:, position] = choose(logits_BK, noise_BK, sampling)
-        if kept_codes is not None:
-            kept = kept_codes[:, position] != FREE
-            codes_BN[kept, position] = kept_codes[kept, position]
-    return codes_BN
 
 
 @pytest.mark.parametrize("masks", ["paper", "causal"])
@@ -39,7 +19,7 @@ def naive(model, text_BT, seeds, sampling, kept_codes=None):
 def test_tokens_are_those_without_cache_or_window(masks, variant, guidance):
     model = build(f"transformer.masks={masks}", f"transformer.mask_variant={variant}").model
     sampling = Sampling(guidance=guidance)
-    expected_BN = naive(model, text(), SEEDS, sampling)
+    expected_BN = recomputed(model, text(), SEEDS, sampling)
     for window in (None, 1, 2, 3, 5, 16, 40):
         assert sample_codes(model, text(), SEEDS, sampling, window=window).equal(expected_BN)
 
@@ -57,7 +37,7 @@ def test_tokens_are_those_without_cache_or_window(masks, variant, guidance):
 )
 def test_tokens_are_the_same_under_every_option(options):
     model, sampling = build().model, Sampling(**options)
-    expected_BN = naive(model, text(), SEEDS, sampling)
+    expected_BN = recomputed(model, text(), SEEDS, sampling)
     for window in (None, 4):
         assert sample_codes(model, text(), SEEDS, sampling, window=window).equal(expected_BN)
 
@@ -75,7 +55,7 @@ def test_kept_tokens_are_kept_and_the_others_follow_them(pattern, guidance):
         "all": (at_N < 16).expand(3, -1),
     }[pattern]
     given = torch.where(kept_BN, codes_BN, FREE)
-    expected_BN = naive(model, text(), SEEDS, sampling, given)
+    expected_BN = recomputed(model, text(), SEEDS, sampling, given)
     assert expected_BN[kept_BN].equal(codes_BN[kept_BN])
     for window in (None, 3, 16):
         found = sample_codes(model, text(), SEEDS, sampling, kept_codes=given, window=window)
