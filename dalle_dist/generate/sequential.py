@@ -35,7 +35,8 @@ def _takes_tensors(cache: Cache) -> bool:
 def _replay(state: State, steps: int) -> None:
     state.step(state.at)  # as it is: Triton compiles its kernels, cuBLAS sets itself up
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads, as that of a data loader which pins memory, may go on while it is recorded.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         state.step(state.at)
     for _ in range(steps - 1):
         graph.replay()
