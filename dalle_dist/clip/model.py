@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from dalle_dist.clip.library import library
+from dalle_dist.clip.hugging_face import library
 from dalle_dist.clip.loss import contrastive_loss
 from dalle_dist.config import Config
 from dalle_dist.distributed.gather_rows import gather_rows

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_dist.clip.captions import caption_ids, hashed
-from dalle_dist.clip.library import library
+from dalle_dist.clip.hugging_face import library
 from dalle_dist.clip.model import LossCLIP, decayed, end_of_text
 from dalle_dist.config import CLIPTrainConfig, Config
 from dalle_dist.data import storage
