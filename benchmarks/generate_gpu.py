@@ -60,15 +60,21 @@ def figures(model: Transformer, config: Config, samples: int, rounds: int) -> li
     torch.cuda.reset_peak_memory_stats()
     times = common.interleaved({"": partial(seconds, draw)}, rounds)[""]
     peak = torch.cuda.max_memory_allocated() / 2**20
-    steps, floor = [t / draw.tokens for t in times], memory_seconds(model, config, samples)
-    either = max(floor, product_seconds(model, samples))
-    case = f"{samples} candidates"
-    return [
+    steps, case = [t / draw.tokens for t in times], f"{samples} candidates"
+    rows = [
         Measured(case, "images", "images/s", [samples / t for t in times]),
         Measured(case, "step", "ms", [1e3 * t for t in steps]),
+        Measured(case, "peak memory", "MiB", [peak]),
+    ]
+    rates = PEAKS.get(torch.cuda.get_device_name())
+    if rates is None:  # a GPU whose rates nobody has looked up
+        return rows
+    floor = memory_seconds(model, config, samples, rates)
+    either = max(floor, product_seconds(model, samples, rates))
+    return [
+        *rows,
         Measured(case, "share of the memory's floor", "x", [floor / t for t in steps]),
         Measured(case, "share of memory's or products' floor", "x", [either / t for t in steps]),
-        Measured(case, "peak memory", "MiB", [peak]),
     ]
 
 
@@ -87,22 +93,18 @@ def check(draw: Draw) -> None:
         raise SystemExit("tokens differ; nothing is timed")
 
 
-def memory_seconds(model: Transformer, config: Config, samples: int) -> float:
+def memory_seconds(model: Transformer, config: Config, samples: int, rates: Peak) -> float:
     """Seconds that a step's bytes take."""
     shape = config.transformer
     read = [*model.blocks.parameters(), *model.image_unembedding.parameters()]
     number = 2 * shape.heads * HEAD_DIM * DTYPE.itemsize  # a token's key and value in one layer
     tokens = sum(shape.text_tokens + samples * keys(mask) for mask in layer_masks(shape))
-    return (sum(p.nbytes for p in read) + tokens * number) / _peak().bytes
+    return (sum(p.nbytes for p in read) + tokens * number) / rates.bytes
 
 
-def product_seconds(model: Transformer, samples: int) -> float:
+def product_seconds(model: Transformer, samples: int, rates: Peak) -> float:
     """Seconds that the resblocks' matrix products take."""
-    return 2 * sum(p.numel() for p in model.blocks.parameters()) * samples / _peak().flops
-
-
-def _peak() -> Peak:
-    return PEAKS[torch.cuda.get_device_name()]
+    return 2 * sum(p.numel() for p in model.blocks.parameters()) * samples / rates.flops
 
 
 def keys(mask: AttentionMask) -> float:

@@ -15,14 +15,14 @@ def test_keys_are_the_masks_pairs(kind, pairs):
     assert generate_gpu.keys(AttentionMask(kind, 256, 32)) == pairs / 1024
 
 
-def test_floors_by_hand(monkeypatch):
-    monkeypatch.setattr(generate_gpu, "_peak", lambda: Peak(flops=10.0, bytes=2.0, exps=1.0))
+def test_floors_by_hand():
+    rates = Peak(flops=10.0, bytes=2.0, exps=1.0)
     generator = build("transformer.masks=causal")
     blocks = sum(p.numel() for p in generator.model.blocks.parameters())
     unembedding = 64 * 20 + 20
     # Of 4 layers: 6 tokens of text, and of 3 images (1 + ... + 16) / 16 keys on average, each
     # with a key and a value of 64 bf16 numbers.
     cache = 4 * (6 + 3 * 8.5) * 2 * 64 * 2
-    found = generate_gpu.memory_seconds(generator.model, generator.config, 3)
+    found = generate_gpu.memory_seconds(generator.model, generator.config, 3, rates)
     assert found == (4 * (blocks + unembedding) + cache) / 2
-    assert generate_gpu.product_seconds(generator.model, 3) == 2 * blocks * 3 / 10
+    assert generate_gpu.product_seconds(generator.model, 3, rates) == 2 * blocks * 3 / 10
