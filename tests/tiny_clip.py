@@ -11,15 +11,20 @@ from dalle_dist.text_tokenizer.bpe import train_tokenizer
 def make_clip(folder, captions):
     """(config, the CLIP in memory, its release folder, its fingerprint)."""
     train_tokenizer(captions, 290).save(str(folder / "tokenizer.json"))
+    return save_clip(folder / "release", folder / "tokenizer.json", seed=3, layers=2, features=12)
+
+
+def save_clip(release, tokenizer, seed, layers, features):
+    """What `make_clip` returns, of random weights."""
     config = load(
         "emoji",
         [
-            f"paths.tokenizer={folder}/tokenizer.json", "tokenizer.vocab_size=300",
-            "clip.image_size=8", "clip.patch_size=4", "clip.image_width=16", "clip.image_layers=2",
-            "clip.text_tokens=12", "clip.text_width=16", "clip.text_layers=2", "clip.features=12",
+            f"paths.tokenizer={tokenizer}", "tokenizer.vocab_size=300",
+            "clip.image_size=8", "clip.patch_size=4", "clip.text_tokens=12",
+            "clip.image_width=16", f"clip.image_layers={layers}",
+            "clip.text_width=16", f"clip.text_layers={layers}", f"clip.features={features}",
         ],
     )  # fmt: skip
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     clip = LossCLIP(config).eval()
-    digest = save_clip_release(str(folder / "release"), config, clip.state_dict())
-    return config, clip, folder / "release", digest
+    return config, clip, release, save_clip_release(str(release), config, clip.state_dict())

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 import yaml
 
-from dalle_dist.checkpoint.release import save_dvae_release
+from dalle_dist.checkpoint.release import save_dvae_release, save_release
 from dalle_dist.config import Config, from_dict, to_yaml
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.text_tokenizer.bpe import train_tokenizer
+from dalle_dist.transformer.model import Transformer
 
 COLOURS = ("red", "green", "blue", "black", "white", "pink", "brown", "grey")
 THINGS = ("heart", "car", "house", "tree", "flag", "cat", "boat", "star")
@@ -80,3 +81,12 @@ def _write_tokens(config: Config, folder: str, captions: list[str], dvae: str) -
             key = caption.replace(" ", "-")
             source = json.dumps({"source": key}).encode()
             writer.write(key, {"npy": buffer.getvalue(), "txt": caption.encode(), "json": source})
+
+
+def save_random_release(target: Path | str, config: Config) -> None:
+    """A release of that config with random weights, beside the tokenizer and dVAE of `make`."""
+    torch.manual_seed(3)
+    shapes = Transformer(config).state_dict()
+    weights = {name: 0.3 * torch.randn(value.shape) for name, value in shapes.items()}
+    dvae = f"{config.paths.dvae_run}/release"
+    save_release(str(target), config, weights, config.paths.tokenizer, dvae)

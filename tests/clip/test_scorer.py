@@ -188,28 +188,28 @@ def test_any_clip_is_scored_as_transformers_does(foreign):
     torch.testing.assert_close(scorer.text_features(captions), outputs.text_embeds)
 
 
-def refused(folder, match):
+def assert_refused(folder, match):
     with pytest.raises(CheckpointError, match=match) as error:
         CLIPScorer.load(folder)
     assert "\n" not in str(error.value)
 
 
 def test_what_is_no_whole_clip_is_refused_in_one_line(copy, tmp_path):
-    refused(tmp_path / "nowhere", "no CLIP .config.json is missing")
+    assert_refused(tmp_path / "nowhere", "no CLIP .config.json is missing")
     (tmp_path / "run").mkdir()
     shutil.copytree(copy, tmp_path / "run/release")
-    refused(tmp_path / "run", "did you mean .*/run/release")
+    assert_refused(tmp_path / "run", "did you mean .*/run/release")
     whole = (copy / "config.json").read_text()
     (copy / "config.json").write_text(json.dumps(json.loads(whole) | {"model_type": "bert"}))
-    refused(copy, "model_type 'bert', not of a CLIP")
+    assert_refused(copy, "model_type 'bert', not of a CLIP")
     (copy / "config.json").write_text("{")
-    refused(copy, "not a whole CLIP")
+    assert_refused(copy, "not a whole CLIP")
     (copy / "config.json").write_text(json.dumps(json.loads(whole) | {"projection_dim": 13}))
-    refused(copy, "2 tensors do not fit its config")
+    assert_refused(copy, "2 tensors do not fit its config")
     (copy / "config.json").write_text(whole)
     for name in ("preprocessor_config.json", "tokenizer.json"):
         (copy / name).rename(copy / "aside")
-        refused(copy, "no CLIP|not a whole CLIP")
+        assert_refused(copy, "no CLIP|not a whole CLIP")
         (copy / "aside").rename(copy / name)
     assert CLIPScorer.load(copy).fingerprint
 
@@ -219,16 +219,16 @@ def test_weights_that_lack_a_tensor_or_are_damaged_are_refused(copy):
     state = load_tensors(path)
     state.pop("text_projection.weight")
     save_tensors(path, state)
-    refused(copy, "text_projection.weight")
+    assert_refused(copy, "text_projection.weight")
     path.write_bytes(path.read_bytes()[:500])
-    refused(copy, "not a whole safetensors file")
+    assert_refused(copy, "not a whole safetensors file")
 
 
 def test_a_pickle_is_not_opened(copy):
     (copy / "model.safetensors").unlink()
-    refused(copy, "model.safetensors is missing")
+    assert_refused(copy, "model.safetensors is missing")
     (copy / "pytorch_model.bin").write_bytes(b"anything")
-    refused(copy, "is a pickle.*convert it.*save_pretrained")
+    assert_refused(copy, "is a pickle.*convert it.*save_pretrained")
 
 
 def test_code_of_the_folder_is_not_run(copy):
@@ -274,4 +274,4 @@ def test_a_clip_on_s3_is_scored_from_the_cache(made, scorer, bucket):
     assert torch.equal(remote.text_features(CAPTIONS), scorer.text_features(CAPTIONS))
     cached = [path.name for path in storage.cache_folder().rglob("*")]
     assert not [name for name in cached if name.endswith("pytorch_model.bin")]
-    refused(f"{bucket}/clips/b", "no CLIP")
+    assert_refused(f"{bucket}/clips/b", "no CLIP")

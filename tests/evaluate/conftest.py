@@ -7,14 +7,10 @@ import pytest
 import tiny_run
 import torch
 from PIL import Image
+from tiny_clip import save_clip
 from torch import nn
 
-from dalle_dist.checkpoint.release import save_release
-from dalle_dist.clip.model import LossCLIP
-from dalle_dist.clip.release import save_clip_release
-from dalle_dist.config import load
 from dalle_dist.data.shards import ShardWriter
-from dalle_dist.transformer.model import Transformer
 
 # More than a chunk of images, and some captions twice.
 CAPTIONS = tiny_run.CAPTIONS + tiny_run.CAPTIONS[:6]
@@ -42,16 +38,12 @@ def place(tmp_path_factory):
     """Folder with release, dvae_run/release, data/held-out, clip and judge (CLIPs), *.pt."""
     folder = tmp_path_factory.mktemp("evaluate")
     config = tiny_run.make(folder)
-    torch.manual_seed(3)
-    state = Transformer(config).state_dict()
-    weights = {name: 0.3 * torch.randn(values.shape) for name, values in state.items()}
-    dvae = f"{config.paths.dvae_run}/release"
-    save_release(str(folder / "release"), config, weights, config.paths.tokenizer, dvae)
+    tiny_run.save_random_release(folder / "release", config)
     with ShardWriter(str(folder / "data/held-out"), "images", {}, samples_per_shard=30) as writer:
         for i, caption in enumerate(CAPTIONS):
             writer.write(f"{i:03d}", {"png": picture(i), "txt": caption.encode()})
     for seed, name in enumerate(("clip", "judge")):
-        _save_clip(folder, name, seed)
+        save_clip(folder / name, folder / "tokenizer", seed, layers=1, features=6)
     for name, network in (("inception", Inception()), ("vgg", Vgg())):
         torch.jit.script(network).save(str(folder / f"{name}.pt"))
     return folder
@@ -64,17 +56,3 @@ def picture(seed, side=16):
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _save_clip(folder, name, seed):
-    config = load(
-        "emoji",
-        [
-            f"paths.tokenizer={folder}/tokenizer", "tokenizer.vocab_size=300",
-            "clip.image_size=8", "clip.patch_size=4", "clip.image_width=16", "clip.image_layers=1",
-            "clip.text_tokens=12", "clip.text_width=16", "clip.text_layers=1", "clip.features=6",
-        ],
-    )  # fmt: skip
-    torch.manual_seed(seed)
-    clip = LossCLIP(config).eval()
-    save_clip_release(str(folder / name), config, clip.state_dict())

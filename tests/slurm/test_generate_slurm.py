@@ -4,11 +4,8 @@ import sys
 
 import pytest
 import tiny_run
-import torch
 
-from dalle_dist.checkpoint.release import save_release
 from dalle_dist.config import from_dict, to_dict
-from dalle_dist.transformer.model import Transformer
 
 pytestmark = pytest.mark.slow
 
@@ -17,11 +14,7 @@ pytestmark = pytest.mark.slow
 def release(tmp_path):
     tree = to_dict(tiny_run.make(tmp_path))
     config, target = from_dict(tree | {"sampling": {"guidance": 1.0}}), tmp_path / "release"
-    torch.manual_seed(3)
-    shapes = Transformer(config).state_dict()
-    weights = {name: 0.3 * torch.randn(value.shape) for name, value in shapes.items()}
-    dvae = f"{config.paths.dvae_run}/release"
-    save_release(str(target), config, weights, config.paths.tokenizer, dvae)
+    tiny_run.save_random_release(target, config)
     return target
 
 
