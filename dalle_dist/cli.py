@@ -275,7 +275,7 @@ def _data_inspect(options: argparse.Namespace) -> None:
 
 
 def _tokenizer_train(options: argparse.Namespace) -> None:
-    from dalle_dist.data import storage
+    from dalle_dist import storage
     from dalle_dist.text_tokenizer.bpe import train_tokenizer
 
     config = _config_of(options)
@@ -288,7 +288,7 @@ def _tokenizer_train(options: argparse.Namespace) -> None:
 
 
 def _captions(config: Config) -> Iterator[str]:
-    from dalle_dist.data import storage
+    from dalle_dist import storage
     from dalle_dist.data.shards import ShardSet
 
     shards = ShardSet(storage.join(config.paths.images, "train"), "images")

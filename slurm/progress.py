@@ -13,8 +13,8 @@ import sys
 from dalle_dist.checkpoint.release import CONFIG, STAMP
 from dalle_dist.checkpoint.store import MANIFEST
 from dalle_dist.config import load
-from dalle_dist.data.storage import exists, join, list_files, read_bytes
 from dalle_dist.errors import UserError
+from dalle_dist.storage import exists, join, list_files, read_bytes
 
 
 def progress(verb: str, preset: str, *overrides: str) -> str:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["dalle_kernels"],
     ["errors", "choices", "stages", "config", "presets"],
-    ["data.storage", "distributed"],
+    ["storage", "distributed"],
     ["checkpoint.formats"],
     ["text_tokenizer"],
     ["dvae"],
@@ -84,7 +84,7 @@ def test_imports_go_downwards(path):
     kernels = "kernels" in path.relative_to(ROOT).parts
     own = 0 if kernels else floor(name_of(path))
     modules = {m for m in imports(path) if re.match(r"dalle_(dist|kernels)\.", m)}
-    # `from dalle_dist.data import storage` names the room on the way to the file.
+    # `from dalle_dist import storage` names the room on the way to the file.
     files = {
         m for m in modules if _is_module(m) and not any(o.startswith(m + ".") for o in modules)
     }

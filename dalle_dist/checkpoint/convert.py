@@ -11,11 +11,11 @@ import torch
 import yaml
 from torch import nn
 
+from dalle_dist import storage
 from dalle_dist.checkpoint import store
 from dalle_dist.checkpoint.release import CONFIG
 from dalle_dist.checkpoint.weights import KINDS, load_weights
 from dalle_dist.config import Config, from_dict
-from dalle_dist.data import storage
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.stages import STAGES

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.errors import CheckpointError
 
 State = dict[str, Tensor]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import yaml
 
+from dalle_dist import storage
 from dalle_dist.checkpoint.formats import (
     SUFFIX,
     State,
@@ -26,7 +27,6 @@ from dalle_dist.checkpoint.formats import (
     save_tensors,
 )
 from dalle_dist.config import Config, ImageTokenizerConfig, difference, from_dict, to_yaml
-from dalle_dist.data import storage
 from dalle_dist.errors import CheckpointError
 from dalle_dist.image_tokenizer.dvae import save_dvae
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer

@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image
 
+from dalle_dist import storage
 from dalle_dist.checkpoint.formats import State, fingerprint, save_tensors
 from dalle_dist.checkpoint.release import CONFIG, TOKENIZER_FILE
 from dalle_dist.clip.model import LARGEST_LOGIT_SCALE, MEAN, STD, hugging_face_config
 from dalle_dist.config import Config, to_yaml
-from dalle_dist.data import storage
 from dalle_dist.text_tokenizer.bpe import END, SPECIAL, with_end
 
 MODEL_CONFIG, WEIGHTS = "config.json", "model.safetensors"

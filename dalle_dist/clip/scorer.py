@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dalle_dist import storage
 from dalle_dist.checkpoint.formats import State, fill, fingerprint, load_tensors
 from dalle_dist.clip.hugging_face import library
-from dalle_dist.data import storage
 from dalle_dist.data.decode import on_white
 from dalle_dist.errors import CheckpointError, UserError
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.errors import DataError
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.image_folder import share
 from dalle_dist.data.write_parts import Captioned, write_parts
 from dalle_dist.errors import DataError

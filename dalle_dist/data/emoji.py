@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.decode import on_white
 from dalle_dist.data.emoji_pairs import STYLES, pairs
 from dalle_dist.data.shards import ShardWriter, refuse_used

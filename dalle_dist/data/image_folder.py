@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.decode import EXTENSIONS
 from dalle_dist.data.shards import refuse_used
 from dalle_dist.data.write_parts import PARTS, Captioned, write_parts

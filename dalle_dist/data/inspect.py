@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.decode import decode_sample
 from dalle_dist.data.labelled_grid import grid
 from dalle_dist.data.shards import ShardIndex, ShardSet

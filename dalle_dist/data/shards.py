@@ -23,7 +23,7 @@ from typing import Any
 
 import webdataset
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.errors import DataError
 

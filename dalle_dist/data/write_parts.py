@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.decode import decode
 from dalle_dist.data.shards import ShardWriter, refuse_used
 from dalle_dist.errors import DataError

@@ -6,7 +6,7 @@ import hashlib
 
 from PIL import Image
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.decode import decode_sample
 from dalle_dist.data.shards import INDEX, ShardSet
 from dalle_dist.errors import DataError

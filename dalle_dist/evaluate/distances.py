@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import DataError
 from dalle_dist.evaluate.figures import Figure

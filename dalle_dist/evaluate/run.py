@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import UserError
 from dalle_dist.evaluate import samples as candidates

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.errors import DataError
 from dalle_dist.evaluation.prepare import unstack
 

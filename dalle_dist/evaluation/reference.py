@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle_dist import storage
 from dalle_dist.checkpoint.formats import load_tensors, read_notes, save_tensors
-from dalle_dist.data import storage
 from dalle_dist.errors import DataError
 from dalle_dist.evaluation.features import FeatureNetwork
 from dalle_dist.evaluation.moments import Gaussian

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.array_store import ArrayStore
 
 FOLDER = "unfinished"

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.augment import centre
 from dalle_dist.data.decode import decode, on_white
 from dalle_dist.errors import DataError, UserError

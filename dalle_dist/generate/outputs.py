@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image, UnidentifiedImageError
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.labelled_grid import grid
 from dalle_dist.errors import UserError
 from dalle_dist.generate.generator import GeneratedImage

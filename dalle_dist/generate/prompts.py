@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.shards import ShardSet
 from dalle_dist.errors import DataError, UserError
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.shards import INDEX, ShardIndex, ShardInfo, write_index, write_shard
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import UserError

@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dalle_dist import storage
 from dalle_dist.checkpoint.formats import (
     SUFFIX,
     State,
@@ -22,7 +23,6 @@ from dalle_dist.checkpoint.formats import (
     save_tensors,
 )
 from dalle_dist.config import DVAEConfig
-from dalle_dist.data import storage
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.errors import CheckpointError
 

@@ -6,8 +6,8 @@ from pkgutil import resolve_name
 
 import torch
 
+from dalle_dist import storage
 from dalle_dist.config import Config
-from dalle_dist.data import storage
 from dalle_dist.errors import ConfigError
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 

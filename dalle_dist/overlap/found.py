@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.array_store import ArrayStore, read_arrays, write_arrays
 from dalle_dist.errors import UserError
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import UserError
 from dalle_dist.evaluation.features import ImageEncoder

@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.overlap.found import Found
 from dalle_dist.overlap.images import Label
 

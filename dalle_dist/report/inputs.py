@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dalle_dist import storage
 from dalle_dist.checkpoint.release import Release
 from dalle_dist.config import Config
-from dalle_dist.data import storage
 from dalle_dist.data.loader import ImageDataset, ImageSample
 from dalle_dist.data.token_dataset import TokenDataset, collate_tokens
 from dalle_dist.errors import DataError

@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.errors import DataError
 from dalle_dist.train.run import read_log
 

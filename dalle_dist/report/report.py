@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dalle_dist import storage
 from dalle_dist.checkpoint.release import load_release
 from dalle_dist.config import Config
-from dalle_dist.data import storage
 from dalle_dist.data.labelled_grid import grid, to_image
 from dalle_dist.generate.generator import Generator
 from dalle_dist.metrics.identification import nearest

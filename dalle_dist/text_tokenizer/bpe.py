@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.errors import DataError
 from dalle_dist.text_tokenizer.protocol import PAD, START, TextTokenizer
 

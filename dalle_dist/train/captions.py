@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.token_dataset import TokenDataset
 
 CAPTIONS = 2_000  # looked at, at most

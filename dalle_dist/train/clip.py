@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle_dist import storage
 from dalle_dist.clip.captions import caption_ids, hashed
 from dalle_dist.clip.hugging_face import library
 from dalle_dist.clip.model import LossCLIP, decayed, end_of_text
 from dalle_dist.config import CLIPTrainConfig, Config
-from dalle_dist.data import storage
 from dalle_dist.data.augment import Augmentation
 from dalle_dist.data.labelled_grid import grid, to_image
 from dalle_dist.data.loader import ImageDataset, ImageSample

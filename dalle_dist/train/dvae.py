@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle_dist import storage
 from dalle_dist.config import Config, DVAETrainConfig, StageConfig
-from dalle_dist.data import storage
 from dalle_dist.data.augment import Augmentation
 from dalle_dist.data.labelled_grid import grid, to_image
 from dalle_dist.data.loader import ImageBatch, ImageDataset, ImageSample, collate_images

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dalle_dist import storage
 from dalle_dist.config import Config
-from dalle_dist.data import storage
 from dalle_dist.data.loader import ImageDataset
 from dalle_dist.data.shards import ShardIndex, ShardWriter
 from dalle_dist.distributed import process_group

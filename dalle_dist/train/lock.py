@@ -8,8 +8,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from dalle_dist.data.storage import not_written
 from dalle_dist.errors import UserError
+from dalle_dist.storage import not_written
 
 WITHOUT = "DALLE_DIST_NO_LOCK"
 _TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)

@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
+from dalle_dist import storage
 from dalle_dist.config import Config, section_differences, to_dict, to_yaml
-from dalle_dist.data import storage
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import ConfigError, UserError
 from dalle_dist.train.lock import Lock

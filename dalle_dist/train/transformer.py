@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle_dist import storage
 from dalle_dist.config import Config, TrainConfig
-from dalle_dist.data import storage
 from dalle_dist.data.shards import ShardIndex
 from dalle_dist.data.token_dataset import TokenDataset, TokenNoise, TokenSample, collate_tokens
 from dalle_dist.distributed.process_group import Ranks

@@ -14,11 +14,11 @@ from tiny_clip import make_clip
 from torch.nn.functional import normalize
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from dalle_dist import storage
 from dalle_dist.checkpoint.formats import load_tensors, save_tensors
 from dalle_dist.clip.captions import caption_ids
 from dalle_dist.clip.model import end_of_text
 from dalle_dist.clip.scorer import CLIPScorer
-from dalle_dist.data import storage
 from dalle_dist.errors import CheckpointError, UserError
 from dalle_dist.text_tokenizer.bpe import Tokenizer
 

@@ -3,7 +3,7 @@ import io
 import pytest
 from PIL import Image
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.decode import decode_sample
 from dalle_dist.data.image_folder import build_folder
 from dalle_dist.data.shards import ShardSet

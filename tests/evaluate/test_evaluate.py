@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_dist import Generator
+from dalle_dist import Generator, storage
 from dalle_dist.cli import main
 from dalle_dist.clip.scorer import CLIPScorer
-from dalle_dist.data import storage
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.distributed import process_group
 from dalle_dist.evaluate.data import Data

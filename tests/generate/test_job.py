@@ -7,9 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_dist import Generator
+from dalle_dist import Generator, storage
 from dalle_dist.cli import main
-from dalle_dist.data import storage
 from dalle_dist.data.labelled_grid import to_image
 from dalle_dist.data.shards import ShardSet
 from dalle_dist.distributed import process_group

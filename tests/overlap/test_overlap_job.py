@@ -17,7 +17,7 @@ from copied import (
 )
 from PIL import Image
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.distributed import process_group
 from dalle_dist.errors import DataError, UserError
 from dalle_dist.overlap.images import ImageSet

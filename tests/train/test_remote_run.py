@@ -17,10 +17,10 @@ import pytest
 import tiny_run
 from moto.server import ThreadedMotoServer
 
+from dalle_dist import storage
 from dalle_dist.checkpoint.convert import convert
 from dalle_dist.checkpoint.release import load_release
 from dalle_dist.config import PathsConfig
-from dalle_dist.data import storage
 from dalle_dist.testing import run_distributed
 from dalle_dist.train.transformer import train
 

@@ -16,10 +16,10 @@ import tiny_run
 from test_train_dvae import arguments as stage1_arguments
 from test_train_dvae import write_images
 
+from dalle_dist import storage
 from dalle_dist.checkpoint.release import load_release
 from dalle_dist.cli import main
 from dalle_dist.config import Config
-from dalle_dist.data import storage
 from dalle_dist.data.shards import ShardSet, ShardWriter
 from dalle_dist.distributed import process_group
 from dalle_dist.errors import UserError

@@ -5,7 +5,7 @@ import json
 
 import torch
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.text_tokenizer.protocol import START, TextTokenizer
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.data.shards import ShardIndex, ShardSet, ShardWriter
 from dalle_dist.errors import DataError
 

@@ -8,7 +8,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from dalle_dist.data import storage
+from dalle_dist import storage
 from dalle_dist.errors import DataError
 
 
