@@ -36,11 +36,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DALLE_DIST_CACHE") or Path.home() / ".cache" / "dalle-dist")
 
 
+def configure(folder: str, budget: int) -> None:
+    pass
+
+
+def cache_budget() -> int:
+    return 100 * 10**9
+
+
+def retries() -> dict[str, int]:
+    return {}
+
+
 def exists(path: str) -> bool:
     return _head(path) is not None if is_remote(path) else Path(path).exists()
 
 
-def fetch(path: str) -> Path:
+def fetch(path: str, size: int | None = None, sha256: str | None = None) -> Path:
+    """As `_fetch`, with size and content as they should be."""
+    local = _fetch(path)
+    if size is not None and local.stat().st_size != size:
+        raise DataError(f"{path}: {local.stat().st_size} bytes, expected {size}")
+    if sha256 is not None and hashlib.sha256(local.read_bytes()).hexdigest() != sha256:
+        raise DataError(f"{path}: sha256 differs from the index")
+    return local
+
+
+def _fetch(path: str) -> Path:
     """A local file with the content of `path`: itself, or its copy in the cache.
 
     A cached copy counts only while the object's ETag and size are the ones it was fetched with.

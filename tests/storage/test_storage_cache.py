@@ -71,6 +71,6 @@ def test_a_failed_remote_build_leaves_nothing_behind(bucket):
         ShardWriter(folder, "images", {}, samples_per_shard=1) as writer,
     ):
         writer.write("a", {"txt": b"a"})
-        assert storage.list_files(folder) == ["00000.tar"]
+        assert storage.list_files(folder) == ["00000.samples.parquet", "00000.tar"]
         raise RuntimeError("interrupted")
     assert storage.list_files(folder) == []
