@@ -79,7 +79,8 @@ def _coco_split(root: Path, folder: str, split: str, seed: int) -> list[PictureF
 def _one_of(path: Path, captions: list[str], name: str, seed: int) -> PictureFile:
     told = [caption for caption in captions if caption] or [""]
     caption = told[int(share(f"caption {path.stem}", seed) * len(told))]
-    return PictureFile(path.stem.replace(".", "_"), name, str(path), caption)
+    key = path.stem.replace(".", "_")
+    return PictureFile(key, key, name, str(path), caption)
 
 
 def build_cub(folder: str, out: str, size: int | None, test: str | None) -> None:
@@ -106,13 +107,15 @@ def build_cub(folder: str, out: str, size: int | None, test: str | None) -> None
         own = list(_captions(texts / path.parent.name / f"{path.stem}.txt"))
         name = f"{path.parent.name}/{path.name}"
         if path.parent.name not in classes:
-            parts["train"].append(PictureFile(path.stem, name, str(path), (own or [""])[0]))
+            parts["train"].append(
+                PictureFile(path.stem, path.stem, name, str(path), (own or [""])[0])
+            )
             continue
         for number, caption in enumerate(own):
             if caption not in seen:
                 seen.add(caption)
                 key = f"{path.stem}-{number}"
-                parts["held-out"].append(PictureFile(key, name, str(path), caption))
+                parts["held-out"].append(PictureFile(key, key, name, str(path), caption))
     _build(folder, out, parts, size, "name other classes with --test-classes")
 
 
