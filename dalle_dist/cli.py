@@ -9,12 +9,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NoReturn
 
 from dalle_dist import __version__
 from dalle_dist.config import Config, load, preset_names, to_yaml
+from dalle_dist.data.verbs import add_data
 from dalle_dist.distributed.launchers import read_environment
 from dalle_dist.errors import ConfigError, OtherRankError, UserError
 from dalle_dist.evaluate.verbs import add_evaluate
@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     # The `deepspeed` launcher puts this before the verb; ranks are read from the environment.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _add_data(verbs)
+    add_data(verbs)
     _add_tokenizer(verbs)
     for stage in STAGES.values():
         verb = _add_configured(verbs, stage.verb, _train, stage.help)
@@ -181,44 +181,6 @@ def _add_config(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--explain", metavar="KEY", help="a key or section, e.g. train.lr; no PRESET")
 
 
-def _add_data(verbs: argparse._SubParsersAction) -> None:
-    actions = verbs.add_parser("data", help="make and look at image shards").add_subparsers(
-        dest="action", required=True, metavar="ACTION"
-    )
-    emoji = actions.add_parser("emoji", help="render the Noto Color Emoji font with its names")
-    emoji.add_argument("out", metavar="OUT")
-    emoji.add_argument("--size", type=int, default=64, help="pixels per side (default 64)")
-    emoji.add_argument(
-        "--pairs",
-        action="store_true",
-        help="each emoji above, the same in a style below: the paper's image-to-image in small",
-    )
-    emoji.set_defaults(handler=_data_emoji)
-    build = actions.add_parser("build", help="from a folder of NAME.{jpg,png,webp} + NAME.txt")
-    build.add_argument("folder", metavar="FOLDER")
-    build.add_argument("out", metavar="OUT")
-    build.add_argument("--size", type=int, help="shrink to this many pixels on the shorter side")
-    build.set_defaults(handler=_data_build)
-    for action in (emoji, build):
-        action.add_argument("--seed", type=int, default=0)
-        action.add_argument("--held-out", type=float, default=0.05, metavar="SHARE")
-    coco = actions.add_parser("coco", help="from MS-COCO's captions and images, as unpacked")
-    coco.add_argument("--held-out-captions", type=int, default=30_000, help="default 30000")
-    coco.add_argument("--seed", type=int, default=0)
-    coco.set_defaults(handler=_data_coco)
-    cub = actions.add_parser("cub", help="from CUB-200-2011 and its captions, as unpacked")
-    cub.add_argument("--test-classes", metavar="FILE", help="else FOLDER/test/filenames.pickle")
-    cub.set_defaults(handler=_data_cub)
-    for action in (coco, cub):
-        action.add_argument("folder", metavar="FOLDER")
-        action.add_argument("out", metavar="OUT")
-        action.add_argument("--size", type=int, help="shrink to this many pixels, shorter side")
-    inspect = actions.add_parser("inspect", help="counts, sizes, caption lengths, contact sheet")
-    inspect.add_argument("folder", metavar="SHARDS")
-    inspect.add_argument("--contact-sheet", type=Path, metavar="PNG")
-    inspect.set_defaults(handler=_data_inspect)
-
-
 def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     actions = verbs.add_parser("tokenizer", help="train the text tokenizer").add_subparsers(
         dest="action", required=True, metavar="ACTION"
@@ -248,36 +210,6 @@ def _add_slurm(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("slurm", help=text, description=text)
     verb.add_argument("folder", nargs="?", default="slurm", metavar="FOLDER")
     verb.set_defaults(handler=_slurm)
-
-
-def _data_emoji(options: argparse.Namespace) -> None:
-    from dalle_dist.data.emoji import build_emoji
-
-    build_emoji(options.out, options.size, options.seed, options.held_out, options.pairs)
-
-
-def _data_build(options: argparse.Namespace) -> None:
-    from dalle_dist.data.image_folder import build_folder
-
-    build_folder(options.folder, options.out, options.size, options.seed, options.held_out)
-
-
-def _data_coco(options: argparse.Namespace) -> None:
-    from dalle_dist.data.benchmark_sets import build_coco
-
-    build_coco(options.folder, options.out, options.size, options.seed, options.held_out_captions)
-
-
-def _data_cub(options: argparse.Namespace) -> None:
-    from dalle_dist.data.benchmark_sets import build_cub
-
-    build_cub(options.folder, options.out, options.size, options.test_classes)
-
-
-def _data_inspect(options: argparse.Namespace) -> None:
-    from dalle_dist.data.inspect import inspect
-
-    inspect(options.folder, options.contact_sheet)
 
 
 def _tokenizer_train(options: argparse.Namespace) -> None:

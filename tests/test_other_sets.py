@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageColor, ImageDraw
 
 from benchmarks import other_sets
-from dalle_dist.data.image_folder import build_folder
+from dalle_dist.data.build.build import Options, build
 from dalle_dist.data.shards import ShardSet
 
 SIZE = other_sets.SIZE
@@ -35,7 +35,7 @@ def test_glyphs_are_what_their_captions_say(tmp_path, monkeypatch, capsys):
         assert ImageColor.getrgb(ink) in counts or len(counts) > 2, caption
     again, _ = made(monkeypatch, "glyphs", tmp_path / "again")
     assert again == captions
-    build_folder(str(tmp_path / "glyphs"), str(tmp_path / "shards"), SIZE, 0, 0.1)
+    build(str(tmp_path / "glyphs"), str(tmp_path / "shards"), Options(size=SIZE, held_out=0.1))
     held_out = ShardSet(str(tmp_path / "shards/held-out"), "images")
     assert held_out.read(0)["txt"].decode() in captions
 

@@ -11,14 +11,18 @@ import json
 import pickle
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dalle_dist import storage
-from dalle_dist.data.image_folder import share
-from dalle_dist.data.write_parts import Captioned, write_parts
+from dalle_dist.data.build.build import run
+from dalle_dist.data.build.keys import UniqueKeys, share
+from dalle_dist.data.build.plan import PARTS, plan_of_parts
+from dalle_dist.data.build.samples import Candidate, PictureFile, Recipe
 from dalle_dist.errors import DataError
 
+SAMPLES_PER_SHARD = 1000
 CUB_CAPTIONS = ("text_c10", "text")  # folders of CLASS/IMAGE.txt, ten captions each
 
 
@@ -30,16 +34,26 @@ def build_coco(folder: str, out: str, size: int | None, seed: int, captions: int
     image) alone.
 
     Raises:
-        DataError: a file or folder is missing, or as `write_parts`.
+        DataError: a file or folder is missing, or as `build`.
     """
     root = storage.fetch_folder(folder)
     val = _coco_split(root, folder, "val", seed)
     chosen = sorted(val, key=lambda image: share(f"held-out {image.key}", seed))[:captions]
     parts = {"train": _coco_split(root, folder, "train", seed), "held-out": chosen}
-    write_parts(folder, out, parts, size, "unpack the images beside annotations/")
+    _build(folder, out, parts, size, "unpack the images beside annotations/")
 
 
-def _coco_split(root: Path, folder: str, split: str, seed: int) -> list[Captioned]:
+def _build(
+    source: str, out: str, parts: dict[str, list[PictureFile]], size: int | None, fix: str
+) -> None:
+    recipe, chosen = Recipe(size), dict[str, list[Candidate]]()
+    for part in PARTS:
+        keys = UniqueKeys()
+        chosen[part] = [replace(p, key=keys.unique(p.key, p.name)) for p in parts[part]]
+    run(source, out, plan_of_parts(chosen, recipe, SAMPLES_PER_SHARD), recipe, fix)
+
+
+def _coco_split(root: Path, folder: str, split: str, seed: int) -> list[PictureFile]:
     found = sorted((root / "annotations").glob(f"captions_{split}20*.json"))
     if len(found) != 1:
         what = "is missing" if not found else "is there for several years"
@@ -62,10 +76,11 @@ def _coco_split(root: Path, folder: str, split: str, seed: int) -> list[Captione
     ]
 
 
-def _one_of(path: Path, captions: list[str], name: str, seed: int) -> Captioned:
+def _one_of(path: Path, captions: list[str], name: str, seed: int) -> PictureFile:
     told = [caption for caption in captions if caption] or [""]
     caption = told[int(share(f"caption {path.stem}", seed) * len(told))]
-    return Captioned(path.stem.replace(".", "_"), path, caption, name)
+    key = path.stem.replace(".", "_")
+    return PictureFile(key, key, name, str(path), caption)
 
 
 def build_cub(folder: str, out: str, size: int | None, test: str | None) -> None:
@@ -80,26 +95,28 @@ def build_cub(folder: str, out: str, size: int | None, test: str | None) -> None
             FOLDER/test/filenames.pickle, the list that text-to-image work hands round.
 
     Raises:
-        DataError: a file or folder is missing, or as `write_parts`.
+        DataError: a file or folder is missing, or as `build`.
     """
     root = storage.fetch_folder(folder)
     images = _inside(root, folder, ("CUB_200_2011/images", "images"), "the images of the classes")
     texts = _inside(root, folder, CUB_CAPTIONS, "the captions, CLASS/IMAGE.txt")
     classes = _test_classes(root, images, folder, test)
-    parts: dict[str, list[Captioned]] = {"train": [], "held-out": []}
+    parts: dict[str, list[PictureFile]] = {"train": [], "held-out": []}
     seen = set[str]()
     for path in sorted(images.glob("*/*.jpg")):
         own = list(_captions(texts / path.parent.name / f"{path.stem}.txt"))
         name = f"{path.parent.name}/{path.name}"
         if path.parent.name not in classes:
-            parts["train"].append(Captioned(path.stem, path, (own or [""])[0], name))
+            parts["train"].append(
+                PictureFile(path.stem, path.stem, name, str(path), (own or [""])[0])
+            )
             continue
         for number, caption in enumerate(own):
             if caption not in seen:
                 seen.add(caption)
                 key = f"{path.stem}-{number}"
-                parts["held-out"].append(Captioned(key, path, caption, name))
-    write_parts(folder, out, parts, size, "name other classes with --test-classes")
+                parts["held-out"].append(PictureFile(key, key, name, str(path), caption))
+    _build(folder, out, parts, size, "name other classes with --test-classes")
 
 
 def _inside(root: Path, folder: str, names: tuple[str, ...], what: str) -> Path:
