@@ -204,8 +204,9 @@ def write_index(folder: str, kind: str, meta: dict[str, Any], shards: Sequence[S
 
 
 def _tar_writer(path: Path) -> Any:
-    # Without names and times a shard's bytes depend on its samples only.
-    return webdataset.TarWriter(str(path), mtime=0, user="root", group="root")
+    # Without names and times a shard's bytes depend on its samples only. The path is absolute:
+    # webdataset takes what stands before the colon of data:v1/x for a scheme.
+    return webdataset.TarWriter(str(path.absolute()), mtime=0, user="root", group="root")
 
 
 def _publish(path: Path, folder: str, samples: int) -> ShardInfo:
