@@ -13,7 +13,11 @@ from dalle_dist.storage.retry import ObjectChanged, PassingTrouble
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 _BUSY = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests")
 _BROKEN_BODY = ("RequestTimeout", "IncompleteBody", "BadDigest", "InternalError")
-_ELSEWHERE = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint")
+_ELSEWHERE = (
+    "PermanentRedirect",
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+)
 _UNKNOWN_KEYS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken")
 _RIGHTS = {
     "HeadObject": "s3:GetObject, and s3:ListBucket to be told that an object is absent",
@@ -28,6 +32,7 @@ def translated(path: str) -> Iterator[None]:
     """Raises DataError or PassingTrouble in place of what boto3 and its connections raise."""
     import urllib3.exceptions
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     try:
         yield
@@ -35,6 +40,8 @@ def translated(path: str) -> Iterator[None]:
         raise _of_answer(path, error) from None
     except BotoCoreError as error:
         raise _of_botocore(path, error) from None
+    except ResponseParserError as error:  # half of an answer's XML
+        raise PassingTrouble("garbled", f"{path}: {_text(error)}") from None
     except (urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
         raise PassingTrouble("connection", f"{path}: {_text(error)}") from None
     except ValueError as error:  # botocore has no class of its own for this one
@@ -107,12 +114,10 @@ def _of_botocore(path: str, error: Any) -> Exception:
     }.items():
         if isinstance(error, classes):
             return PassingTrouble(kind, text)
-    if isinstance(error, e.HTTPClientError):
+    if isinstance(error, (e.HTTPClientError, e.ConnectionError)):
         where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         check = f"AWS_ENDPOINT_URL ({where})" if where else "the network"
         return PassingTrouble("connection", f"{text}; check {check}")
-    if type(error).__module__ == "botocore.parsers":  # half of an answer's XML
-        return PassingTrouble("garbled", text)
     return DataError(text)
 
 

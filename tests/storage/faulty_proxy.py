@@ -7,6 +7,7 @@
 judged in their order of arrival, so that with threads a seed gives the mixture and not the order.
 """
 
+import contextlib
 import http.client
 import http.server
 import os
@@ -79,14 +80,19 @@ class FaultyProxy:
     """Listens on loopback while it is entered; `plan` says what a request meets.
 
     A plan takes method, path and Range header, and returns a kind of fault, "" for none, or a tuple
-    (status, S3's error code) to answer with.
+    (status, S3's error code) to answer with. `stall` is how many seconds a stalled body waits;
+    `hold` is called with method and path before an answer, and may wait for something.
     """
 
     def __init__(
-        self, upstream: str, plan: Callable[[str, str, str], object] = lambda *_: "", stall=2.0
+        self,
+        upstream: str,
+        plan: Callable[[str, str, str], object] = lambda *_: "",
+        stall: float = 2.0,
+        hold: Callable[[str, str], object] = lambda *_: None,
     ):
         self.upstream = urllib.parse.urlsplit(upstream)
-        self.plan, self.stall = plan, stall
+        self.plan, self.stall, self.hold = plan, stall, hold
         self.injected, self.requests = Counter(), Counter()
         self.lock = threading.Lock()
         self.closing = threading.Event()
@@ -130,12 +136,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     of: FaultyProxy
 
+    def handle(self):
+        with contextlib.suppress(OSError):  # clients go whenever they like
+            super().handle()
+
     def log_message(self, *_):
         pass
 
     def do_GET(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.of.judge(self.command, self.path, self.headers.get("Range", ""))
+        self.of.hold(self.command, self.path)
         if not isinstance(fault, str) or fault in ERRORS:
             self._refuse(*(ERRORS[fault] if isinstance(fault, str) else fault))
             return
