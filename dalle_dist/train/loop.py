@@ -49,7 +49,7 @@ def train_stage(
         CheckpointError: nothing whole to go on from, or not writable.
         UserError: the run folder is in use, or the loss is no longer a number.
     """
-    storage.configure(config.data.cache, round(config.data.cache_gb * 1e9))
+    storage.configure(config.data.cache or None, round(config.data.cache_gb * 1e9))
     ranks = process_group.init()
     stage = ranks.together(lambda: _prepared(make, config, ranks, resume))
     run = Run(

@@ -70,8 +70,8 @@ def test_nothing_to_write_is_an_error(tmp_path):
     ("damage", "message"),
     [
         (lambda f: (f / "00001.tar").unlink(), r"00001.tar: no such file"),
-        (lambda f: (f / "00001.tar").write_bytes(b""), r"00001.tar: 0 bytes, expected"),
-        (lambda f: truncate(f / "00001.tar"), r"00001.tar: \d+ bytes, expected"),
+        (lambda f: (f / "00001.tar").write_bytes(b""), r"00001.tar: 0 bytes, the index says"),
+        (lambda f: truncate(f / "00001.tar"), r"00001.tar: \d+ bytes, the index says"),
     ],
 )
 def test_missing_empty_or_truncated_shard_is_named(tmp_path, damage, message):

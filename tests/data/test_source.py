@@ -38,7 +38,7 @@ def order(streams=4):
 def test_a_bad_shard_stops_the_run_by_default_and_is_named(folder):
     damage(folder, 3)
     source = SampleSource(str(folder), "images", order())
-    with pytest.raises(DamagedShard, match=r"00003.tar: .*sha256 .*fetch or build the shard again"):
+    with pytest.raises(DamagedShard, match=r"00003.tar: .*sha256 .*fetch or build the file again"):
         keys(source, range(40))
 
 

@@ -141,7 +141,7 @@ class ShardSet:
         try:
             return storage.fetch(_path(self.folder, name), size, sha256)
         except DataError as error:
-            raise DamagedShard(f"{error}; fetch or build the shard again", shard) from None
+            raise DamagedShard(str(error), shard) from None
 
 
 def _path(folder: str, name: str) -> str:
