@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
             "batch size are others, begin the next epoch with them",
         )
         verb.set_defaults(train=stage.train)
-    _add_configured(verbs, "encode", _encode, "image shards to token shards, once")
+    _add_encode(verbs)
     _add_configured(verbs, "report", _report, "curves, reconstructions, samples: report.html")
     _add_config(verbs)
     add_generate(verbs)
@@ -179,6 +179,21 @@ def _add_config(verbs: argparse._SubParsersAction) -> None:
     text = "print the whole config that a command would use, or what a key means"
     verb = _add_configured(verbs, "config", _config, text, presets="?")
     verb.add_argument("--explain", metavar="KEY", help="a key or section, e.g. train.lr; no PRESET")
+
+
+def _add_encode(verbs: argparse._SubParsersAction) -> None:
+    verb = _add_configured(verbs, "encode", _encode, "image shards to token shards, once")
+    verb.add_argument(
+        "--shard", metavar="I/N", help="make only the I-th of N parts of the shards, 1/N to N/N"
+    )
+    verb.add_argument(
+        "--crops",
+        type=int,
+        default=1,
+        metavar="K",
+        help="of each image: centre, random ones",
+    )
+    verb.add_argument("--flip", action="store_true", help="mirror every other random crop")
 
 
 def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
@@ -235,9 +250,12 @@ def _captions(config: Config) -> Iterator[str]:
 
 def _encode(options: argparse.Namespace) -> None:
     config = _config_of(options)
+    from dalle_dist.data.shard_job import share
     from dalle_dist.train.encode import encode
 
-    encode(config)
+    if options.crops < 1:
+        raise ConfigError(f"--crops {options.crops}: at least 1, the centre")
+    encode(config, share(options.shard), options.crops, options.flip)
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -56,6 +57,11 @@ def make(folder: Path, parallel: dict[str, object] | None = None, **train: objec
         for part, captions in (("train", CAPTIONS[3:]), ("held-out", CAPTIONS[:3])):
             _write_tokens(config, f"{config.paths.tokens}/{part}", captions, dvae)
     return config
+
+
+def with_paths(config: Config, **paths: str) -> Config:
+    """The config with other paths."""
+    return dataclasses.replace(config, paths=dataclasses.replace(config.paths, **paths))
 
 
 def write_config(config: Config, path: Path) -> str:

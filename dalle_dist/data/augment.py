@@ -12,6 +12,8 @@ from PIL import Image
 class Augmentation:
     """The dVAE's augmentation (paper, Listing 1), with its bounds as multiples of `size`.
 
+    The first, largest square lies within `slack`, as shares, of what the longer side has too much.
+
     An image no larger than the lower bound is enlarged into the bounds, so that its crop moves
     too; in the paper, where images are larger, it would stay as it is.
     """
@@ -20,12 +22,14 @@ class Augmentation:
     crop_min: float
     crop_max: float
     flip: bool
+    slack: tuple[float, float] = (0.0, 1.0)
 
     def __call__(self, image: Image.Image, seed: str) -> Image.Image:
         """A size x size image; the same for the same `seed`."""
         generator = random.Random(seed)
         side = min(image.size)
-        image = _crop(image, side, generator.random(), generator.random())
+        x, y = (generator.uniform(*self.slack) for _ in range(2))
+        image = _crop(image, side, x, y)
         low, high = round(self.crop_min * self.size), round(self.crop_max * self.size)
         side = generator.randint(low, high if side <= low else min(side, high))
         image = _resize(image, side)

@@ -197,6 +197,16 @@ class Job:
         return storage.join(self.folder, UNFINISHED, *names)
 
 
+def share(text: str | None) -> tuple[int, int]:
+    """What `--shard I/N` says, as (I - 1, N); None is all. Raises DataError: it says nothing."""
+    if text is None:
+        return 0, 1
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise DataError(f"--shard {text}: write I/N, e.g. 1/4, with I from 1 to N")
+    return int(number) - 1, int(count)
+
+
 def _record_name(unit: Unit) -> str:
     return f"{unit.part}-{unit.name}.json" if unit.part else f"{unit.name}.json"
 
