@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from dalle_dist import storage
-from dalle_dist.data.decode import decode_sample
 from dalle_dist.data.build.build import Options, build
+from dalle_dist.data.decode import decode_sample
 from dalle_dist.data.shards import ShardSet
 from dalle_dist.errors import DataError
 
@@ -30,7 +30,11 @@ def _samples(out):
 
 
 def test_every_picture_lands_in_one_part_with_its_caption(tmp_path, image, capsys):
-    build(_fill(tmp_path / "in", image), str(tmp_path / "out"), Options(size=None, seed=0, held_out=0.3))
+    build(
+        _fill(tmp_path / "in", image),
+        str(tmp_path / "out"),
+        Options(size=None, seed=0, held_out=0.3),
+    )
     found = _samples(tmp_path / "out")
     assert found["train"].keys() | found["held-out"].keys() == {f"{i:02d}" for i in range(20)}
     assert not found["train"].keys() & found["held-out"].keys()
@@ -51,7 +55,11 @@ def test_the_split_depends_on_seed_and_name_alone(tmp_path, image):
 
 
 def test_small_folders_hold_out_one(tmp_path, image):
-    build(_fill(tmp_path / "in", image, 3), str(tmp_path / "out"), Options(size=None, seed=0, held_out=0.001))
+    build(
+        _fill(tmp_path / "in", image, 3),
+        str(tmp_path / "out"),
+        Options(size=None, seed=0, held_out=0.001),
+    )
     found = _samples(tmp_path / "out")
     assert (len(found["train"]), len(found["held-out"])) == (2, 1)
 
@@ -113,14 +121,22 @@ def test_nothing_usable_is_fatal_and_leaves_nothing(tmp_path, image):
 )
 def test_senseless_options_are_refused(tmp_path, image, held_out, size, message):
     with pytest.raises(DataError, match=message):
-        build(_fill(tmp_path / "in", image), str(tmp_path / "out"), Options(size=size, seed=0, held_out=held_out))
+        build(
+            _fill(tmp_path / "in", image),
+            str(tmp_path / "out"),
+            Options(size=size, seed=0, held_out=held_out),
+        )
 
 
 def test_missing_and_empty_folders_and_used_outputs_are_refused(tmp_path, image):
     (tmp_path / "empty").mkdir()
     for folder, message in (("empty", "no images"), ("absent", "no such folder")):
         with pytest.raises(DataError, match=message):
-            build(str(tmp_path / folder), str(tmp_path / "out"), Options(size=None, seed=0, held_out=0.3))
+            build(
+                str(tmp_path / folder),
+                str(tmp_path / "out"),
+                Options(size=None, seed=0, held_out=0.3),
+            )
     folder = _fill(tmp_path / "in", image)
     build(folder, str(tmp_path / "out"), Options(size=None, seed=0, held_out=0.3))
     with pytest.raises(DataError, match="in use"):
