@@ -128,6 +128,12 @@ def build_parser() -> argparse.ArgumentParser:
     for stage in STAGES.values():
         verb = _add_configured(verbs, stage.verb, _train, stage.help)
         verb.add_argument("--resume", metavar="auto|PATH", help="go on from a checkpoint")
+        verb.add_argument(
+            "--new-epoch",
+            action="store_true",
+            help="with --resume: where training set, seed, data.streams, data.shuffle_shards or "
+            "batch size are others, begin the next epoch with them",
+        )
         verb.set_defaults(train=stage.train)
     _add_configured(verbs, "encode", _encode, "image shards to token shards, once")
     _add_configured(verbs, "report", _report, "curves, reconstructions, samples: report.html")
@@ -236,7 +242,7 @@ def _encode(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     config = _shared_config_of(options)
-    resolve_name(options.train)(config, options.resume)
+    resolve_name(options.train)(config, options.resume, options.new_epoch)
 
 
 def _report(options: argparse.Namespace) -> None:

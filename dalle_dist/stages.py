@@ -14,7 +14,7 @@ class StageEntry:
     """Functions by name, for `pkgutil.resolve_name`.
 
     verb   of the command line, and what --help says of it
-    train  (config, resume): runs the stage
+    train  (config, resume, new_epoch): runs the stage
     model  (config): the model whose weights a checkpoint holds
     save   (folder, config, weights): writes the release folder, returns the weights' fingerprint
     """

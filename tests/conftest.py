@@ -55,3 +55,13 @@ def bucket(s3_server, monkeypatch, tmp_path):
     name = "b" + "".join(c for c in tmp_path.name.lower() if c.isalnum())[:40]
     boto3.client("s3", endpoint_url=s3_server).create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Settings of the storage with pauses and time limits for loopback; a test may change them."""
+    from dalle_dist.storage.settings import SETTINGS
+
+    for name, value in {"base": 0.002, "cap": 0.05, "read_timeout": 0.5}.items():
+        monkeypatch.setattr(SETTINGS, name, value)
+    return SETTINGS

@@ -12,7 +12,7 @@ import dalle_dist
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["dalle_kernels"],
-    ["errors", "choices", "stages", "config", "presets"],
+    ["errors", "choices", "stages", "paths", "config", "presets"],
     ["storage", "distributed"],
     ["checkpoint.formats"],
     ["text_tokenizer"],

@@ -1,4 +1,5 @@
 import unicodedata
+from collections import Counter
 
 import pytest
 import tokenizers
@@ -94,3 +95,41 @@ def test_damaged_and_foreign_files(tmp_path):
     other.save(str(path))
     with pytest.raises(DataError, match="ids 0 and 1 are not"):
         Tokenizer.load(str(path))
+
+
+def test_dropped_pairs_are_drawn_anew_after_each_merge():
+    """`ab` merges with probability 0.5; in `abab` the second pair has two more chances.
+
+    By hand, of a word with pairs of the same rank (a b) (b a: none) (a b): both merge with
+    probability 1/3 of 1/2 ... the chance that none merges is 1/4, and that just one does is the
+    chance that the other is then dropped, 3/4 * 1/2.
+    """
+    tokenizer = train_tokenizer(["ab ab ab"], 259)
+    assert tokenizer.encode("xabxabx") != list("xabxabx")
+    counts = Counter(
+        len(tokenizer.encode("xabxabx", dropout=0.5, seed=seed)) - len(tokenizer.encode("xabxabx"))
+        for seed in range(4000)
+    )
+    shares = [counts[extra] / 4000 for extra in (2, 1, 0)]
+    assert shares == pytest.approx([1 / 4, 3 / 8, 3 / 8], abs=0.03)
+
+
+def test_a_caption_without_spaces_costs_no_more_than_what_is_kept_of_it():
+    sentence = "一只猫坐在红色的垫子上旁边有一条狗"
+    tokenizer = train_tokenizer([sentence, "red heart"] * 50, 400)
+    merged = []
+    merge = tokenizer._merge
+    tokenizer._merge = lambda word, *rest: merged.append(len(word)) or merge(word, *rest)
+    ids, cut = tokenizer.encode_padded(sentence * 500, 256, dropout=0.1, seed=1)
+    assert len(ids) == 256 and cut
+    assert sum(merged) <= 257 * tokenizer._longest
+    whole = tokenizer.encode(sentence, dropout=0.1, seed=1)
+    short, cut = tokenizer.encode_padded(sentence, 256, dropout=0.1, seed=1)
+    assert short == whole + [PAD] * (256 - len(whole)) and not cut
+
+
+def test_the_first_ids_of_a_long_caption_are_those_of_its_first_words():
+    tokenizer = train_tokenizer(["a red heart", "a blue heart"], 300)
+    words = "a red heart " * 300
+    ids, cut = tokenizer.encode_padded(words, 20, dropout=0.3, seed=5)
+    assert cut and ids == tokenizer.encode(words, dropout=0.3, seed=5)[:20]

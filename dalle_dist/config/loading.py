@@ -19,7 +19,8 @@ from dalle_dist.config.options import Option, check_value
 from dalle_dist.config.presets import read_tree
 from dalle_dist.config.root import Config, hints
 from dalle_dist.config.suggest import did_you_mean
-from dalle_dist.errors import ConfigError
+from dalle_dist.errors import ConfigError, DataError
+from dalle_dist.paths import normal
 
 _TYPE_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
@@ -29,12 +30,35 @@ def load(source: str, overrides: list[str] | None = None) -> Config:
 
     Raises:
         ConfigError: no such preset or file; unknown key; wrong type; a value that is not allowed;
-            values that do not fit one another.
+            values that do not fit one another; a path whose scheme nothing here reads.
     """
     tree = read_tree(source)
     for override in overrides or []:
         _override(tree, override)
-    return from_dict(tree)
+    return _with_normal_paths(from_dict(tree))
+
+
+def _with_normal_paths(config: Config) -> Config:
+    """`~` means the home of whoever loads the config, here as in a shell."""
+    images = config.image_tokenizer
+    paths = {
+        entry.name: _normal(getattr(config.paths, entry.name), f"paths.{entry.name}")
+        for entry in dataclasses.fields(config.paths)
+    }
+    return dataclasses.replace(
+        config,
+        paths=dataclasses.replace(config.paths, **paths),
+        image_tokenizer=dataclasses.replace(
+            images, path=_normal(images.path, "image_tokenizer.path")
+        ),
+    )
+
+
+def _normal(path: str, key: str) -> str:
+    try:
+        return normal(path)
+    except DataError as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def from_dict(tree: dict[str, Any]) -> Config:

@@ -45,8 +45,38 @@ class DataConfig:
         unit="processes",
         at_least=0,
     )
+    streams: int = option(
+        0,
+        "canonical streams that share out the shards; a rank reads its own alone. A multiple of "
+        "every number of ranks that the run may have, for the order of the samples depends on it; "
+        "0 = the stage's batch_size",
+        unit="streams",
+        at_least=0,
+    )
     shuffle_shards: int = option(
-        16, "shards whose samples are mixed with one another", unit="shards", at_least=1
+        2,
+        "shards of a stream whose samples are mixed with one another",
+        unit="shards",
+        at_least=1,
+    )
+    bad_shards: int = option(
+        0,
+        "shards that may stay missing or damaged, after they were fetched again, before the run "
+        "stops; the samples of others stand in for theirs",
+        unit="shards",
+        at_least=0,
+    )
+    cache: str = option(
+        "",
+        "folder of the cache for what is remote, best on a disk of the node; empty = "
+        "$DALLE_DIST_CACHE, else dalle-dist in $XDG_CACHE_HOME or ~/.cache",
+        may_be_empty=True,
+    )
+    cache_gb: float = option(
+        100.0,
+        "size of that cache on each node; what was used longest ago goes first",
+        unit="GB",
+        above=0,
     )
 
 

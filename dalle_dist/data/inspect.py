@@ -30,7 +30,7 @@ def inspect(folder: str, contact_sheet: Path | None) -> None:
         place = storage.join(folder, part) if part else folder
         kind = ShardIndex.load(place).kind
         shards = ShardSet(place, kind)
-        shards.verify()
+        shards.verify_all()
         _describe(place, shards)
     if contact_sheet is not None:
         _sheet(storage.join(folder, parts[0]) if parts else folder, contact_sheet)

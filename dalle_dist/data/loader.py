@@ -1,140 +1,27 @@
-"""Images in an order that depends on (seed, position) alone, and the batches of any data set.
+"""The micro-batches of a rank, made by loader processes from any data set.
 
-Shape suffixes: B batch, C colour channels, H and W pixels.
+What a loader process finds amiss, and its errors, travel with the micro-batches: processes share
+nothing that a kill could leave behind.
 """
 
 from __future__ import annotations
 
 import gc
-import warnings
+import mmap
+import os
+import re
+import struct
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from dalle_dist.data.augment import Augmentation, centre
-from dalle_dist.data.decode import decode_sample
-from dalle_dist.data.order import SampleOrder
-from dalle_dist.data.shards import ShardSet
-from dalle_dist.errors import ConfigError, DataError
+from dalle_dist.data.notes import Notes
+from dalle_dist.errors import ConfigError, DataError, UserError
 
-CACHE_BYTES = 256 << 20  # decoded images kept per process, for data sets that fit
-
-
-@dataclass(frozen=True)
-class ImageSample:
-    key: str
-    caption: str
-    image_CHW: Tensor  # uint8
-    position: int
-
-
-@dataclass(frozen=True)
-class ImageBatch:
-    keys: list[str]
-    captions: list[str]
-    image_BCHW: Tensor  # uint8
-    positions: Tensor  # int64
-
-
-class _Marks:
-    """A set of sample indices that all loader processes share, so that their counts are one."""
-
-    def __init__(self, samples: int) -> None:
-        self._marked = torch.zeros(samples, dtype=torch.bool).share_memory_()
-
-    def add(self, index: int) -> bool:
-        """Whether the index was not in the set before."""
-        new = not self._marked[index]
-        self._marked[index] = True
-        return new
-
-    def __len__(self) -> int:
-        return int(self._marked.sum())
-
-
-class ImageDataset(Dataset):
-    """Images of a folder of image shards; with an order, by position in the endless stream.
-
-    An image that cannot be decoded is counted, named once in a warning, and replaced by the next
-    readable one. Raises DataError when none can be decoded.
-    """
-
-    def __init__(
-        self,
-        folder: str,
-        order: SampleOrder | None,
-        image_size: int,
-        augment: Augmentation | None,
-        seed: int,
-    ) -> None:
-        self.shards, self.order, self.image_size = ShardSet(folder, "images"), order, image_size
-        self.augment, self.seed = augment, seed
-        self._corrupt = _Marks(len(self.shards))
-        self._decoded: dict[int, tuple[str, str, Image.Image]] = {}
-        self._room = CACHE_BYTES
-
-    @property
-    def corrupt(self) -> int:
-        """Images found undecodable so far, by any of the loader's processes."""
-        return len(self._corrupt)
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, position: int) -> ImageSample:
-        epoch, index = self.order.at(position) if self.order else (0, position)
-        for step in range(len(self)):
-            sample = self.read((index + step) % len(self), epoch, position)
-            if sample is not None:
-                return sample
-        raise DataError(f"{self.shards.folder}: none of {len(self)} images can be decoded")
-
-    def read(self, index: int, epoch: int = 0, position: int = -1) -> ImageSample | None:
-        """Sample `index`, or None when its image cannot be decoded."""
-        decoded = self._decode(index)
-        if decoded is None:
-            return None
-        key, caption, image = decoded
-        if self.augment is None:
-            image = centre(image, self.image_size)
-        else:
-            image = self.augment(image, f"{self.seed} {epoch} {index}")
-        pixels_HWC = torch.from_numpy(np.array(image))
-        return ImageSample(key, caption, pixels_HWC.permute(2, 0, 1).contiguous(), position)
-
-    def _decode(self, index: int) -> tuple[str, str, Image.Image] | None:
-        if index in self._decoded:
-            return self._decoded[index]
-        files = self.shards.read(index)
-        key, caption = files["__key__"].decode(), files.get("txt", b"").decode(errors="replace")
-        image = decode_sample(files)
-        if image is None:
-            if self._corrupt.add(index):
-                warnings.warn(
-                    f"{self.shards.folder}: {key} cannot be decoded, skipped", stacklevel=2
-                )
-            return None
-        decoded = (key, caption, image)
-        size = 3 * image.width * image.height
-        if size <= self._room:
-            self._room -= size
-            self._decoded[index] = decoded
-        return decoded
-
-
-def collate_images(samples: Sequence[ImageSample]) -> ImageBatch:
-    return ImageBatch(
-        [sample.key for sample in samples],
-        [sample.caption for sample in samples],
-        torch.stack([sample.image_CHW for sample in samples]),
-        torch.tensor([sample.position for sample in samples]),
-    )
+NOW_READ = struct.Struct("qq")  # a loader process and the position that it reads
 
 
 def batches(
@@ -147,30 +34,152 @@ def batches(
     start: int,
     workers: int,
     collate: Callable[[Sequence[Any]], Any],
-) -> Iterator[Any]:
-    """This rank's micro-batches from step `start` (from 0) on, without end.
+    notes: Notes | None = None,
+    pin_memory: bool = False,
+) -> MicroBatches:
+    """This rank's micro-batches, from sample `start` of the endless stream on, without end.
 
-    Step s takes the positions s * batch_size ... of the stream; its micro-batch a of rank r is
-    the r-th run of `micro_batch` positions in the a-th stretch of world * micro_batch. The union
-    over ranks is therefore the same for any number of ranks or workers.
+    A batch is the next `batch_size` positions. Its micro-batch a over all ranks is the a-th run of
+    world * micro_batch of them, of which rank r takes every `world`-th from the r-th on: those of
+    the streams that it owns. The union over ranks is the same for any number of ranks or workers.
+
+    Args:
+        notes: what the data set notes on its samples is added here as they come.
 
     Raises:
         ConfigError: batch_size is not a multiple of world * micro_batch.
+        DataError: a sample cannot be read, or a loader process ended; the sample is named.
     """
     if batch_size % (world * micro_batch):
         raise ConfigError(
             f"batch size {batch_size} is not a multiple of {world} ranks x micro-batch "
             f"{micro_batch} = {world * micro_batch}"
         )
-    sampler = _Positions(batch_size, micro_batch, rank, world, start)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        persistent_workers=workers > 0,
+    # Batches follow one another without a gap, and so do the runs inside them.
+    sampler = _Positions(start, micro_batch, rank, world)
+    return MicroBatches(
+        dataset, sampler, workers, collate, Notes() if notes is None else notes, pin_memory
     )
-    return _started(loader) if workers else iter(loader)
+
+
+class _Positions:
+    def __init__(self, start: int, micro_batch: int, rank: int, world: int) -> None:
+        self.start, self.micro_batch, self.rank, self.world = start, micro_batch, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stretch = self.world * self.micro_batch
+        first = self.start + self.rank
+        while True:
+            yield list(range(first, first + stretch, self.world))
+            first += stretch
+
+
+@dataclass
+class _Loaded:
+    """A micro-batch, or why there is none."""
+
+    batch: Any = None
+    notes: Notes = field(default_factory=Notes)
+    error: str = ""
+
+    def pin_memory(self) -> _Loaded:
+        from torch.utils.data._utils.pin_memory import pin_memory
+
+        return _Loaded(pin_memory(self.batch), self.notes, self.error)
+
+
+class _ByPositions(Dataset):
+    """Whole micro-batches of a data set, by their positions."""
+
+    def __init__(
+        self, dataset: Any, collate: Callable[[Sequence[Any]], Any], now: mmap.mmap
+    ) -> None:
+        self.dataset, self.collate, self._now = dataset, collate, now
+
+    def __getitems__(self, positions: list[int]) -> _Loaded:
+        worker, process = get_worker_info(), os.getpid()
+        place = worker.id * NOW_READ.size if worker is not None else 0
+        samples = []
+        for position in positions:
+            NOW_READ.pack_into(self._now, place, process, position)
+            try:
+                samples.append(self.dataset[position])
+            except UserError as error:
+                return _Loaded(error=str(error))
+            except Exception as error:
+                if worker is None:
+                    raise
+                traceback.print_exc()
+                return _Loaded(error=f"{described(self.dataset, position)}: {error!r}")
+        notes = getattr(self.dataset, "notes", None)
+        return _Loaded(self.collate(samples), notes.take() if notes is not None else Notes())
+
+
+class MicroBatches:
+    """Iterator of a rank's micro-batches."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: _Positions,
+        workers: int,
+        collate: Callable[[Sequence[Any]], Any],
+        notes: Notes,
+        pin_memory: bool,
+    ) -> None:
+        # Anonymous: it ends with the processes, however they end.
+        self._now = mmap.mmap(-1, max(workers, 1) * NOW_READ.size)
+        self._dataset, self._notes = dataset, notes
+        loader = DataLoader(
+            _ByPositions(dataset, collate, self._now),
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+        )
+        self._loader = _started(loader) if workers else iter(loader)
+
+    def __iter__(self) -> MicroBatches:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            loaded: _Loaded = next(self._loader)
+        except RuntimeError as error:
+            raise self.failure(error) or error from None
+        if loaded.error:
+            raise DataError(loaded.error)
+        self._notes.add(loaded.notes)
+        return loaded.batch
+
+    def failure(self, error: RuntimeError) -> DataError | None:
+        """What to raise for torch's error, which may come at any time, of a process that ended."""
+        if "DataLoader worker" not in str(error):
+            return None
+        ended = {int(word) for word in re.findall(r"\d+", str(error))}
+        for process, position in NOW_READ.iter_unpack(self._now[:]):
+            if process in ended:
+                what = described(self._dataset, position)
+                return DataError(
+                    f"{what}: the loader process that read it ended ({_first_line(error)}); if "
+                    "memory ran out, take fewer data.workers"
+                )
+        return DataError(f"a loader process ended: {_first_line(error)}")
+
+
+def described(dataset: Any, position: int) -> str:
+    """A sample of a data set in words."""
+    describe = getattr(dataset, "describe", None)
+    return f"sample {position}" if describe is None else str(describe(position))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _as_it_is(loaded: Any) -> Any:
+    return loaded
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -185,19 +194,3 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
         return iter(loader)
     finally:
         gc.unfreeze()
-
-
-class _Positions:
-    def __init__(
-        self, batch_size: int, micro_batch: int, rank: int, world: int, start: int
-    ) -> None:
-        self.batch_size, self.micro_batch = batch_size, micro_batch
-        self.rank, self.world, self.start = rank, world, start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step = self.start
-        while True:
-            first = step * self.batch_size + self.rank * self.micro_batch
-            for stretch in range(0, self.batch_size, self.world * self.micro_batch):
-                yield [first + stretch + i for i in range(self.micro_batch)]
-            step += 1

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from dalle_dist import __version__, storage
 from dalle_dist.data.shards import INDEX, ShardInfo, refuse_used, write_index, write_shard
+from dalle_dist.data.shards.side_file import side_name
 from dalle_dist.errors import DataError
 
 UNFINISHED = "unfinished"
@@ -167,7 +168,8 @@ class Job:
     def _remove_shards(self, records: list[Record]) -> None:
         for unit, record in zip(self.units, records, strict=True):
             if record.shard is not None:
-                storage.remove(storage.join(self._part(unit.part), record.shard.name))
+                for name in (record.shard.name, side_name(record.shard.name)):
+                    storage.remove(storage.join(self._part(unit.part), name))
         self._clean()
         for part in self.parts:
             storage.remove_empty(self._part(part))

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dalle_dist.data.notes import Notes
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardSet
+from dalle_dist.data.source import SampleSource
 from dalle_dist.errors import DataError
 from dalle_dist.text_tokenizer.protocol import PAD, TextTokenizer
 
@@ -54,7 +56,8 @@ class TokenSample(NamedTuple):
 class TokenDataset(Dataset):
     """Samples of a folder of token shards; with an order, by position in the endless stream.
 
-    Captions longer than the text block are cut. `fingerprint` is the image tokenizer's.
+    Captions longer than the text block are cut. Of several crops of an image, (seed, epoch, sample)
+    choose one. `fingerprint` is the image tokenizer's.
 
     Raises:
         DataError: the shards were made by another image tokenizer, or have another grid.
@@ -71,9 +74,11 @@ class TokenDataset(Dataset):
         *,
         seed: int = 0,
         noise: TokenNoise | None = None,
+        bad_shards: int = 0,
     ) -> None:
-        self.shards, self.order, self.tokenizer = ShardSet(folder, "tokens"), order, tokenizer
+        self.source, self.tokenizer = SampleSource(folder, "tokens", order, bad_shards), tokenizer
         self.text_tokens, self.seed, self.noise = text_tokens, seed, noise or TokenNoise()
+        self._npy = NpyReader()
         meta = self.shards.index.meta
         for name, wanted in (("image_tokenizer", fingerprint), ("grid", grid)):
             if meta.get(name) != wanted:
@@ -82,37 +87,58 @@ class TokenDataset(Dataset):
                     f"is {wanted}; encode the images again"
                 )
 
+    @property
+    def shards(self) -> ShardSet:
+        return self.source.shards
+
+    @property
+    def notes(self) -> Notes:
+        """On what this process has read."""
+        return self.source.notes
+
     def __len__(self) -> int:
-        return len(self.shards)
+        return len(self.source)
+
+    def describe(self, position: int) -> str:
+        """A sample in words, for an error."""
+        return self.source.describe(position)
 
     def key(self, index: int) -> str:
         """Key of the image that sample `index` was made from."""
-        return self.shards.read(index)["__key__"].decode()
-
-    def caption_tokens(self, index: int) -> int:
-        """Tokens of sample `index`'s caption, uncut and without dropout."""
-        caption = self.shards.read(index).get("txt", b"").decode(errors="replace")
-        return len(self.tokenizer.encode(caption))
+        return self.shards.key(index)
 
     def __getitem__(self, position: int) -> TokenSample:
-        epoch, index = self.order.at(position) if self.order else (0, position)
-        files = self.shards.read(index)
-        codes_N = np.load(io.BytesIO(files["npy"]), allow_pickle=False).astype(np.int64)
-        caption, sample_seed = files.get("txt", b""), f"{self.seed} {epoch} {index}"
+        place = self.source.reading(position)
+        files = self.source.read(place)
+        seed = f"{self.seed} {place.epoch} {self.source.index(place)}"
+        codes_N = self._codes(files["npy"], seed)
+        caption = self.source.caption(files.get("txt", b"").decode(errors="replace"), seed)
         return TokenSample(
-            self._text(caption.decode(errors="replace"), sample_seed),
+            self._text(caption, seed),
             torch.from_numpy(codes_N),
-            torch.from_numpy(self._noisy(codes_N, sample_seed)),
+            torch.from_numpy(self._noisy(codes_N, seed)),
         )
 
+    def _codes(self, data: bytes, sample_seed: str) -> np.ndarray:
+        codes = self._npy.read(data).astype(np.int64)
+        if codes.ndim == 1:
+            return codes
+        return codes[random.Random(f"crop {sample_seed}").randrange(len(codes))]
+
     def _text(self, caption: str, sample_seed: str) -> Tensor:
+        row_T = np.full(self.text_tokens, PAD, np.int64)
+        drop = self.noise.caption_dropout
         # Not the stream of BPE dropout, which starts from the sample's seed itself.
-        if random.Random(f"caption {sample_seed}").random() < self.noise.caption_dropout:
-            return torch.full((self.text_tokens,), PAD)
-        ids, _ = self.tokenizer.encode_padded(
+        if drop and random.Random(f"caption {sample_seed}").random() < drop:
+            return torch.from_numpy(row_T)
+        ids, cut = self.tokenizer.encode_cut(
             caption, self.text_tokens, dropout=self.noise.bpe_dropout, seed=sample_seed
         )
-        return torch.tensor(ids)
+        self.notes.captions += 1
+        self.notes.cut += cut
+        self.notes.empty += not ids
+        row_T[: len(ids)] = ids
+        return torch.from_numpy(row_T)
 
     def _noisy(self, codes_N: np.ndarray, sample_seed: str) -> np.ndarray:
         if not self.noise.image_noise:
@@ -123,6 +149,29 @@ class TokenDataset(Dataset):
         replaced_N = generator.random(codes_N.shape) < share
         classes = self.shards.index.meta["codebook_size"]
         return np.where(replaced_N, generator.integers(classes, size=codes_N.shape), codes_N)
+
+
+class NpyReader:
+    """Reads .npy files that mostly have the same header, which is parsed once."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[np.dtype, tuple[int, ...]]] = {}
+
+    def read(self, data: bytes) -> np.ndarray:
+        """Raises ValueError: not a .npy file, or one of objects or with its columns first."""
+        length = 10 + int.from_bytes(data[8:10], "little")
+        header = data[:length]
+        known = self._known.get(header)
+        if known is None:
+            file = io.BytesIO(data)
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("not a .npy file of version 1")
+            shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+            if columns_first or dtype.hasobject:
+                raise ValueError("a .npy file of objects, or with its columns first")
+            known = self._known[header] = (dtype, shape)
+        dtype, shape = known
+        return np.frombuffer(data, dtype, offset=length).reshape(shape)
 
 
 def collate_tokens(samples: Sequence[TokenSample]) -> TokenSample:

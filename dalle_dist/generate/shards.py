@@ -20,7 +20,9 @@ from dalle_dist.generate.outputs import png
 from dalle_dist.generate.request import Entry, Request
 
 # Shards, and what a call that was cut off has left.
-OURS = re.compile(r"\d{5,}\.tar|\.partial-.*|unfinished/[0-9a-f]{32}(-[0-9a-f]+)?\.npz")
+OURS = re.compile(
+    r"\d{5,}\.(tar|samples\.parquet)|\.partial-.*|unfinished/[0-9a-f]{32}(-[0-9a-f]+)?\.npz"
+)
 PER_SHARD = 1_000  # images, at least those of one prompt
 Images = Callable[[int], list[tuple[Entry, Image.Image]]]  # of the prompt with a number
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dalle_dist import storage
 from dalle_dist.checkpoint.release import Release
 from dalle_dist.config import Config
-from dalle_dist.data.loader import ImageDataset, ImageSample
+from dalle_dist.data.image_dataset import ImageDataset, ImageSample
 from dalle_dist.data.token_dataset import TokenDataset, collate_tokens
 from dalle_dist.errors import DataError
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer

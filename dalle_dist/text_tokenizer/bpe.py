@@ -7,8 +7,10 @@ sample's tokens must depend on (seed, epoch, sample) alone.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import random
+import sys
 from collections.abc import Iterable
 
 import tokenizers
@@ -86,8 +88,11 @@ class Tokenizer(TextTokenizer):
         self._tokenizer = tokenizer
         tree = json.loads(tokenizer.to_str())["model"]
         merges = (m.split(" ") if isinstance(m, str) else m for m in tree["merges"])
-        self._ranks = {(left, right): rank for rank, (left, right) in enumerate(merges)}
+        self._ranks: dict[tuple[str | None, str | None], int] = {
+            (left, right): rank for rank, (left, right) in enumerate(merges, 1)
+        }
         self._ids: dict[str, int] = tree["vocab"]
+        self._longest = max(map(len, self._ids))  # characters of a class, at most
         self._words: dict[str, tuple[str, ...]] = {}
 
     @classmethod
@@ -122,9 +127,29 @@ class Tokenizer(TextTokenizer):
         if not dropout:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
             return ids
-        generator = random.Random(seed)
-        pieces = [p for word in self._split(text) for p in self._merge(word, dropout, generator)]
-        return [self._ids[piece] for piece in pieces]
+        return self._encode_with_dropout(text, sys.maxsize, dropout, seed)
+
+    def encode_cut(
+        self, text: str, length: int, *, dropout: float = 0.0, seed: str | int | None = None
+    ) -> tuple[list[int], bool]:
+        """As in the protocol; with dropout, no more of a long text is merged than is kept."""
+        if not dropout:
+            return super().encode_cut(text, length)
+        ids = self._encode_with_dropout(text, length, dropout, seed)
+        return ids[:length], len(ids) > length
+
+    def _encode_with_dropout(
+        self, text: str, most: int, dropout: float, seed: str | int | None
+    ) -> list[int]:
+        """All ids, or the first `most` and some more."""
+        generator, ids = random.Random(seed), list[int]()
+        for word in self._split(text):
+            # The ids that are still wanted, and one more, spell no more of it than this.
+            needed = (most - len(ids) + 1) * self._longest
+            ids += [self._ids[piece] for piece in self._merge(word[:needed], dropout, generator)]
+            if len(ids) > most:
+                break
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; specials are left out, as is the space before the first word."""
@@ -142,17 +167,39 @@ class Tokenizer(TextTokenizer):
         return words
 
     def _merge(self, word: str, dropout: float, generator: random.Random) -> list[str]:
-        """BPE-dropout (Provilkov et al. 2020): lowest rank first among the pairs not dropped."""
-        pieces = list(word)
-        while len(pieces) > 1:
-            pairs = [
-                (rank, i)
-                for i in range(len(pieces) - 1)
-                if (rank := self._ranks.get((pieces[i], pieces[i + 1]))) is not None
-                and generator.random() >= dropout
-            ]
-            if not pairs:
-                return pieces
-            _, i = min(pairs)
-            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
-        return pieces
+        """BPE-dropout (Provilkov et al. 2020): lowest rank first among the pairs not dropped.
+
+        The pairs wait in a heap. One that is dropped comes back after the next merge, so that it
+        is dropped or not anew each time, as in the paper; n characters take about n log n steps.
+        """
+        pieces: list[str | None] = list(word)
+        after = list(range(1, len(word) + 1))  # of each piece, where the next one starts
+        before = list(range(-1, len(word) - 1))
+        waiting = [
+            (rank, i) for i in range(len(word) - 1) if (rank := self._rank(pieces, i, i + 1))
+        ]
+        heapq.heapify(waiting)
+        dropped: list[tuple[int, int]] = []
+        while waiting:
+            rank, i = heapq.heappop(waiting)
+            right = after[i]
+            if right == len(word) or self._rank(pieces, i, right) != rank:
+                continue  # one of the two has merged with another piece since
+            if generator.random() < dropout:
+                dropped.append((rank, i))
+                continue
+            pieces[i], pieces[right] = f"{pieces[i]}{pieces[right]}", None
+            after[i] = after[right]
+            if after[i] < len(word):
+                before[after[i]] = i
+            for left, other in ((before[i], i), (i, after[i])):
+                if left >= 0 and other < len(word) and (new := self._rank(pieces, left, other)):
+                    heapq.heappush(waiting, (new, left))
+            for pair in dropped:
+                heapq.heappush(waiting, pair)
+            dropped.clear()
+        return [piece for piece in pieces if piece is not None]
+
+    def _rank(self, pieces: list[str | None], left: int, right: int) -> int:
+        """Of two pieces; 0: they do not merge."""
+        return self._ranks.get((pieces[left], pieces[right]), 0)

@@ -35,9 +35,16 @@ class TextTokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special ones are left out."""
 
+    def encode_cut(
+        self, text: str, length: int, *, dropout: float = 0.0, seed: str | int | None = None
+    ) -> tuple[list[int], bool]:
+        """(the first `length` ids, or all where there are fewer; whether the text was cut)."""
+        ids = self.encode(text, dropout=dropout, seed=seed)
+        return ids[:length], len(ids) > length
+
     def encode_padded(
         self, text: str, length: int, *, dropout: float = 0.0, seed: str | int | None = None
     ) -> tuple[list[int], bool]:
         """(exactly `length` ids, PAD after the text; whether the text was cut)."""
-        ids = self.encode(text, dropout=dropout, seed=seed)
-        return ids[:length] + [PAD] * (length - len(ids)), len(ids) > length
+        ids, cut = self.encode_cut(text, length, dropout=dropout, seed=seed)
+        return ids + [PAD] * (length - len(ids)), cut

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dalle_dist import storage
+from dalle_dist.data.shards import ShardSet
 from dalle_dist.data.token_dataset import TokenDataset
 
-CAPTIONS = 2_000  # looked at, at most
+CAPTIONS, SHARDS = 2_000, 20  # looked at, at most
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,12 @@ class Captions:
 
     @classmethod
     def of(cls, dataset: TokenDataset) -> Captions:
-        remote = storage.is_remote(dataset.shards.folder)
-        # A shard on S3 is fetched whole for one caption of it.
-        range_ = dataset.shards.sizes[0] if remote else len(dataset)
-        count, limit = min(range_, CAPTIONS), dataset.text_tokens
-        lengths = [dataset.caption_tokens(i * range_ // count) for i in range(count)]
+        """Of evenly spaced samples of evenly spaced shards: side files alone are read."""
+        texts = [dataset.source.caption(text, "looked at") for text in _some(dataset.shards)]
+        limit = dataset.text_tokens
+        lengths = [len(dataset.tokenizer.encode(text)) for text in texts]
         cut = sum(length > limit for length in lengths)
-        return cls(len(dataset), count, cut, lengths.count(0), max(lengths), limit)
+        return cls(len(dataset), len(texts), cut, lengths.count(0), max(lengths), limit)
 
     @property
     def measures(self) -> dict[str, float]:
@@ -57,3 +56,13 @@ class Captions:
         limit = f"transformer.text_tokens={self.limit}"
         cut = f"{self.cut:,} of {of} ({self.cut / self.looked_at:.1%}) are cut to {limit}"
         return f"{cut}; {empty}{longest}"
+
+
+def _some(shards: ShardSet) -> list[str]:
+    count = min(len(shards.sizes), SHARDS)
+    found: list[str] = []
+    for i in range(count):
+        texts = shards.captions(i * len(shards.sizes) // count)
+        most = min(len(texts), -(-CAPTIONS // count))
+        found += [texts[j * len(texts) // most] for j in range(most)]
+    return found

@@ -19,9 +19,8 @@ from dalle_dist.clip.hugging_face import library
 from dalle_dist.clip.model import LossCLIP, decayed, end_of_text
 from dalle_dist.config import CLIPTrainConfig, Config
 from dalle_dist.data.augment import Augmentation
+from dalle_dist.data.image_dataset import ImageDataset, ImageSample
 from dalle_dist.data.labelled_grid import grid, to_image
-from dalle_dist.data.loader import ImageDataset, ImageSample
-from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.engine.deepspeed.settings import deepspeed_config
@@ -31,6 +30,7 @@ from dalle_dist.optim.cosine_schedule import CosineSchedule
 from dalle_dist.precision.hardware import decided
 from dalle_dist.text_tokenizer.registry import load_text_tokenizer
 from dalle_dist.train import banner
+from dalle_dist.train.data import training_order
 from dalle_dist.train.flop import clip_flop
 from dalle_dist.train.held_out_clip import Encoded, HeldOutPairs, averaged_clip
 from dalle_dist.train.loop import train_stage
@@ -40,9 +40,9 @@ from dalle_dist.train.state import TrainingState
 SHOWN, NEAREST = 8, 8  # captions of a sample sheet, and images of each
 
 
-def train_clip(config: Config, resume: str | None = None) -> None:
+def train_clip(config: Config, resume: str | None = None, new_epoch: bool = False) -> None:
     """Train the CLIP; arguments and errors are those of `loop.train_stage`."""
-    train_stage(CLIPStage, config, resume)
+    train_stage(CLIPStage, config, resume, new_epoch)
 
 
 class CLIPStage(Stage):
@@ -58,22 +58,22 @@ class CLIPStage(Stage):
         library()
         deepspeed_config(self.settings, ranks.world)
         self.tokenizer = _tokenizer(config)
-        self.train_set = self._dataset("train")
-        self.held_out = self._dataset("held-out")
+        self.train_set = self._dataset("train", ranks)
+        self.held_out = self._dataset("held-out", ranks)
         self.precision = "bf16 autocast, fp32 weights" if self._bf16 else "fp32"
         self.dtype = torch.bfloat16 if self._bf16 else torch.float32
         self.fingerprints = {"tokenizer": self.tokenizer.fingerprint}
         self._pairs: HeldOutPairs | None = None
-        self.train_set[0]  # the proof that some image can be read
+        self.train_set[ranks.rank]  # the proof that some image can be read
 
-    def _dataset(self, part: str) -> ImageDataset:
+    def _dataset(self, part: str, ranks: Ranks) -> ImageDataset:
         config, settings, order, augment = self.config, self.settings, None, None
         folder, size = storage.join(config.paths.images, part), config.clip.image_size
         if part == "train":
-            order = ShardIndex.load(folder).order(config.seed, config.data.shuffle_shards)
+            order = training_order(folder, config, settings, ranks)
             if settings.augment:
                 augment = Augmentation(size, settings.crop_min, settings.crop_max, flip=False)
-        return ImageDataset(folder, order, size, augment, config.seed)
+        return ImageDataset(folder, order, size, augment, config.seed, config.data.bad_shards)
 
     @property
     def datasets(self) -> tuple[ImageDataset, ImageDataset]:

@@ -6,6 +6,7 @@ Shape suffixes as in `dalle_dist.dvae.model`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,21 +17,22 @@ from torch import Tensor
 from dalle_dist import storage
 from dalle_dist.config import Config, DVAETrainConfig, StageConfig
 from dalle_dist.data.augment import Augmentation
+from dalle_dist.data.image_dataset import ImageBatch, ImageDataset, ImageSample, collate_images
 from dalle_dist.data.labelled_grid import grid, to_image
-from dalle_dist.data.loader import ImageBatch, ImageDataset, ImageSample, collate_images
-from dalle_dist.data.shards import ShardIndex
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.dvae.loss_model import LossDVAE, gumbel_noise, start_at_data
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.engine.deepspeed.settings import deepspeed_config
 from dalle_dist.engine.interface import Engine
+from dalle_dist.errors import DataError
 from dalle_dist.metrics.reconstruction import reconstruct
 from dalle_dist.optim.dvae_schedule import DVAESchedule
 from dalle_dist.optim.ema import EMA
 from dalle_dist.precision.hardware import decided
 from dalle_dist.train.banner import dvae_schedule, unfinished
+from dalle_dist.train.data import training_order
 from dalle_dist.train.flop import dvae_flop
-from dalle_dist.train.held_out_images import HeldOutImages, averaged_dvae, collapse, image_stack
+from dalle_dist.train.held_out_images import HeldOutImages, averaged_dvae, collapse
 from dalle_dist.train.loop import train_stage
 from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
@@ -38,9 +40,9 @@ from dalle_dist.train.state import TrainingState
 SHOWN = 16  # images in a reconstruction grid
 
 
-def train_dvae(config: Config, resume: str | None = None) -> None:
+def train_dvae(config: Config, resume: str | None = None, new_epoch: bool = False) -> None:
     """Train the dVAE; arguments and errors are those of `loop.train_stage`."""
-    train_stage(DVAEStage, config, resume)
+    train_stage(DVAEStage, config, resume, new_epoch)
 
 
 class DVAEStage(Stage):
@@ -60,14 +62,22 @@ class DVAEStage(Stage):
             augmentation = Augmentation(
                 config.dvae.image_size, settings.crop_min, settings.crop_max, settings.flip
             )
-        self.train_set = _dataset(config, "train", augmentation)
-        self.held_out = _dataset(config, "held-out", None)
+        self.train_set = self._dataset("train", augmentation, ranks)
+        self.held_out = self._dataset("held-out", None, ranks)
         self.precision = "bf16 autocast, fp32 weights" if self._bf16 else "fp32"
         self.dtype = torch.bfloat16 if self._bf16 else torch.float32
         self.fingerprints = {}
         self._measured: HeldOutImages | None = None
         # Images for the first biases, and the proof that there are some that can be read.
         self._first_BCHW = _first(self.train_set, 256)
+
+    def _dataset(self, part: str, augment: Augmentation | None, ranks: Ranks) -> ImageDataset:
+        config, order = self.config, None
+        folder = storage.join(config.paths.images, part)
+        if part == "train":
+            order = training_order(folder, config, self.settings, ranks)
+        size, bad = config.dvae.image_size, config.data.bad_shards
+        return ImageDataset(folder, order, size, augment, config.seed, bad)
 
     @property
     def datasets(self) -> tuple[ImageDataset, ImageDataset]:
@@ -160,14 +170,13 @@ def dvae_engine(model: LossDVAE, settings: StageConfig, ranks: Ranks, seed: int 
     return engine
 
 
-def _dataset(config: Config, part: str, augment: Augmentation | None) -> ImageDataset:
-    folder = storage.join(config.paths.images, part)
-    order = None
-    if part == "train":
-        order = ShardIndex.load(folder).order(config.seed, config.data.shuffle_shards)
-    return ImageDataset(folder, order, config.dvae.image_size, augment, config.seed)
-
-
 def _first(dataset: ImageDataset, most: int) -> Tensor:
-    """The first images of a data set, floats in [0, 1]: images_BCHW."""
-    return image_stack(dataset, range(min(most, len(dataset)))).float() / 255
+    """The first readable images of a data set as its shards have them, in [0, 1]: images_BCHW.
+
+    Raises DataError when there is none.
+    """
+    images = (dataset.read(i) for i in range(len(dataset)))
+    found = [image.image_CHW for image in itertools.islice(filter(None, images), most)]
+    if not found:
+        raise DataError(f"{dataset.shards.folder}: none of {len(dataset)} images can be decoded")
+    return torch.stack(found).float() / 255

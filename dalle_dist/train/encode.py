@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dalle_dist import storage
 from dalle_dist.config import Config
-from dalle_dist.data.loader import ImageDataset
+from dalle_dist.data.image_dataset import ImageDataset
 from dalle_dist.data.shards import ShardIndex, ShardWriter
 from dalle_dist.distributed import process_group
 from dalle_dist.errors import DataError

@@ -14,7 +14,7 @@ from torch import Tensor
 from dalle_dist.clip.loss import contrastive_loss
 from dalle_dist.clip.model import LARGEST_LOGIT_SCALE, LossCLIP
 from dalle_dist.config import Config
-from dalle_dist.data.loader import ImageDataset, ImageSample
+from dalle_dist.data.image_dataset import ImageDataset, ImageSample
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.train.state import TrainingState
 

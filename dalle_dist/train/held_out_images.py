@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dalle_dist.config import DVAEConfig
-from dalle_dist.data.loader import ImageDataset
+from dalle_dist.data.image_dataset import ImageDataset
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.metrics.codes import code_counts, entropy, share_in_use

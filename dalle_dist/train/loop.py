@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dalle_dist import storage
 from dalle_dist.checkpoint import store
 from dalle_dist.checkpoint.convert import find_checkpoint, require_checkpoint
 from dalle_dist.config import Config, StageConfig
-from dalle_dist.data.loader import batches
+from dalle_dist.data.loader import MicroBatches, batches
 from dalle_dist.distributed import process_group
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import ConfigError, UserError
 from dalle_dist.train import banner
+from dalle_dist.train.data import Amiss, in_flight
 from dalle_dist.train.release import write_release
 from dalle_dist.train.run import Run
 from dalle_dist.train.speed import Speed
@@ -27,7 +29,10 @@ from dalle_dist.train.stop import StopRequest
 
 
 def train_stage(
-    make: Callable[[Config, Ranks], Stage], config: Config, resume: str | None = None
+    make: Callable[[Config, Ranks], Stage],
+    config: Config,
+    resume: str | None = None,
+    new_epoch: bool = False,
 ) -> None:
     """Train until the stage's `steps`, then write the run's release folder from the averages.
 
@@ -35,6 +40,8 @@ def train_stage(
         make: the stage, from a config that is the same on all ranks.
         resume: "auto" goes on from the run's newest whole checkpoint, or starts if there is none; a
             path from that run or checkpoint; None starts a new run.
+        new_epoch: a resumed run may have another training set, or its samples in another order;
+            then it begins with the next epoch.
 
     Raises:
         ConfigError: sizes that do not fit the ranks, each other, or the run that is resumed.
@@ -42,6 +49,7 @@ def train_stage(
         CheckpointError: nothing whole to go on from, or not writable.
         UserError: the run folder is in use, or the loss is no longer a number.
     """
+    storage.configure(config.data.cache or None, round(config.data.cache_gb * 1e9))
     ranks = process_group.init()
     stage = ranks.together(lambda: _prepared(make, config, ranks, resume))
     run = Run(
@@ -54,7 +62,7 @@ def train_stage(
         wandb=stage.settings.wandb,
     )
     try:
-        _Loop(stage, ranks, run).train(resume)
+        _Loop(stage, ranks, run).train(resume, new_epoch)
     finally:
         run.close()
 
@@ -95,12 +103,16 @@ class _Loop:
         torch.manual_seed(stage.config.seed)
         self.engine = stage.build_engine(ranks)
         self.schedule = stage.schedule()
-        self.state = TrainingState(stage.identity, ranks, self.engine, stage.ema(), self.schedule)
+        self.state = TrainingState(
+            stage.identity, ranks, self.engine, stage.ema(), self.schedule, stage.progress()
+        )
+        self.amiss = Amiss(ranks, stage.config.data.bad_shards)
         self._micro_batch = self.settings.batch_size // (ranks.world * self.engine.accumulation)
+        self._epoch: dict[str, float] = {}  # of an epoch that has ended, for the next log line
         self._saved = -1  # the step that was saved last
 
-    def train(self, resume: str | None) -> None:
-        self._restore(resume)
+    def train(self, resume: str | None, new_epoch: bool) -> None:
+        self._restore(resume, new_epoch)
         rows = self._banner()
         self.run.open()
         if resume is not None:
@@ -125,11 +137,14 @@ class _Loop:
     def _run_steps(self) -> None:
         stop, bar = StopRequest(), self.run.progress(self.settings.steps, self.state.step)
         micro_batches = self._micro_batches()
-        while self.state.step < self.settings.steps and not stop.agreed(self.ranks):
-            self._after_step(self._step(micro_batches), bar)
+        try:
+            while self.state.step < self.settings.steps and not stop.agreed(self.ranks):
+                self._after_step(self._step(micro_batches), bar)
+        except RuntimeError as error:  # torch's, of a loader process that ended, comes at any time
+            raise micro_batches.failure(error) or error from None
         bar.close()
 
-    def _micro_batches(self) -> Iterator[Any]:
+    def _micro_batches(self) -> MicroBatches:
         """This rank's, from the first that is not trained on yet, without end."""
         settings, ranks = self.settings, self.ranks
         return batches(
@@ -138,15 +153,18 @@ class _Loop:
             micro_batch=self._micro_batch,
             rank=ranks.rank,
             world=ranks.world,
-            start=self.state.step,
+            start=self.state.progress.samples,
             workers=self.stage.config.data.workers,
             collate=self.stage.collate,
+            notes=self.amiss.notes,
+            pin_memory=ranks.device.type == "cuda",
         )
 
     def _step(self, stream: Iterator[Any]) -> dict[str, float]:
         """One optimizer step; the loss is that of the global batch, on any number of ranks."""
         began, step = time.perf_counter(), self.state.step + 1
         micro_batches = [next(stream) for _ in range(self.engine.accumulation)]
+        waited = time.perf_counter() - began
         counts = self.stage.counts(micro_batches)
         counts = self.ranks.sum(counts) if counts else []
         terms = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
@@ -158,11 +176,12 @@ class _Loop:
         norm = self.engine.step(lr, measure=self._due(step, self.settings.log_every))
         numbers = self.stage.numbers(self.ranks.sum(terms.tolist()), step)
         self._finished(numbers["loss"], norm)
-        self.speed.add(time.perf_counter() - began)
+        self.speed.add(time.perf_counter() - began, waited)
         return numbers | {"lr": lr, "grad_norm": norm}
 
     def _finished(self, loss: float, norm: float) -> None:
         self.state.step += 1
+        self.state.progress.samples += self.settings.batch_size
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
                 f"{self.run.path}: loss {loss:g}, gradient norm {norm:g} at step "
@@ -177,13 +196,23 @@ class _Loop:
         """Save first: a failure in a measure or an image must not cost a checkpoint."""
         settings, step = self.settings, self.state.step
         bar.update()
+        self._end_epoch()
         if self._due(step, settings.log_every):
-            speed, telemetry = self.speed.numbers(step), self.engine.telemetry()
-            self.run.log(step, **numbers, **speed, **telemetry)
+            speed = self.speed.numbers(step, self.state.progress)
+            self.run.log(step, **numbers, **speed, **self.engine.telemetry(), **self._epoch)
+            self._epoch = {}
             bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
         if self._due(step, settings.save_every):
             self._save()
         self._measure()
+
+    def _end_epoch(self) -> None:
+        """Say what was amiss in the samples, when an epoch of them has ended."""
+        progress = self.state.progress
+        before = (progress.samples - self.settings.batch_size) // progress.total
+        if progress.epoch > before:
+            line, self._epoch = self.amiss.summary(progress.epoch, progress.total)
+            self.run.say(line)
 
     def _measure(self) -> None:
         step = self.state.step
@@ -210,7 +239,7 @@ class _Loop:
         self._saved = self.state.step
         self.run.sync()
 
-    def _restore(self, resume: str | None) -> None:
+    def _restore(self, resume: str | None, new_epoch: bool) -> None:
         if resume is None:
             return
         checkpoints = self.run.folder / "checkpoints"
@@ -219,7 +248,7 @@ class _Loop:
         else:
             found = find_checkpoint(resume, self.ranks)
         if found is not None:
-            self.state.load(found)
+            self.state.load(found, new_epoch)
             if found.parent.resolve() == checkpoints.resolve():
                 self._saved = self.state.step
 
@@ -239,6 +268,7 @@ class _Loop:
             "device": banner.devices(self.ranks),
             **stage.banner(self.ranks, parameters),
             "data": banner.images(stage.data_path, samples, held_out),
+            "cache": in_flight(stage.datasets[0], self.ranks),
             "batch": f"{settings.batch_size:,} = {self._micro_batch} x {self.ranks.world:,} ranks "
             f"x {self.engine.accumulation} accumulated",
             "length": banner.length(settings.steps, settings.batch_size, samples),

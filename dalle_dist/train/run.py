@@ -187,7 +187,7 @@ class Run:
 def working_copy(path: str, ranks: Ranks) -> Path:
     """Local folder of a run; a remote one is downloaded by each node's first rank."""
     if not storage.is_remote(path):
-        return Path(path)
+        return Path(storage.normal(path))
     local = storage.cache_folder() / "runs" / hashlib.sha256(path.encode()).hexdigest()[:16]
     ranks.together(lambda: _download(path, local) if ranks.local_rank == 0 else None)
     return local
@@ -213,8 +213,8 @@ def _without_nan(value: float | list[float]) -> Any:
 
 def _download(path: str, local: Path) -> None:
     local.mkdir(parents=True, exist_ok=True)
-    for name in storage.list_files(path):
-        target = local / name
+    for name in storage.file_names(path, storage.list_files(path)):
+        target = storage.inside(local, name)
         # Checkpoints never change once written, and their hashes are checked when they are read;
         # any other file may have been written by another node since.
         if not (name.startswith("checkpoints/") and target.exists()):

@@ -8,6 +8,7 @@ import time
 import torch
 
 from dalle_dist.distributed.process_group import Ranks
+from dalle_dist.train.data import Progress
 from dalle_dist.train.peak import gemm_peak
 from dalle_dist.train.stage import Stage
 
@@ -23,21 +24,24 @@ class Speed:
             dtype = torch.float32  # in which CPUs compute fp16's products
         ranks.barrier()
         self._peak = ranks.sum([gemm_peak(ranks.device, dtype)])[0]
-        self._busy, self._counted = 0.0, 0  # seconds in steps since the last line, and how many
+        # Seconds in steps since the last line, those of them in which data was waited for, steps.
+        self._busy, self._waited, self._counted = 0.0, 0.0, 0
         self._began, self._steps = 0.0, 0  # of this process
 
-    def add(self, seconds: float) -> None:
-        """Take note of an optimizer step that has just ended."""
+    def add(self, seconds: float, waited: float) -> None:
+        """Take note of an optimizer step that has just ended, and of its wait for its samples."""
         if not self._steps:
             self._began = time.perf_counter() - seconds
         self._steps += 1
         self._busy, self._counted = self._busy + seconds, self._counted + 1
+        self._waited += waited
 
-    def numbers(self, step: int) -> dict[str, float]:
+    def numbers(self, step: int, progress: Progress) -> dict[str, float]:
         """Since the last call; after `step` steps of the run, of all ranks. A collective call.
 
         seconds_per_step   in optimizer steps alone, without evaluations, images and checkpoints
         images_per_s, tokens_per_s   (stage 2) by that
+        data_wait          share of that in which the rank that waits longest has waited for samples
         mfu                model FLOP per second as a share of the ranks' peak
         epoch              how often the training set has been seen
         peak_memory_bytes  of the rank that has taken most, so far: on GPUs what torch allocated, on
@@ -45,7 +49,9 @@ class Speed:
         seconds_left       to the last step, at the pace since this process began, with all it does
         """
         settings, stage = self._stage.settings, self._stage
-        seconds, self._busy, self._counted = self._busy / self._counted, 0.0, 0
+        seconds, waited = self._busy / self._counted, self._waited / self._busy
+        self._busy, self._waited, self._counted = 0.0, 0.0, 0
+        peak, wait = self._ranks.max([peak_memory(self._ranks.device), waited])
         images = settings.batch_size / seconds
         tokens = {"tokens_per_s": images * stage.tokens} if stage.tokens else {}
         pace = (time.perf_counter() - self._began) / self._steps
@@ -53,9 +59,10 @@ class Speed:
             "seconds_per_step": seconds,
             "images_per_s": images,
             **tokens,
+            "data_wait": wait,
             "mfu": self._flop / seconds / self._peak,
-            "epoch": step * settings.batch_size / len(stage.datasets[0]),
-            "peak_memory_bytes": self._ranks.max([peak_memory(self._ranks.device)])[0],
+            "epoch": progress.samples / progress.total,
+            "peak_memory_bytes": peak,
             "seconds_left": pace * (settings.steps - step),
         }
 

@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_dist.config import Config, StageConfig
-from dalle_dist.data.loader import ImageDataset
+from dalle_dist.data.image_dataset import ImageDataset
 from dalle_dist.data.token_dataset import TokenDataset
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.interface import Engine
 from dalle_dist.optim.ema import EMA
+from dalle_dist.train.data import Progress
 from dalle_dist.train.state import Identity, TrainingState
 
 
@@ -147,6 +148,10 @@ class Stage(ABC):
             self.sections,
             self.fingerprints,
         )
+
+    def progress(self) -> Progress:
+        """Of a run that starts."""
+        return Progress.start(self.datasets[0], self.settings)
 
     def ema(self) -> EMA:
         return EMA(self.settings.ema)

@@ -3,7 +3,7 @@
 step-00001000/deepspeed/       weights, moments and master weights as DeepSpeed keeps them
              /weights/         fp32 pieces, raw and averaged (see checkpoint/weights.py)
              /gradients/       gradient scales, and the nodes' mean error of PowerSGD
-             /training.json    step, schedule, how it was made
+             /training.json    step, schedule, samples consumed and their order, how it was made
              /config.yaml      the config in force
 """
 
@@ -36,6 +36,7 @@ from dalle_dist.engine.interface import Engine
 from dalle_dist.errors import CheckpointError, ConfigError, UserError
 from dalle_dist.gradients.piece import assemble
 from dalle_dist.optim.ema import EMA
+from dalle_dist.train.data import Progress
 
 
 class Stateful(Protocol):
@@ -69,8 +70,15 @@ class TrainingState:
     """Everything that changes from step to step, written and read as one checkpoint."""
 
     def __init__(
-        self, identity: Identity, ranks: Ranks, engine: Engine, ema: EMA, schedule: Stateful
+        self,
+        identity: Identity,
+        ranks: Ranks,
+        engine: Engine,
+        ema: EMA,
+        schedule: Stateful,
+        progress: Progress,
     ) -> None:
+        self.progress = progress
         self.identity, self.ranks, self.engine = identity, ranks, engine
         self.ema, self.schedule = ema, schedule
         self.step = 0  # finished
@@ -81,15 +89,18 @@ class TrainingState:
             checkpoints, self.step, self._write, self.ranks, self.identity.settings.keep
         )
 
-    def load(self, checkpoint: Path) -> None:
+    def load(self, checkpoint: Path, new_epoch: bool = False) -> None:
         """Go on from `checkpoint`, bit for bit; all ranks.
+
+        Args:
+            new_epoch: with samples in another order, from the next epoch on, if need be.
 
         Raises:
             CheckpointError: damaged, of another stage or tokenizer, or made by other ranks.
-            ConfigError: of another shape.
+            ConfigError: of another shape, or the samples would come in another order.
         """
         store.verify(checkpoint, self.ranks)
-        saved = self.ranks.together(lambda: self._fitting(checkpoint))
+        saved = self.ranks.together(lambda: self._fitting(checkpoint, new_epoch))
         self.engine.load(checkpoint)
         self.engine.load_transform_state(load_tree(self._gradients(checkpoint)))
         self.schedule.load_state_dict(saved["schedule"])
@@ -97,9 +108,10 @@ class TrainingState:
         self.ema.load(averages, saved["ema_updates"])
         self.step = saved["step"]
 
-    def _fitting(self, checkpoint: Path) -> dict[str, Any]:
+    def _fitting(self, checkpoint: Path, new_epoch: bool) -> dict[str, Any]:
         saved = _read(checkpoint, self.identity.stage)
         self._refuse_other(checkpoint, saved)
+        self.progress.load_state_dict(saved.get("data", {}), new_epoch, checkpoint)
         return saved
 
     def averaged_weights(self) -> dict[str, Tensor] | None:
@@ -141,6 +153,7 @@ class TrainingState:
             "stage": self.identity.stage,
             "step": self.step,
             "schedule": self.schedule.state_dict(),
+            "data": self.progress.state_dict(),
             "ema_updates": self.ema.updates,
             "fingerprints": dict(self.identity.fingerprints),
             "made_by": self._made_by(),

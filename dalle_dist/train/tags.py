@@ -24,6 +24,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "codes": ("codes_in_use", "codes_entropy", "codes_perplexity", "codes_collapsed"),
     "speed": (
         "seconds_per_step",
+        "data_wait",
         "images_per_s",
         "tokens_per_s",
         "mfu",
@@ -41,7 +42,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "sent_megabytes",
         "dense_megabytes",
     ),
-    "data": ("epoch", "captions_cut", "captions_empty"),
+    "data": (
+        "epoch",
+        "captions_cut",
+        "captions_empty",
+        "epoch_captions_cut",
+        "epoch_captions_empty",
+        "samples_corrupt",
+        "shards_quarantined",
+    ),
 }
 OTHER = "other"  # the group of what no group names
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}

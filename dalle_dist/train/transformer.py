@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dalle_dist import storage
 from dalle_dist.config import Config, TrainConfig
-from dalle_dist.data.shards import ShardIndex
 from dalle_dist.data.token_dataset import TokenDataset, TokenNoise, TokenSample, collate_tokens
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
@@ -31,6 +30,7 @@ from dalle_dist.precision.hardware import decided
 from dalle_dist.text_tokenizer.registry import load_text_tokenizer
 from dalle_dist.train import banner
 from dalle_dist.train.captions import Captions
+from dalle_dist.train.data import training_order
 from dalle_dist.train.flop import transformer_flop
 from dalle_dist.train.loop import train_stage
 from dalle_dist.train.stage import Stage
@@ -42,9 +42,9 @@ from dalle_dist.transformer.loss_model import LossTransformer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train(config: Config, resume: str | None = None) -> None:
+def train(config: Config, resume: str | None = None, new_epoch: bool = False) -> None:
     """Train the transformer; arguments and errors are those of `loop.train_stage`."""
-    train_stage(TransformerStage, config, resume)
+    train_stage(TransformerStage, config, resume, new_epoch)
 
 
 class TransformerStage(Stage):
@@ -71,18 +71,18 @@ class TransformerStage(Stage):
             )
         device = ranks.device if ranks.rank == 0 else "cpu"  # only rank 0 samples
         self.image_tokenizer = load_configured(config, device)
-        self.train_set = self._dataset("train")
-        self.held_out = self._dataset("held-out")
+        self.train_set = self._dataset("train", ranks)
+        self.held_out = self._dataset("held-out", ranks)
         self.fingerprints = {
             "tokenizer": self.tokenizer.fingerprint,
             "image tokenizer": self.image_tokenizer.fingerprint,
         }
 
-    def _dataset(self, part: str) -> TokenDataset:
+    def _dataset(self, part: str, ranks: Ranks) -> TokenDataset:
         config, order, noise = self.config, None, None
         folder = storage.join(config.paths.tokens, part)
         if part == "train":
-            order = ShardIndex.load(folder).order(config.seed, config.data.shuffle_shards)
+            order = training_order(folder, config, self.settings, ranks)
             noise = TokenNoise(
                 config.tokenizer.bpe_dropout, config.train.caption_dropout, config.train.image_noise
             )
@@ -95,6 +95,7 @@ class TransformerStage(Stage):
             config.transformer.image_grid,
             seed=config.seed,
             noise=noise,
+            bad_shards=config.data.bad_shards,
         )
 
     @property

@@ -15,6 +15,7 @@ from dalle_dist.optim.ema import EMA
 from dalle_dist.optim.plateau_schedule import PlateauSchedule
 from dalle_dist.testing import run_distributed
 from dalle_dist.text_tokenizer.bpe import Tokenizer
+from dalle_dist.train.data import Progress
 from dalle_dist.train.state import Identity, TrainingState
 from dalle_dist.transformer.model import Transformer
 
@@ -34,7 +35,7 @@ def _checkpoint(ranks, folder, stage):
     engine = build_engine(Transformer(config), config.train, ranks)
     schedule, ema = PlateauSchedule(config.train), EMA(config.train.ema)
     identity = Identity("transformer", config, config.train, config.train.precision)
-    state = TrainingState(identity, ranks, engine, ema, schedule)
+    state = TrainingState(identity, ranks, engine, ema, schedule, Progress(0, {}, 1))
     generator = torch.Generator().manual_seed(ranks.rank)
     gathered = []
     for _ in range(2):

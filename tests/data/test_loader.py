@@ -7,11 +7,9 @@ import torch
 from torch.utils.data import Dataset
 
 from dalle_dist.data.augment import Augmentation
-from dalle_dist.data.loader import (
-    ImageDataset,
-    batches,
-    collate_images,
-)
+from dalle_dist.data.image_dataset import ImageDataset, collate_images
+from dalle_dist.data.loader import batches
+from dalle_dist.data.notes import Notes
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.errors import ConfigError, DataError
@@ -28,10 +26,10 @@ def _write_images(folder, image, corrupt=()):
 
 
 def _order(seed=0):
-    return SampleOrder(seed, [5, 5, 5, 5, 3], 2)
+    return SampleOrder(seed, [5, 5, 5, 5, 3], 8, 2)
 
 
-def _positions(dataset, rank, world, micro, workers=0, start=0, updates=5):
+def _positions(dataset, rank, world, micro, workers=0, start=0, updates=5, notes=None):
     stream = batches(
         dataset,
         batch_size=8,
@@ -41,6 +39,7 @@ def _positions(dataset, rank, world, micro, workers=0, start=0, updates=5):
         start=start,
         workers=workers,
         collate=collate_images,
+        notes=notes,
     )
     per_update = 8 // (world * micro)
     return [
@@ -63,8 +62,9 @@ def test_micro_batches_of_different_world_sizes_hold_the_same_samples(tmp_path, 
     one = _positions(dataset, 0, 1, 4)
     two = [_positions(dataset, rank, 2, 2) for rank in (0, 1)]
     for update in range(5):
-        joined = [two[0][update][:2], two[1][update][:2], two[0][update][2:], two[1][update][2:]]
-        assert one[update] == [p for part in joined for p in part]
+        first = sorted(two[0][update][:2] + two[1][update][:2])
+        second = sorted(two[0][update][2:] + two[1][update][2:])
+        assert (first, second) == (one[update][:4], one[update][4:])
 
 
 def test_workers_and_restarts_change_nothing(tmp_path, image):
@@ -83,7 +83,7 @@ def test_workers_and_restarts_change_nothing(tmp_path, image):
             collate=collate_images,
         )
 
-    alone, crowd, later = stream(0, 0), stream(2, 0), stream(0, 3)
+    alone, crowd, later = stream(0, 0), stream(2, 0), stream(0, 3 * 8)
     for update in range(6):
         a, b = next(alone), next(crowd)
         others = [b, next(later)] if update >= 3 else [b]
@@ -103,7 +103,8 @@ def test_pictures_come_in_the_orders_sequence_with_their_captions(tmp_path, imag
     dataset = ImageDataset(_write_images(tmp_path / "s", image), _order(), 8, None, 0)
     plain = ImageDataset(str(tmp_path / "s"), None, 8, None, 0)
     for position in (0, 5, N, 2 * N + 1):
-        index = _order().at(position)[1]
+        _, shard, number = _order().at(position)
+        index = 5 * shard + number
         sample = dataset[position]
         assert (sample.key, sample.caption) == (f"{index:03d}", f"number {index}")
         assert sample.position == position
@@ -117,11 +118,11 @@ def test_corrupt_pictures_are_counted_named_once_and_replaced(tmp_path, image, w
     dataset = ImageDataset(_write_images(tmp_path / "s", image, (3, 4)), None, 8, None, 0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if workers:
-            _positions(dataset, 0, 1, 4, workers, updates=1)
-            assert dataset.corrupt == 2, "what loader processes found is known to their parent"
+        found = Notes()
+        _positions(dataset, 0, 1, 4, workers, updates=1, notes=found)
+        assert found.corrupt == {"003", "004"}, "what loader processes found, their parent knows"
         keys = [dataset[i].key for i in (3, 4, 5, 3)]
-    assert keys == ["005", "005", "005", "005"]
+    assert keys == ["000", "000", "005", "000"]
     assert dataset.corrupt == 2
     if not workers:
         assert [str(w.message).split(": ")[1] for w in caught] == [

@@ -59,7 +59,7 @@ def test_dropout_differs_between_epochs_and_is_reproducible(tmp_path, tokenizer)
     folder = _write_tokens(tmp_path / "t", ["one two three a red heart"])
 
     def epochs():
-        order = SampleOrder(0, [1], 1)
+        order = SampleOrder(0, [1], 1, 1)
         noise = TokenNoise(bpe_dropout=0.3)
         dataset = TokenDataset(folder, order, tokenizer, 30, "aa", GRID, noise=noise)
         return [dataset[p][0].tolist() for p in range(8)]
@@ -70,7 +70,7 @@ def test_dropout_differs_between_epochs_and_is_reproducible(tmp_path, tokenizer)
 
 def _texts(folder, tokenizer, samples, caption_dropout, bpe_dropout=0.3, seed=0):
     """Two epochs of rows, by position."""
-    order = SampleOrder(0, [samples], 1)
+    order = SampleOrder(0, [samples], 1, 1)
     dataset = TokenDataset(
         folder,
         order,
@@ -94,9 +94,9 @@ def test_a_dropped_caption_is_all_pads_and_the_others_are_as_without_dropout(tmp
         p: row for p, row in kept.items() if p not in dropped
     }
     # Other samples in the second epoch.
-    order = SampleOrder(0, [200], 1)
+    order = SampleOrder(0, [200], 1, 1)
     first, second = (
-        {order.at(p)[1] for p in dropped if order.at(p)[0] == epoch} for epoch in (0, 1)
+        {order.at(p).number for p in dropped if order.at(p).epoch == epoch} for epoch in (0, 1)
     )
     assert first != second
 
@@ -126,7 +126,7 @@ def test_tokens_of_another_dvae_are_refused(tmp_path, tokenizer, fingerprint, gr
 
 def _samples(folder, tokenizer, count, noise, seed=0):
     """Two epochs, by position."""
-    order = SampleOrder(0, [count], 1)
+    order = SampleOrder(0, [count], 1, 1)
     dataset = TokenDataset(folder, order, tokenizer, 30, "aa", GRID, seed=seed, noise=noise)
     return {p: dataset[p] for p in reversed(range(2 * count))}
 
@@ -157,6 +157,6 @@ def test_image_noise_depends_on_seed_and_epoch_and_on_no_other_noise(tmp_path, t
     assert first == _replaced(_samples(folder, tokenizer, 50, noise))
     assert first == _replaced(_samples(folder, tokenizer, 50, TokenNoise(0.5, 0.5, 1.0)))
     assert first != _replaced(_samples(folder, tokenizer, 50, noise, seed=1))
-    order = SampleOrder(0, [50], 1)
+    order = SampleOrder(0, [50], 1, 1)
     by_epoch = [{order.at(p)[1]: first[p] for p in first if p // 50 == e} for e in (0, 1)]
     assert by_epoch[0] != by_epoch[1]

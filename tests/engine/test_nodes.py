@@ -14,6 +14,7 @@ from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.optim.ema import EMA
 from dalle_dist.optim.plateau_schedule import PlateauSchedule
 from dalle_dist.testing import run_distributed
+from dalle_dist.train.data import Progress
 from dalle_dist.train.state import Identity, TrainingState
 from tests.engine.test_fp16 import (
     backward,
@@ -217,7 +218,7 @@ def state_on(ranks, stage, *overrides):
     train = config.train
     schedule, ema = PlateauSchedule(train), EMA(train.ema)
     identity = Identity("transformer", config, train, train.precision)
-    return engine, TrainingState(identity, ranks, engine, ema, schedule)
+    return engine, TrainingState(identity, ranks, engine, ema, schedule, Progress(0, {}, 1))
 
 
 def save_midway(ranks, folder, stage, *overrides):

@@ -183,7 +183,7 @@ def test_shards_hold_images_captions_and_entries(release, tmp_path):
     alone(release, tmp_path / "tar", tar=True, n=2)
     alone(release, tmp_path / "png", n=2)
     shards = ShardSet(str(tmp_path / "tar"), "images")
-    shards.verify()
+    shards.verify_all()
     samples = [shards.read(i) for i in range(len(shards))]
     assert [s["__key__"].decode() for s in samples[:3]] == [
         "00000000-00000", "00000000-00001", "00000001-00000"

@@ -133,7 +133,7 @@ def test_a_run_folder_holds_what_it_promises(walked):
 def test_identification_is_over_the_whole_held_out_set(walked):
     """Against the images themselves, by the images that `generate` makes of the same captions."""
     from dalle_dist import Generator
-    from dalle_dist.data.loader import ImageDataset
+    from dalle_dist.data.image_dataset import ImageDataset
     from dalle_dist.metrics.identification import identify
 
     config = load(str(walked / "run/config.yaml"))
@@ -151,7 +151,7 @@ def test_identification_is_over_the_whole_held_out_set(walked):
 
 def test_the_table_shows_the_training_image_nearest_to_the_first_sample(walked):
     from dalle_dist import Generator
-    from dalle_dist.data.loader import ImageDataset
+    from dalle_dist.data.image_dataset import ImageDataset
 
     config = load(str(walked / "run/config.yaml"))
     parts = {

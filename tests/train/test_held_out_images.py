@@ -23,7 +23,14 @@ def validated(ranks, given):
     stage = DVAEStage(load(given[0], given[1:]), ranks)
     torch.manual_seed(0)
     engine = stage.build_engine(ranks)
-    state = TrainingState(stage.identity, ranks, engine, stage.ema(), stage.schedule())
+    state = TrainingState(
+        stage.identity,
+        ranks,
+        engine,
+        stage.ema(),
+        stage.schedule(),
+        stage.progress(),
+    )
     state.ema.update(engine.weights())
     for piece in engine.weights():
         piece.values.detach().mul_(1.1)

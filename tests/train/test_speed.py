@@ -16,6 +16,7 @@ from dalle_dist.distributed import process_group
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.testing import run_distributed
 from dalle_dist.train import peak, speed
+from dalle_dist.train.data import Progress
 from dalle_dist.train.flop import dvae_flop, transformer_flop
 from dalle_dist.train.run import read_log
 from dalle_dist.train.speed import Speed
@@ -88,28 +89,32 @@ def test_numbers_are_of_the_time_since_the_last_line_and_of_all_ranks(monkeypatc
     monkeypatch.setattr(speed, "gemm_peak", lambda device, dtype: 1e9)
     monkeypatch.setattr(speed, "peak_memory", lambda device: 7.0)
     ranks = SimpleNamespace(
-        device=CPU, barrier=lambda: None, sum=lambda x: [2 * v for v in x], max=lambda x: [9.0]
+        device=CPU,
+        barrier=lambda: None,
+        sum=lambda x: [2 * v for v in x],
+        max=lambda x: [9.0, *x[1:]],
     )
     stage = SimpleNamespace(
         settings=SimpleNamespace(batch_size=20, steps=50), datasets=(range(80), range(3)),
         flop=lambda device: 1e8, dtype=torch.float32, tokens=5,
     )  # fmt: skip
     measured = Speed(stage, ranks)
-    measured.add(10.0)
-    measured.add(6.0)
-    assert measured.numbers(step=12) == pytest.approx(
+    measured.add(10.0, waited=3.0)
+    measured.add(6.0, waited=1.0)
+    assert measured.numbers(step=12, progress=Progress(240, {}, 80)) == pytest.approx(
         {
             "seconds_per_step": 8.0,
             "images_per_s": 2.5,
             "tokens_per_s": 12.5,
+            "data_wait": 0.25,
             "mfu": 20 * 1e8 / 8 / 2e9,
             "epoch": 3.0,
             "peak_memory_bytes": 9.0,
             "seconds_left": (130 - 90) / 2 * 38,
         }
     )
-    measured.add(4.0)
-    assert measured.numbers(step=13)["images_per_s"] == 5
+    measured.add(4.0, waited=0.0)
+    assert measured.numbers(step=13, progress=Progress(260, {}, 80))["images_per_s"] == 5
 
 
 def events(run):

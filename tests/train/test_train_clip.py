@@ -18,7 +18,7 @@ from dalle_dist.clip.model import LARGEST_LOGIT_SCALE, LossCLIP, decayed, end_of
 from dalle_dist.clip.release import save_clip_release
 from dalle_dist.clip.scorer import CLIPScorer
 from dalle_dist.config import load
-from dalle_dist.data.loader import ImageDataset
+from dalle_dist.data.image_dataset import ImageDataset
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.distributed import process_group
 from dalle_dist.errors import ConfigError

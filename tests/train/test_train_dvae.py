@@ -292,7 +292,7 @@ def test_encode_writes_the_argmax_codes_once(trained, capsys):
     assert (len(tokens), tokens.index.meta["grid"]) == (23, 4)
     import numpy as np
 
-    from dalle_dist.data.loader import ImageDataset
+    from dalle_dist.data.image_dataset import ImageDataset
 
     images = ImageDataset(str(trained / "images/train"), None, 16, None, 0)
     for i, source in ((0, 0), (5, 6), (22, 23)):
