@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 from dalle_dist.data import decode as module
+from dalle_dist.data.colour import in_srgb
 from dalle_dist.data.decode import decode, decode_or_reason, picture_extensions, read_picture
 
 RAMP = np.arange(16) * 17  # 0, 17, ..., 255
@@ -113,6 +114,12 @@ def test_srgb_and_broken_profiles_change_nothing(icc):
         data = saved(Image.new("RGB", (8, 8), colour), "PNG", icc_profile=icc)
         plain = saved(Image.new("RGB", (8, 8), colour), "PNG")
         assert decode(data).tobytes() == decode(plain).tobytes()
+
+
+def test_srgb_is_not_converted_once_more():
+    image = Image.new("RGB", (8, 8))
+    assert in_srgb(image, profile("sRGB")) is image
+    assert in_srgb(image, swapped_profile()) is not image
 
 
 @pytest.mark.parametrize("format_", ["GIF", "WEBP", "PNG"])

@@ -1,4 +1,4 @@
-"""Captions out of files as people have them: any encoding that is named, never one that is guessed."""
+"""Captions out of files as people have them: in an encoding that is named, never a guessed one."""
 
 from __future__ import annotations
 

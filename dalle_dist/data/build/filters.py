@@ -17,7 +17,7 @@ from dalle_dist.errors import DataError
 PAPER_WORDS, PAPER_LANGUAGE, PAPER_ASPECT = 3, "en", 2.0
 SURE = 0.5
 MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
-DAY = r"\d{1,2}(?:st|nd|rd|th)?"
+DAY = r"\d{1,2}(?:[snrt][tdh])?"
 DATE = (
     r"(?:\d{1,4}[-/.]\d{1,2}(?:[-/.]\d{1,4})?|\d{4}"
     rf"|(?:{DAY}\s+)?{MONTH}(?:\s+{DAY})?(?:,?\s*\d{{4}})?)"

@@ -12,7 +12,14 @@ from typing import Protocol
 from PIL import Image
 
 from dalle_dist import storage
-from dalle_dist.data.build.captions import NO_CAPTION, CaptionError, chosen, decoded, in_json, whole
+from dalle_dist.data.build.captions import (
+    NO_CAPTION,
+    CaptionError,
+    chosen,
+    decoded,
+    in_json,
+    whole,
+)
 from dalle_dist.data.build.filters import Filters
 from dalle_dist.data.decode import Picture, read_picture
 from dalle_dist.data.shard_job import Note, Sample

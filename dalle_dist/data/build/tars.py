@@ -150,7 +150,7 @@ class TarReader:
         except ERRORS as error:
             self.damage = f"damaged: {' '.join(str(error).split())}"
         # Of the sample at which a damaged tar ends, something may be missing.
-        if members:
+        if members and not (self.damage and not is_whole(members)):
             yield stem, members
 
     def _members(self, path: Path) -> Iterator[tuple[str, bytes]]:

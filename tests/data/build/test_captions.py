@@ -19,7 +19,7 @@ TEXTS = {
 }
 OTHERS = {
     "gbk": ("红色的心", "红色的心".encode("gbk")),
-    "cp1252": ("it’s a café", "it’s a café".encode("cp1252")),
+    "cp1252": ("it\u2019s a café", "it\u2019s a café".encode("cp1252")),
     "shift-jis": ("赤い猫", "赤い猫".encode("shift-jis")),
     "utf-16-le": ("赤い猫 a", "赤い猫 a".encode("utf-16-le")),
 }

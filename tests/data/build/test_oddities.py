@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+from pathlib import Path
 
 import pytest
 from made import build, captions, fill, samples, skipped
@@ -56,8 +57,7 @@ def odd(tmp_path, image):
     server.close()
     name = os.fsencode(root) + b"/caf\xe9"
     for end, data in ((b".png", image()), (b".txt", b"in Latin-1")):
-        with open(name + end, "wb") as file:
-            file.write(data)
+        Path(os.fsdecode(name + end)).write_bytes(data)
     return root
 
 
@@ -65,7 +65,7 @@ def entries(root):
     """How many files and links there are, those that lead to a folder that is taken not."""
     found = 0
     for folder, folders, names in os.walk(root):
-        found += len(names) + sum(os.path.islink(os.path.join(folder, name)) for name in folders)
+        found += len(names) + sum(Path(folder, name).is_symlink() for name in folders)
     return found
 
 
