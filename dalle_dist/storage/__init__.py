@@ -24,7 +24,8 @@ from dalle_dist.storage.upload import LAST
 
 __all__ = [
     "LAST", "cache_budget", "cache_folder", "configure", "exists", "fetch", "fetch_folder",
-    "file_names", "inside", "is_remote", "join", "list_files", "made", "normal", "not_written", "publish",
+    "file_names", "inside", "is_remote", "join", "list_files", "made", "normal", "not_written",
+    "publish",
     "publish_folder", "read_bytes", "remove", "remove_empty", "retries", "write_bytes",
 ]  # fmt: skip
 

@@ -1,10 +1,22 @@
+import io
 import json
 import tarfile
+import tracemalloc
+from hashlib import sha256
 
 import pytest
 import webdataset
+from pyarrow import parquet
 
-from dalle_dist.data.shards import ShardIndex, ShardSet, ShardWriter
+from dalle_dist.data.shards import (
+    DamagedShard,
+    ShardIndex,
+    ShardInfo,
+    ShardSet,
+    ShardWriter,
+    write_index,
+)
+from dalle_dist.data.shards.tar_header import made_by_the_library, tar_header
 from dalle_dist.errors import DataError
 
 
@@ -121,3 +133,83 @@ def test_empty_index_and_other_kind(tmp_path):
 
 def truncate(path):
     path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("a.png", 0), ("000012345.json", 1234567), ("x" * 96 + ".png", 8), ("x" * 97 + ".png", 8),
+        ("红色的心.txt", 3), ("folder/a.jpg", 8**11 - 1), ("b.png", 8**11),
+    ],
+)  # fmt: skip
+def test_a_header_is_the_one_that_the_library_makes(name, size):
+    assert tar_header(name, size) == made_by_the_library(name, size)
+    with tarfile.open(fileobj=io.BytesIO(tar_header(name, 0) + bytes(1024))) as tar:
+        assert tar.getnames() == [name]
+
+
+def test_names_that_no_tar_header_holds_are_read_back(tmp_path):
+    keys = ["k" * 120, "红色的心", "plain", "with space"]
+    with ShardWriter(str(tmp_path), "images", {}) as writer:
+        for key in keys:
+            writer.write(key, {"png": key.encode(), "txt": b"of " + key.encode(), "json": b"{}"})
+    shards = ShardSet(str(tmp_path), "images")
+    shards.verify_all()
+    assert [shards.read(i)["png"].decode() for i in range(4)] == keys
+    assert [shards.key(i) for i in range(4)] == keys
+    assert shards.captions(0) == [f"of {key}" for key in keys]
+    found = list(webdataset.WebDataset(str(tmp_path / "00000.tar"), shardshuffle=False))
+    assert [sample["__key__"] for sample in found] == keys
+
+
+def test_an_index_that_lies_is_found_at_the_sample(tmp_path):
+    write(tmp_path / "one")
+    write(tmp_path / "two", count=7)
+    side = (tmp_path / "two/00001.samples.parquet").read_bytes()  # of samples 3 to 5
+    (tmp_path / "one/00000.samples.parquet").write_bytes(side)
+    index = json.loads((tmp_path / "one/index.json").read_text())
+    index["shards"][0] |= {"side_bytes": len(side), "side_sha256": sha256(side).hexdigest()}
+    (tmp_path / "one/index.json").write_text(json.dumps(index))
+    with pytest.raises(DamagedShard, match=r"00000.tar: .*; 'dalle-dist data index' makes"):
+        ShardSet(str(tmp_path / "one"), "images").read(1)
+
+
+def test_an_index_of_before_side_files_says_what_to_do(tmp_path):
+    write(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    for shard in index["shards"]:
+        del shard["side_bytes"], shard["side_sha256"]
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"of an earlier version; 'dalle-dist data index "):
+        ShardIndex.load(str(tmp_path))
+
+
+def test_side_files_have_captions_sizes_and_places(tmp_path):
+    with ShardWriter(str(tmp_path), "images", {}) as writer:
+        writer.write("a", {"png": b"12345", "txt": b"one", "json": b'{"width": 3, "height": 4}'})
+        writer.write("b", {"jpg": b"123", "json": b"[]"})
+    table = parquet.read_table(tmp_path / "00000.samples.parquet").to_pydict()
+    assert (table["key"], table["caption"]) == (["a", "b"], ["one", ""])
+    assert (table["width"], table["height"]) == ([3, None], [4, None])
+    tar = (tmp_path / "00000.tar").read_bytes()
+    for column, row, wanted in (("png", 0, b"12345"), ("jpg", 1, b"123"), ("txt", 0, b"one")):
+        offset, size = table[f"{column}.offset"][row], table[f"{column}.bytes"][row]
+        assert tar[offset : offset + size] == wanted
+    assert table["jpg.offset"][0] is None and table["png.bytes"][1] is None
+
+
+def test_a_quarter_of_a_million_shards_take_little_memory(tmp_path):
+    """Peak of Python's own memory while the index of 250 million samples is loaded."""
+    infos = [
+        ShardInfo(f"{i:06d}.tar", 7 * 10**7, f"{i:064x}", 1000, 40_000, f"{i + 1:064x}")
+        for i in range(250_000)
+    ]
+    write_index(str(tmp_path), "images", {}, infos)
+    del infos
+    tracemalloc.start()
+    index = ShardIndex.load(str(tmp_path))
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert index.samples == 250_000_000
+    assert index.shards[249_999].sha256 == f"{249_999:064x}"
+    assert kept < 60e6 and peak < 200e6

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import shutil
 import tarfile
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 from dalle_dist import storage
 from dalle_dist.data.shards.index import ShardInfo, refuse_used, write_index
 from dalle_dist.data.shards.side_file import Extents, SideRows, side_name
+from dalle_dist.data.shards.tar_header import tar_header
 from dalle_dist.errors import DataError
 
 
@@ -24,28 +24,31 @@ class _ShardFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self._rows = path, SideRows()
-        self._tar = tarfile.TarFile(path, "w", format=tarfile.PAX_FORMAT)
+        self._file, self._written = path.open("wb", buffering=1 << 20), 0
 
     def add(self, key: str, files: dict[str, bytes]) -> None:
         extents: Extents = {}
         for extension in sorted(files):
             data = files[extension]
-            # Without names and times a shard's bytes depend on its samples only.
-            member = tarfile.TarInfo(f"{key}.{extension}")
-            member.size, member.uname, member.gname = len(data), "root", "root"
-            self._tar.addfile(member, io.BytesIO(data))
-            padded = -len(data) % tarfile.BLOCKSIZE
-            extents[extension] = (self._tar.offset - padded - len(data), len(data))
+            header = tar_header(f"{key}.{extension}", len(data))
+            extents[extension] = (self._written + len(header), len(data))
+            self._write(header + data, padded_to=tarfile.BLOCKSIZE)
         self._rows.add(key, files, extents)
+
+    def _write(self, data: bytes, padded_to: int) -> None:
+        padding = -(self._written + len(data)) % padded_to
+        self._file.write(data + bytes(padding))
+        self._written += len(data) + padding
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def close(self) -> None:
-        self._tar.close()
+        self._file.close()
 
     def publish(self, folder: str) -> ShardInfo:
         """Close both files and move them to `folder`, the tar last."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE), padded_to=tarfile.RECORDSIZE)
         self.close()
         side = Path(side_name(str(self.path)))
         self._rows.write(side)
