@@ -37,6 +37,8 @@ TURNS = {
 # Keys of `Image.info` without which there is no EXIF to look into.
 EXIF_KEYS = frozenset(("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))
 
+# Of odd metadata, which costs nothing here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 # Pillow's own limit warns at 89 megapixels and refuses at 179; `MOST_PIXELS` is ours.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -79,20 +81,18 @@ def read_picture(data: bytes) -> Picture | str:
 
     The reason is "not a picture", "too large: W x H pixels" or "damaged: DETAIL".
     """
-    with warnings.catch_warnings():  # of odd metadata, which costs nothing here
-        warnings.simplefilter("ignore")
-        try:
-            return _read(data)
-        except MemoryError:
-            return "too large: more than this machine's memory holds"
-        except Exception as error:  # Pillow's plugins raise half a dozen unrelated classes
-            bare = _without_text(data)
-            if len(bare) == len(data):
-                return _reason(data, error)
-        try:
-            found = _read(bare)
-        except Exception as error:
+    try:
+        return _read(data)
+    except MemoryError:
+        return "too large: more than this machine's memory holds"
+    except Exception as error:  # Pillow's plugins raise half a dozen unrelated classes
+        bare = _without_text(data)
+        if len(bare) == len(data):
             return _reason(data, error)
+    try:
+        found = _read(bare)
+    except Exception as error:
+        return _reason(data, error)
     return found if isinstance(found, str) else Picture(found.image, found.format, None)
 
 
@@ -106,9 +106,10 @@ def on_white(image: Image.Image) -> Image.Image:
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are pictures."""
+    """Pillow's names of the formats that are pictures, the usual ones first: each is tried."""
     Image.init()
-    return tuple(name for name in Image.ID if name not in NO_PICTURES)
+    found = (name for name in Image.ID if name not in NO_PICTURES)
+    return tuple(sorted(found, key=lambda name: name not in USUAL))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tarfile
 
-NAME, SIZE, CHECKSUM = slice(0, 100), slice(124, 136), slice(148, 156)
+SIZE, CHECKSUM = slice(124, 136), slice(148, 156)
 LARGEST = 8**11  # bytes that eleven octal digits can say
 
 
@@ -22,16 +22,14 @@ def made_by_the_library(name: str, size: int) -> bytes:
 _BLANK = bytearray(made_by_the_library("", 0))
 _BLANK[SIZE], _BLANK[CHECKSUM] = bytes(12), b" " * 8
 _SUM = sum(_BLANK)
+_AFTER_NAME = bytes(_BLANK[: SIZE.start])
+_TIME, _AFTER_CHECKSUM = bytes(_BLANK[SIZE.stop : CHECKSUM.start]), bytes(_BLANK[CHECKSUM.stop :])
 
 
 def tar_header(name: str, size: int) -> bytes:
     """As `made_by_the_library`."""
-    field = name.encode("utf-8", "surrogateescape")
-    if len(field) > 100 or not field.isascii() or size >= LARGEST:
+    if len(name) > 100 or not name.isascii() or size >= LARGEST:
         return made_by_the_library(name, size)
-    digits = b"%011o" % size
-    header = _BLANK.copy()
-    header[: len(field)] = field
-    header[124:135] = digits
-    header[CHECKSUM] = b"%06o\0 " % (_SUM + sum(field) + sum(digits))
-    return bytes(header)
+    field, digits = name.encode(), b"%011o\0" % size
+    checksum = b"%06o\0 " % (_SUM + sum(field) + sum(digits))
+    return b"".join((field, _AFTER_NAME[len(field) :], digits, _TIME, checksum, _AFTER_CHECKSUM))

@@ -28,17 +28,17 @@ class _ShardFile:
 
     def add(self, key: str, files: dict[str, bytes]) -> None:
         extents: Extents = {}
+        blocks, place = list[bytes](), self._written
         for extension in sorted(files):
             data = files[extension]
-            header = tar_header(f"{key}.{extension}", len(data))
-            extents[extension] = (self._written + len(header), len(data))
-            self._write(header + data, padded_to=tarfile.BLOCKSIZE)
+            header, size = tar_header(f"{key}.{extension}", len(data)), len(data)
+            padding = -size % tarfile.BLOCKSIZE
+            blocks += (header, data, bytes(padding))
+            extents[extension] = (place + len(header), size)
+            place += len(header) + size + padding
+        self._file.write(b"".join(blocks))
+        self._written = place
         self._rows.add(key, files, extents)
-
-    def _write(self, data: bytes, padded_to: int) -> None:
-        padding = -(self._written + len(data)) % padded_to
-        self._file.write(data + bytes(padding))
-        self._written += len(data) + padding
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -48,7 +48,8 @@ class _ShardFile:
 
     def publish(self, folder: str) -> ShardInfo:
         """Close both files and move them to `folder`, the tar last."""
-        self._write(bytes(2 * tarfile.BLOCKSIZE), padded_to=tarfile.RECORDSIZE)
+        end = 2 * tarfile.BLOCKSIZE
+        self._file.write(bytes(end + -(self._written + end) % tarfile.RECORDSIZE))
         self.close()
         side = Path(side_name(str(self.path)))
         self._rows.write(side)
