@@ -104,7 +104,7 @@ class ShardWriter:
             self._staging = Path(tempfile.mkdtemp(prefix="dalle-dist-"))
         else:
             # On the same disk as the folder, so that a finished shard is only renamed.
-            self._staging = Path(self.folder) / ".partial"
+            self._staging = Path(storage.normal(self.folder)) / ".partial"
             try:
                 self._staging.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -151,9 +151,7 @@ class ShardWriter:
                 self._tar.close()
         for shard in self._shards:
             storage.remove(storage.join(self.folder, shard.name))
-        if not storage.is_remote(self.folder):
-            with contextlib.suppress(OSError):  # other files may lie there
-                Path(self.folder).rmdir()
+        storage.remove_empty(self.folder)
 
     def _close_shard(self) -> None:
         try:
@@ -228,7 +226,7 @@ class ShardSet:
             raise DataError(f"{folder}: holds shards of {self.index.kind}, wanted {kind}")
         self.sizes = [shard.samples for shard in self.index.shards]
         self._ends = list(itertools.accumulate(self.sizes))
-        self._open: OrderedDict[int, tuple[Path, list[tuple[str, Members]]]] = OrderedDict()
+        self._open: OrderedDict[int, list[tuple[str, Members]]] = OrderedDict()
 
     def __len__(self) -> int:
         return self.index.samples
@@ -238,10 +236,10 @@ class ShardSet:
         if not 0 <= i < len(self):
             raise IndexError(i)
         shard = bisect.bisect_right(self._ends, i)
-        path, samples = self._shard(shard)
-        key, members = samples[i - self._ends[shard]]
+        key, members = self._shard(shard)[i - self._ends[shard]]
         sample = {"__key__": key.encode()}
-        with path.open("rb") as file:
+        # Asked for each time: the cache may have deleted a copy, or learns that it is in use.
+        with self._file(self.index.shards[shard]).open("rb") as file:
             for extension, (offset, size) in members.items():
                 file.seek(offset)
                 sample[extension] = file.read(size)
@@ -263,7 +261,7 @@ class ShardSet:
                     "fetch or build the shard again"
                 )
 
-    def _shard(self, number: int) -> tuple[Path, list[tuple[str, Members]]]:
+    def _shard(self, number: int) -> list[tuple[str, Members]]:
         if number not in self._open:
             info = self.index.shards[number]
             path = self._file(info)
@@ -273,20 +271,16 @@ class ShardSet:
                     f"{storage.join(self.folder, info.name)}: {len(samples)} samples, the index "
                     f"says {info.samples}; fetch or build the shard again"
                 )
-            self._open[number] = (path, samples)
+            self._open[number] = samples
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return self._open[number]
 
     def _file(self, info: ShardInfo) -> Path:
-        path = storage.fetch(storage.join(self.folder, info.name))
-        if path.stat().st_size != info.bytes:
-            raise DataError(
-                f"{storage.join(self.folder, info.name)}: {path.stat().st_size} bytes, the index "
-                f"says {info.bytes}; fetch or build the shard again"
-            )
-        return path
+        # Local shards are hashed by `verify` alone: each process would read all of them once more.
+        sha256 = info.sha256 if storage.is_remote(self.folder) else None
+        return storage.fetch(storage.join(self.folder, info.name), info.bytes, sha256)
 
 
 def _scan(path: Path, name: str) -> list[tuple[str, Members]]:
