@@ -37,6 +37,15 @@ def assert_all_arrive(objects):
         assert all(list(pool.map(fetch, enumerate(objects.items()))))
 
 
+def _fetch_until(faults, objects, proxy, monkeypatch, tmp_path):
+    """Again and again on new nodes, until so many faults, and each kind of them, were met."""
+    for number in range(8):
+        monkeypatch.setenv("DALLE_DIST_CACHE", str(tmp_path / f"node-{number}"))
+        assert_all_arrive(objects)
+        if sum(proxy.injected.values()) >= faults and set(proxy.injected) == KINDS:
+            break
+
+
 @pytest.fixture
 def faulty(s3_server, monkeypatch, hurried):
     """Makes and enters a proxy before moto's server, to which all requests go from then on."""
@@ -52,12 +61,14 @@ def faulty(s3_server, monkeypatch, hurried):
         proxy.__exit__()
 
 
-def test_everything_arrives_through_sixty_faults(bucket, faulty, hurried, monkeypatch):
+def test_everything_arrives_through_sixty_faults(bucket, faulty, hurried, monkeypatch, tmp_path):
     objects = _fill(bucket, 30, 4000)
     monkeypatch.setattr(hurried, "read_part", 1000)
+    monkeypatch.setattr(hurried, "read_timeout", 1.0)
+    monkeypatch.setattr(hurried, "threads", 2)
     before = storage.retries()
     proxy = faulty(Faults(seed=2, share=0.4))
-    assert_all_arrive(objects)
+    _fetch_until(60, objects, proxy, monkeypatch, tmp_path)
     assert sum(proxy.injected.values()) >= 60 and set(proxy.injected) == KINDS
     noticed = storage.retries() - before
     assert set(noticed) >= {"server", "busy", "credentials", "timeout", "wrong bytes"}
@@ -74,11 +85,7 @@ def test_everything_arrives_through_a_thousand_faults(
     monkeypatch.setattr(hurried, "read_timeout", 1.0)
     monkeypatch.setattr(hurried, "threads", 2)
     proxy = faulty(Faults(seed=3, share=0.6))
-    for number in range(8):
-        monkeypatch.setenv("DALLE_DIST_CACHE", str(tmp_path / f"cache-{number}"))
-        assert_all_arrive(objects)
-        if sum(proxy.injected.values()) > 1000:
-            break
+    _fetch_until(1001, objects, proxy, monkeypatch, tmp_path)
     print(sum(proxy.injected.values()), "faults:", dict(proxy.injected), dict(storage.retries()))
     assert sum(proxy.injected.values()) > 1000 and set(proxy.injected) == KINDS
 
