@@ -6,6 +6,7 @@ used last is kept: `eviction.py`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ from pathlib import Path
 from dalle_dist.errors import DataError
 from dalle_dist.storage import eviction, local, retry
 from dalle_dist.storage.locks import locked
+from dalle_dist.storage.retry import PassingTrouble
 from dalle_dist.storage.store import Store
 from dalle_dist.storage.transfer import Download, Wanted
 
@@ -57,12 +59,16 @@ def fetch(store: Store, path: str, size: int | None, sha256: str | None) -> Path
     def attempt() -> Path:
         wanted = _wanted(store, path, size, sha256)
         copy = _place(path, wanted)
-        if not _usable(copy, wanted):
-            with _lock_of(copy):
-                if not _usable(copy, wanted):  # nobody else fetched it while this process waited
-                    local.write(copy, lambda temporary: download.run(wanted, temporary))
-                    _remember(copy, wanted)
-                    eviction.added(cache_folder(), copy, budget())
+        if _usable(copy, wanted):
+            return copy
+        with _lock_of(copy):
+            if not _usable(copy, wanted):  # nobody else fetched it while this process waited
+                local.write(copy, lambda temporary: download.run(wanted, temporary))
+                _remember(copy, wanted)
+                eviction.added(cache_folder(), copy, wanted.size, budget())
+        if not copy.exists():
+            line = f"{path}: its copy was deleted at once; {_BUDGET} is too small for these jobs"
+            raise PassingTrouble("evicted", line)
         return copy
 
     return retry.call(attempt)
@@ -97,16 +103,16 @@ def _usable(copy: Path, wanted: Wanted) -> bool:
             if wanted.sha256 and local.sha256_of(copy) != wanted.sha256:
                 return False
             _remember(copy, wanted)
-        os.utime(copy)
     except FileNotFoundError:
         return False
-    except OSError as error:
-        raise local.not_written(copy, error) from None
+    with contextlib.suppress(OSError):  # another user's copy
+        os.utime(copy)
     return True
 
 
 def _remember(copy: Path, wanted: Wanted) -> None:
-    _checked.add((str(copy), copy.stat().st_ino, wanted.sha256))
+    with contextlib.suppress(FileNotFoundError):  # deleted already by another process
+        _checked.add((str(copy), copy.stat().st_ino, wanted.sha256))
 
 
 def _lock_of(copy: Path) -> AbstractContextManager[None]:

@@ -28,13 +28,16 @@ class _Copy(NamedTuple):
     linked: bool  # a folder that is read has it too, so that deleting it would free nothing
 
 
-def added(cache: Path, copy: Path, budget: int) -> None:
-    """Note a new copy, and delete others when the copies take more than `budget` bytes."""
+def added(cache: Path, copy: Path, size: int, budget: int) -> None:
+    """Note a new copy of `size` bytes, and delete others when all take more than `budget` bytes.
+
+    Raises DataError when the cache cannot be written to.
+    """
     total = cache / "locks" / "bytes"
     try:
         with locked(cache / "locks" / "eviction"):
             known = _read(total)
-            now = None if known is None else known + copy.stat().st_size
+            now = None if known is None else known + size
             if now is None or now > budget:
                 now = _evict(cache, copy, budget)
             total.write_text(str(now))

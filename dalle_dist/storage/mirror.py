@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import fcntl
 import hashlib
 import os
@@ -86,21 +85,11 @@ def _remove(root: Path, lock: Path, process: int) -> None:
 def _link(store: Store, path: str, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            copy = cache.fetch(store, path, None, None)
-            # Evicted between these two lines in a cache that is far too small: once more.
-            with contextlib.suppress(FileNotFoundError):
-                _link_or_copy(copy, target)
-                return
+        copy = cache.fetch(store, path, None, None)
+        try:
+            # A second name of the same file, so that it stays when the cache deletes its own.
+            target.hardlink_to(copy)
+        except OSError:  # a file system without such links
+            shutil.copyfile(copy, target)
     except OSError as error:
         raise local.not_written(target, error) from None
-
-
-def _link_or_copy(copy: Path, target: Path) -> None:
-    """A second name of the same file, so that it stays when the cache deletes its own."""
-    try:
-        target.hardlink_to(copy)
-    except FileNotFoundError:
-        raise
-    except OSError:  # a file system without such links
-        shutil.copyfile(copy, target)

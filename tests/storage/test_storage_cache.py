@@ -3,8 +3,8 @@
 import errno
 import fcntl
 import hashlib
+import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -56,7 +56,7 @@ def test_a_folder_is_fetched_under_its_own_names_and_anew(bucket):
         storage.fetch_folder(storage.join(bucket, "nothing-here"))
 
 
-def test_remote_shards_read_as_local_ones(bucket, tmp_path):
+def test_remote_shards_read_as_local_ones(bucket, tmp_path, monkeypatch):
     folder = storage.join(bucket, "shards")
     _write(folder)
     _write(tmp_path / "s")
@@ -64,8 +64,8 @@ def test_remote_shards_read_as_local_ones(bucket, tmp_path):
     remote, local = ShardSet(folder, "images"), ShardSet(str(tmp_path / "s"), "images")
     assert [remote.read(i) for i in range(7)] == [local.read(i) for i in range(7)]
     storage.write_bytes(storage.join(folder, "00002.tar"), b"cut")
-    assert ShardSet(folder, "images").read(6) == local.read(6), "the copy is what the index wants"
-    shutil.rmtree(storage.cache_folder())
+    assert remote.read(6) == local.read(6), "the index is the authority, and its copy is there"
+    monkeypatch.setenv("DALLE_DIST_CACHE", str(tmp_path / "another-node"))
     with pytest.raises(DataError, match=r"00002\.tar: 3 bytes"):
         ShardSet(folder, "images").read(6)
 
@@ -234,3 +234,32 @@ def test_a_very_long_key_has_a_copy(bucket):
     name = "é" * 200 + ".txt"
     storage.write_bytes(f"{bucket}/{name}", b"data")
     assert storage.fetch(f"{bucket}/{name}").name.endswith("é.txt")
+
+
+def test_shards_are_read_whatever_the_cache_deletes(bucket, monkeypatch):
+    folder = storage.join(bucket, "shards")
+    _write(folder)
+    shards = ShardSet(folder, "images")
+    monkeypatch.setenv("DALLE_DIST_CACHE_BYTES", "1")  # each shard drives out the one before
+    for _ in range(2):
+        assert [shards.read(i)["txt"] for i in range(7)] == [
+            f"number {i}".encode() for i in range(7)
+        ]
+    assert len([name for name in _copies() if name.endswith(".tar")]) == 1
+
+
+def _fetch_in_child(path, queue):
+    queue.put(storage.read_bytes(path))
+
+
+def test_a_forked_process_has_connections_of_its_own(bucket):
+    for name in "ab":
+        storage.write_bytes(f"{bucket}/{name}", name.encode())
+    assert storage.read_bytes(f"{bucket}/a") == b"a"
+    fork = multiprocessing.get_context("fork")
+    queue = fork.Queue()
+    child = fork.Process(target=_fetch_in_child, args=(f"{bucket}/b", queue))
+    child.start()
+    assert queue.get(timeout=60) == b"b"
+    child.join(60)
+    assert storage.read_bytes(f"{bucket}/b") == b"b"
