@@ -7,8 +7,10 @@ nothing that a kill could leave behind.
 from __future__ import annotations
 
 import gc
+import io
 import mmap
 import os
+import pickle
 import re
 import struct
 import traceback
@@ -16,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dalle_dist.data.notes import Notes
@@ -76,16 +80,38 @@ class _Positions:
 
 @dataclass
 class _Loaded:
-    """A micro-batch, or why there is none."""
+    """A micro-batch, packed if it comes from another process, or why there is none."""
 
     batch: Any = None
     notes: Notes = field(default_factory=Notes)
     error: str = ""
+    packed: bool = False
+
+    def unpacked(self) -> _Loaded:
+        if not self.packed:
+            return self
+        return _Loaded(pickle.loads(self.batch), self.notes, self.error)
 
     def pin_memory(self) -> _Loaded:
         from torch.utils.data._utils.pin_memory import pin_memory
 
-        return _Loaded(pin_memory(self.batch), self.notes, self.error)
+        loaded = self.unpacked()
+        return _Loaded(pin_memory(loaded.batch), loaded.notes, loaded.error)
+
+
+class _Packer(pickle.Pickler):
+    """Tensors by value: torch would put them into shared memory, which has a name for a while."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.from_numpy, (value.numpy(),)
+        return NotImplemented
+
+
+def _packed(batch: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Packer(buffer, pickle.HIGHEST_PROTOCOL).dump(batch)
+    return buffer.getvalue()
 
 
 class _ByPositions(Dataset):
@@ -112,7 +138,9 @@ class _ByPositions(Dataset):
                 traceback.print_exc()
                 return _Loaded(error=f"{described(self.dataset, position)}: {error!r}")
         notes = getattr(self.dataset, "notes", None)
-        return _Loaded(self.collate(samples), notes.take() if notes is not None else Notes())
+        notes = notes.take() if notes is not None else Notes()
+        batch = self.collate(samples)
+        return _Loaded(batch, notes) if worker is None else _Loaded(_packed(batch), notes, "", True)
 
 
 class MicroBatches:
@@ -151,7 +179,7 @@ class MicroBatches:
         if loaded.error:
             raise DataError(loaded.error)
         self._notes.add(loaded.notes)
-        return loaded.batch
+        return loaded.unpacked().batch
 
     def failure(self, error: RuntimeError) -> DataError | None:
         """What to raise for torch's error, which may come at any time, of a process that ended."""

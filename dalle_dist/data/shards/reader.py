@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from dalle_dist.errors import DataError
 OPEN_SHARDS = 2_048  # of a process, where the system grants it as many open files
 HEADER = 512  # bytes of a tar header, before each member
 NAME = 100  # bytes of the name in it; longer ones stand elsewhere
+EVICTED = 8  # times that a shard is fetched anew because its copy went before it was opened
 TOGETHER = 4_096  # bytes between the files of a sample that are rather read than sought over
 
 
@@ -82,7 +84,10 @@ class ShardSet:
 
     def column(self, shard: int, name: str) -> list[Any]:
         """A column of a shard's side file (`side_file.py`)."""
-        return list(read_column(self._side(shard), name))
+        for _ in range(EVICTED):
+            with contextlib.suppress(FileNotFoundError):
+                return list(read_column(self._side(shard), name))
+        raise self._gone(shard)
 
     def fetch(self, shard: int) -> None:
         """Bring a remote shard into the cache, ahead of its use."""
@@ -108,7 +113,7 @@ class ShardSet:
 
     def verify(self, shard: int) -> None:
         """Compare a shard with the index, byte for byte and name by name. Raises DamagedShard."""
-        opened = _OpenShard(shard, self._tar(shard), self._side(shard), self.index.shards[shard])
+        opened = self._opened(shard)
         for number in range(len(opened.side)):
             opened.read(number)
         opened.close()
@@ -123,11 +128,23 @@ class ShardSet:
         if found is not None:
             self._open.move_to_end(shard)
             return found
-        side, tar = self._side(shard), self._tar(shard)
-        found = self._open[shard] = _OpenShard(shard, tar, side, self.index.shards[shard])
+        found = self._open[shard] = self._opened(shard)
         if len(self._open) > _most_open():
             self._open.popitem(last=False)[1].close()
         return found
+
+    def _opened(self, shard: int) -> _OpenShard:
+        info = self.index.shards[shard]
+        for _ in range(EVICTED):
+            # Each is opened as soon as it is there: a full cache may delete the copy.
+            with contextlib.suppress(FileNotFoundError):
+                side = SideFile(self._side(shard), side_name(info.name))
+                return _OpenShard(shard, self._tar(shard), side, info)
+        raise self._gone(shard)
+
+    def _gone(self, shard: int) -> DamagedShard:
+        name = self.index.shards[shard].name
+        return DamagedShard(f"{name}: is deleted from the cache again and again", shard)
 
     def _tar(self, shard: int) -> Path:
         info = self.index.shards[shard]
@@ -158,16 +175,17 @@ def _most_open() -> int:
 
 
 class _OpenShard:
-    """One tar, its file open. Raises DamagedShard."""
+    """One tar, its file open. Raises DamagedShard, or FileNotFoundError: it has just gone."""
 
-    def __init__(self, number: int, tar: Path, side: Path, info: ShardInfo) -> None:
-        self._number, self._name = number, info.name
-        self.side = SideFile(side, side_name(info.name))
+    def __init__(self, number: int, tar: Path, side: SideFile, info: ShardInfo) -> None:
+        self._number, self._name, self.side = number, info.name, side
         if len(self.side) != info.samples:
             raise self._lies(f"{len(self.side)} samples, the index says {info.samples}")
         self._extents = list(self.side.extents.items())
         try:
             self._file = os.open(tar, os.O_RDONLY)
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise DamagedShard(f"{tar}: {error.strerror}", number) from None
 

@@ -73,7 +73,9 @@ def _size(about: bytes) -> tuple[int | None, int | None]:
 
 
 class SideFile:
-    """Where the files of a shard's samples lie. Raises DataError: not a side file.
+    """Where the files of a shard's samples lie.
+
+    Raises DataError: not a side file; FileNotFoundError: there is none.
 
     keys      of the samples, an Arrow array of strings
     extents   by extension, (offsets, bytes) of all samples, -1 where a sample has no such file
@@ -95,6 +97,8 @@ class SideFile:
                     np.array(offsets.fill_null(-1).to_numpy()),
                     np.array(sizes.fill_null(-1).to_numpy()),
                 )
+        except FileNotFoundError:
+            raise
         except (pyarrow.ArrowException, KeyError, OSError):
             raise DataError(
                 f"{name}: not a side file of a shard; 'dalle-dist data index' makes it anew"
