@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -52,6 +53,7 @@ def _start(job: Job, units: Sequence[Unit]) -> None:
     """Ctrl-C is the parent's to answer; when that is killed, this process ends too."""
     global _job, _units
     _job, _units = job, units
+    gc.freeze()  # the plan may be large, and is not looked through for garbage again and again
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

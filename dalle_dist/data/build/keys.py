@@ -13,6 +13,8 @@ SEPARATORS = re.compile(r"[.\\\x00-\x1f\x7f]")
 
 def printable(name: str) -> str:
     """A path as text: bytes that are not UTF-8 as \\xNN."""
+    if name.isascii():
+        return name
     try:
         data = os.fsencode(name)
     except UnicodeEncodeError:  # half a character, which JSON can hold

@@ -33,14 +33,14 @@ class SideRows:
     def __init__(self) -> None:
         self._keys: list[str] = []
         self._captions: list[str] = []
-        self._sizes: list[tuple[int | None, int | None]] = []
+        self._abouts: list[bytes] = []
         self._extents: list[Extents] = []
 
     def add(self, key: str, files: dict[str, bytes], extents: Extents) -> None:
         """A sample; `files` may be those alone that a caption and a size come from."""
         self._keys.append(key)
         self._captions.append(files.get(CAPTION_EXTENSION, b"").decode(errors="replace"))
-        self._sizes.append(_size(files.get(ABOUT_EXTENSION, b"")))
+        self._abouts.append(files.get(ABOUT_EXTENSION, b"null"))
         self._extents.append(extents)
 
     def write(self, path: Path) -> None:
@@ -48,11 +48,12 @@ class SideRows:
         import pyarrow
         from pyarrow import parquet
 
+        sizes = [_size(about) for about in _parsed(self._abouts)]
         columns: dict[str, Any] = {
             "key": pyarrow.array(self._keys, pyarrow.string()),
             "caption": pyarrow.array(self._captions, pyarrow.string()),
-            "width": pyarrow.array([width for width, _ in self._sizes], pyarrow.int32()),
-            "height": pyarrow.array([height for _, height in self._sizes], pyarrow.int32()),
+            "width": pyarrow.array([width for width, _ in sizes], pyarrow.int32()),
+            "height": pyarrow.array([height for _, height in sizes], pyarrow.int32()),
         }
         for extension in sorted({name for extents in self._extents for name in extents}):
             places = [extents.get(extension, (None, None)) for extents in self._extents]
@@ -64,10 +65,27 @@ class SideRows:
         return len(self._keys)
 
 
-def _size(about: bytes) -> tuple[int | None, int | None]:
+def _parsed(abouts: list[bytes]) -> list[Any]:
+    """Of JSON texts, what they say; None for what is no JSON."""
     try:
-        tree = json.loads(about)
-        return int(tree["width"]), int(tree["height"])
+        found: list[Any] = json.loads(b"[" + b",".join(abouts) + b"]")
+    except ValueError:
+        found = []
+    if len(found) == len(abouts):
+        return found
+    return [_alone(about) for about in abouts]
+
+
+def _alone(about: bytes) -> Any:
+    try:
+        return json.loads(about)
+    except ValueError:
+        return None
+
+
+def _size(about: Any) -> tuple[int | None, int | None]:
+    try:
+        return int(about["width"]), int(about["height"])
     except (ValueError, KeyError, TypeError):
         return None, None
 
