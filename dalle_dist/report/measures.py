@@ -16,7 +16,7 @@ from dalle_dist.metrics.caption_gain import caption_losses
 from dalle_dist.metrics.codes import code_counts, entropy, share_in_use
 from dalle_dist.metrics.identification import distances, identify, sample_images, summary
 from dalle_dist.metrics.reconstruction import psnr, ssim
-from dalle_dist.report.inputs import HeldOut, words_of
+from dalle_dist.report.inputs import TRAINING_IMAGES, HeldOut, words_of
 
 IDENTIFIED = 512  # captions of the identification, at most
 CODES_IN_USE = "share of codes in use"
@@ -25,9 +25,11 @@ CODES_IN_USE = "share of codes in use"
 def reconstruction_figures(
     generator: Generator, held_out: HeldOut, train: TokenDataset
 ) -> dict[str, Any]:
-    """Of the image tokenizer: its reconstructions of held-out images, its codes of all images."""
-    codes = torch.cat([held_out.codes_BN, torch.stack([train[i].codes for i in range(len(train))])])
-    counts_K = code_counts(codes, generator.config.transformer.codebook_size)
+    """Of the image tokenizer: its reconstructions of held-out images, its codes of many images."""
+    codebook_size = generator.config.transformer.codebook_size
+    counts_K = code_counts(held_out.codes_BN, codebook_size)
+    for i in range(min(len(train), TRAINING_IMAGES)):
+        counts_K += code_counts(train[i].codes, codebook_size)
     images_BCHW = held_out.images_BCHW.float() / 255
     reconstructed_BCHW = held_out.reconstructed(generator.image_tokenizer)
     psnr_B, ssim_B = (f(images_BCHW, reconstructed_BCHW) for f in (psnr, ssim))

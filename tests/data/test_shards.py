@@ -213,3 +213,11 @@ def test_a_quarter_of_a_million_shards_take_little_memory(tmp_path):
     assert index.samples == 250_000_000
     assert index.shards[249_999].sha256 == f"{249_999:064x}"
     assert kept < 60e6 and peak < 200e6
+
+
+def test_a_folder_with_a_colon_in_its_name_is_one_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("data:v1")
+    shards = ShardSet("data:v1", "images")
+    shards.verify_all()
+    assert shards.captions(2) == ["caption 6"]

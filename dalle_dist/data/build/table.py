@@ -52,7 +52,8 @@ class Table:
 
     @property
     def local(self) -> Path:
-        return storage.fetch(self.path)
+        # Absolute: pyarrow takes data: in data:v1/x.parquet for a scheme.
+        return storage.fetch(self.path).absolute()
 
     def beside(self, name: str) -> str:
         """The path of a picture that the table names."""

@@ -59,7 +59,9 @@ class SideRows:
             places = [extents.get(extension, (None, None)) for extents in self._extents]
             columns[extension + OFFSET] = pyarrow.array([o for o, _ in places], pyarrow.int64())
             columns[extension + BYTES] = pyarrow.array([b for _, b in places], pyarrow.int32())
-        parquet.write_table(pyarrow.table(columns), path, compression="zstd")
+        # Of a path, pyarrow takes what stands before a colon for a scheme.
+        with path.open("wb") as file:
+            parquet.write_table(pyarrow.table(columns), file, compression="zstd")
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -105,7 +107,7 @@ class SideFile:
 
         self.extents: dict[str, tuple[NDArray[np.int64], NDArray[np.int32]]] = {}
         try:
-            with parquet.ParquetFile(path, memory_map=True) as file:
+            with pyarrow.memory_map(str(path)) as mapped, parquet.ParquetFile(mapped) as file:
                 names = [n for n in file.schema_arrow.names if n.endswith((OFFSET, BYTES))]
                 table = file.read(["key", *names], use_threads=False)
             self.keys = table.column("key").combine_chunks()
@@ -131,7 +133,8 @@ class SideFile:
 
 def read_column(path: Path, column: str) -> Iterator[Any]:
     """The values of one column of a side file, None for null."""
+    import pyarrow
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
+    with pyarrow.memory_map(str(path)) as mapped, parquet.ParquetFile(mapped) as file:
         yield from file.read([column], use_threads=False).column(column).to_pylist()
