@@ -18,6 +18,7 @@ CAPTIONS = ("txt", "caption", "json")  # the first that lies beside a picture is
 TARS = ("tar", "tgz", "tar.gz")
 TABLES = ("parquet", "csv", "tsv", "jsonl")
 DROPPINGS = ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin")
+OURS = ("train", "held-out", "unfinished")
 HIDDEN = "hidden, or a system's own file"
 ORPHAN = "caption without an image"
 SECOND = "another caption of an image that has one"
@@ -72,13 +73,13 @@ def walk(root: Path, out: Path | None) -> Found:
 class _Walker:
     def __init__(self, found: Found, out: Path | None) -> None:
         self.found, self.links = found, list[str]()
-        self._out = os.path.realpath(out) if out is not None else None
+        self._ours = _made_by_us(found.root, out)
         self._seen = set[tuple[int, int]]()
 
     def take(self, name: str, hidden: bool) -> bool:
         """A folder and those in it; False where it is not taken."""
         path = self.found.path(name)
-        if os.path.realpath(path) == self._out:
+        if os.path.realpath(path) in self._ours:
             return False
         try:
             stat = os.stat(path)  # noqa: PTH116
@@ -148,6 +149,16 @@ class _Walker:
             used = taken.intersection(beside.values())
             for name in set(beside.values()) - used:
                 self.found.skip(name, SECOND if used else ORPHAN)
+
+
+def _made_by_us(root: str, out: Path | None) -> set[str]:
+    """Folders that are passed over: the output, or its parts where it is the source itself."""
+    if out is None:
+        return set()
+    folder = os.path.realpath(out)
+    if folder != os.path.realpath(root):
+        return {folder}
+    return {os.path.join(folder, name) for name in OURS}  # noqa: PTH118
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

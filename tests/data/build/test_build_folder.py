@@ -168,3 +168,10 @@ def test_from_bucket_to_bucket(bucket, image):
     build(folder, storage.join(bucket, "out"), Options(size=None, seed=0, held_out=0.3))
     found = _samples(storage.join(bucket, "out"))
     assert found["train"].keys() | found["held-out"].keys() == {f"{i:02d}" for i in range(6)}
+
+
+def test_the_shards_may_lie_beside_what_they_are_made_of(tmp_path, image):
+    folder = _fill(tmp_path / "in", image)
+    build(folder, folder, Options(size=None, seed=0, held_out=0.3))
+    found = _samples(tmp_path / "in")
+    assert len(found["train"]) + len(found["held-out"]) == 20
