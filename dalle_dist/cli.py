@@ -20,6 +20,7 @@ from dalle_dist.errors import ConfigError, OtherRankError, UserError
 from dalle_dist.evaluate.verbs import add_evaluate
 from dalle_dist.generate.verbs import add_complete, add_generate
 from dalle_dist.overlap.verbs import add_overlap
+from dalle_dist.paths import is_remote
 from dalle_dist.serve.verbs import add_serve
 from dalle_dist.stages import STAGES
 
@@ -300,7 +301,12 @@ def _slurm(options: argparse.Namespace) -> None:
 
 
 def _config_of(options: argparse.Namespace) -> Config:
-    return load(options.preset, options.overrides)
+    preset = options.preset
+    if is_remote(preset):
+        from dalle_dist import storage
+
+        preset = str(storage.fetch(preset))
+    return load(preset, options.overrides)
 
 
 def _shared_config_of(options: argparse.Namespace) -> Config:

@@ -135,3 +135,14 @@ def test_config_errors_are_told_once_per_job(tmp_path):
         result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
         assert result.returncode == 2
         assert len(result.stderr.splitlines()) == expected
+
+
+def test_a_config_may_lie_on_a_remote_store(bucket, capsys):
+    from dalle_dist import storage
+
+    storage.write_bytes(f"{bucket}/mine.yaml", b"base: emoji\nname: mine\n")
+    assert main(["config", f"{bucket}/mine.yaml", "train.steps=7", "train.warmup=1"]) == 0
+    out = capsys.readouterr().out
+    assert "name: mine" in out and "steps: 7" in out
+    assert main(["config", f"{bucket}/absent.yaml"]) == 2
+    assert "absent.yaml: no such object" in capsys.readouterr().err

@@ -99,7 +99,9 @@ class CLIPStage(Stage):
         self, engine: Engine, micro_batch: Encoded, counts: Sequence[float], step: int
     ) -> tuple[Tensor, Tensor]:
         device = next(engine.module.parameters()).device
-        images_BCHW, text_BT, captions_B = (part.to(device) for part in micro_batch)
+        images_BCHW, text_BT, captions_B = (
+            part.to(device, non_blocking=True) for part in micro_batch
+        )
         loss, scale = engine(images_BCHW.float() / 255, text_BT, captions_B)
         loss = loss / self.settings.batch_size
         share = len(images_BCHW) / self.settings.batch_size

@@ -99,7 +99,7 @@ class DVAEStage(Stage):
     ) -> tuple[Tensor, Tensor]:
         now, dvae = self.schedule().at(step), self.config.dvae
         device = next(engine.module.parameters()).device
-        images_BCHW = micro_batch.image_BCHW.to(device).float() / 255
+        images_BCHW = micro_batch.image_BCHW.to(device, non_blocking=True).float() / 255
         images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
         shape = (dvae.codebook_size, dvae.grid, dvae.grid)
         seeds = micro_batch.positions.tolist()

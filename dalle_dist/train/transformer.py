@@ -126,7 +126,7 @@ class TransformerStage(Stage):
         self, engine: Engine, micro_batch: TokenSample, counts: Sequence[float], step: int
     ) -> tuple[Tensor, Tensor]:
         device = next(engine.module.parameters()).device
-        text, _, image, *_ = engine(*(part.to(device) for part in micro_batch))
+        text, _, image, *_ = engine(*(part.to(device, non_blocking=True) for part in micro_batch))
         images = self.settings.batch_size * self.config.transformer.image_tokens
         # No text target is left where all captions of a step were dropped.
         text, image = text / max(counts[0], 1), image / images
