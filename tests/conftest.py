@@ -23,6 +23,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _clean_state(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("DALLE_DIST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("DALLE_DIST_CACHE_BYTES", "")  # which a run sets
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from dalle_dist import storage
 from dalle_dist.data.notes import Notes
+from dalle_dist.distributed import process_group
 from dalle_dist.errors import ConfigError, DataError
 from dalle_dist.train import transformer as program
-from dalle_dist.train.data import Amiss, Progress
+from dalle_dist.train.data import Amiss, Progress, in_flight
 from dalle_dist.train.run import read_log
 from tests import tiny_run
 
@@ -94,3 +97,36 @@ def test_a_resumed_run_refuses_another_window_unless_it_begins_an_epoch(tmp_path
     lines = read_log(folder)
     assert [line["step"] for line in lines if "samples_corrupt" in line] == [8]
     assert all(0 <= line["data_wait"] <= 1 for line in lines if "loss" in line)
+
+
+def test_what_a_node_has_in_flight_is_said_and_compared_with_its_cache(bucket, monkeypatch):
+    config = remote_config(bucket)
+    stage = program.TransformerStage(config, process_group.init())
+    monkeypatch.setenv("DALLE_DIST_CACHE_BYTES", str(10**9))
+    ranks = SimpleNamespace(gather=lambda value: [value], world=1)
+    said = in_flight(stage.train_set, ranks)
+    assert said.startswith("4 shards at a time on a node, 0.0 GB, in ")
+    assert said.endswith(" (at most 1 GB)")
+    monkeypatch.setenv("DALLE_DIST_CACHE_BYTES", "1000")
+    assert "TOO LITTLE: shards are fetched again and again" in in_flight(stage.train_set, ranks)
+    assert in_flight(stage.held_out, ranks) == "", "it is read in its own order"
+
+
+def remote_config(bucket):
+    """Of a set of four shards in a bucket."""
+    folder = Path(os.environ["DALLE_DIST_CACHE"]) / "inputs"
+    config = tiny_run.make(folder, zero_stage=0)
+    for path in Path(config.paths.tokens).rglob("*"):
+        if path.is_file():
+            name = path.relative_to(config.paths.tokens)
+            storage.write_bytes(f"{bucket}/tokens/{name}", path.read_bytes())
+    return tiny_run.with_paths(config, tokens=f"{bucket}/tokens")
+
+
+def test_the_cache_of_a_run_lies_where_its_config_says(bucket, tmp_path):
+    config = remote_config(bucket)
+    data = dataclasses.replace(config.data, cache=str(tmp_path / "mine"), cache_gb=0.5)
+    run = dataclasses.replace(config.train, steps=1, warmup=0, prompts=())
+    program.train(dataclasses.replace(config, data=data, train=run))
+    assert list((tmp_path / "mine/objects").rglob("*.tar"))
+    assert storage.cache_budget() == 500_000_000
