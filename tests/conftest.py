@@ -2,12 +2,17 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
 # Tests run beside one another on few cores, and their figures must not depend on the machine's.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# The same examples each time, and no folder of found ones beside the tests.
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("fixed")
 
 # Where the long files are: they go first, so that no process is left alone with one at the end.
 LONG = (

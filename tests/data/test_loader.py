@@ -4,6 +4,8 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from dalle_dist.data.augment import Augmentation
@@ -177,3 +179,42 @@ def test_a_worker_does_not_collect_what_it_inherited(tmp_path):
     assert os.getpid() not in workers
     ended_in = {int(file.name) for file in tmp_path.iterdir()}
     assert ended_in == {os.getpid()}
+
+
+class Places(Dataset):
+    """Samples of an order themselves."""
+
+    def __init__(self, sizes, streams, window):
+        self.order = SampleOrder(7, sizes, streams, window)
+
+    def __getitem__(self, position):
+        return self.order.at(position)
+
+
+@settings(max_examples=60)
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any),
+    streams=st.sampled_from([8, 16, 24]),
+    window=st.integers(1, 3),
+    phases=st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(1, 4)), max_size=5),
+)
+def test_phases_on_any_numbers_of_ranks_are_one_run(sizes, streams, window, phases):
+    """Each phase begins where the one before ended, with new processes and other ranks."""
+    dataset, start, found = Places(sizes, streams, window), 0, []
+    for world, count in phases:
+        ranks = [
+            batches(
+                Places(sizes, streams, window), batch_size=16, micro_batch=16 // world, rank=rank,
+                world=world, start=start, workers=0, collate=list,
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+        for _ in range(count):
+            found.append(sorted(place for rank in ranks for place in next(rank)))
+        start += 16 * count
+    whole = [dataset[p] for p in range(start)]
+    assert found == [sorted(whole[i : i + 16]) for i in range(0, start, 16)]
+    total = sum(sizes)
+    for epoch in range(start // total):
+        one = whole[epoch * total : (epoch + 1) * total]
+        assert len(set(one)) == total and {place.epoch for place in one} == {epoch}

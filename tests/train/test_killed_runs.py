@@ -57,7 +57,7 @@ def run_until(folder, config, world, step):
 
 
 @pytest.mark.slow
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @given(first=st.integers(2, 12), second=st.integers(13, 22))
 def test_the_samples_are_those_of_a_run_that_was_never_killed(tmp_path_factory, first, second):
     folder = tmp_path_factory.mktemp("killed")
