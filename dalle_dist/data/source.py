@@ -89,8 +89,7 @@ class SampleSource:
         """A sample's caption: of several, one to a line, that which `seed` chooses."""
         if self.shards.index.meta.get("captions") != RANDOM_LINE:
             return text
-        lines = [line for line in text.splitlines() if line.strip()]
-        return random.Random(f"line {seed}").choice(lines or [""])
+        return random.Random(f"line {seed}").choice(caption_lines(text) or [""])
 
     def index(self, place: Place) -> int:
         """Of a sample, its number among all of them."""
@@ -110,6 +109,11 @@ class SampleSource:
         self._bad.add(shard)
         self.notes.quarantined[name] = str(error)
         require_few(len(self._bad), self.bad_shards, str(error))
+
+
+def caption_lines(text: str) -> list[str]:
+    """The captions of a sample that has several."""
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def require_few(bad: int, most: int, last: str) -> None:
