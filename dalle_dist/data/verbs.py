@@ -12,6 +12,9 @@ SOURCES = """SRC is a folder of pictures, each with NAME.txt beside it; a table 
 .parquet) of captions and of paths or images; or a folder of tars in WebDataset's layout, such as
 img2dataset's. What is not used is counted by its reason, and named in OUT/skipped.jsonl."""
 
+INSPECT = """What the index and the side files say, those of 200 shards where there are more. No
+image is read but for the contact sheet. Whether all is sound, 'data verify' says."""
+
 
 def add_data(verbs: argparse._SubParsersAction) -> None:
     actions = verbs.add_parser("data", help="make and look at image shards").add_subparsers(
@@ -20,9 +23,18 @@ def add_data(verbs: argparse._SubParsersAction) -> None:
     _add_emoji(actions)
     _add_build(actions)
     _add_benchmark_sets(actions)
-    inspect = actions.add_parser("inspect", help="counts, sizes, caption lengths, contact sheet")
+    _add_inspect(actions)
+
+
+def _add_inspect(actions: argparse._SubParsersAction) -> None:
+    text = "counts, sizes, caption lengths, contact sheet"
+    inspect = actions.add_parser("inspect", help=text, description=INSPECT)
     inspect.add_argument("folder", metavar="SHARDS")
-    inspect.add_argument("--contact-sheet", type=Path, metavar="PNG")
+    inspect.add_argument("--contact-sheet", type=Path, metavar="PNG", help="some of the images")
+    inspect.add_argument(
+        "--text-tokens", type=int, metavar="N", help="how many captions N tokens would cut"
+    )
+    inspect.add_argument("--tokenizer", metavar="FILE", help="whose tokens are counted then")
     inspect.set_defaults(handler=_inspect)
 
 
@@ -154,6 +166,7 @@ def _cub(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from dalle_dist.data.inspect import inspect
+    from dalle_dist.data.inspect import TextBlock, inspect
 
-    inspect(options.folder, options.contact_sheet)
+    block = TextBlock.of(options.tokenizer, options.text_tokens)
+    inspect(options.folder, options.contact_sheet, block)
