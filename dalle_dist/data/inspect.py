@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle_dist import storage
 from dalle_dist.data.contact_sheet import write_contact_sheet
-from dalle_dist.data.shards import INDEX, ShardIndex, ShardSet
+from dalle_dist.data.shards import ShardSet, parts_of
 from dalle_dist.data.source import RANDOM_LINE, caption_lines
 from dalle_dist.data.token_dataset import NpyReader
 from dalle_dist.errors import DataError
@@ -23,7 +22,6 @@ SHARDS = 200  # whose side files are looked at, where there are more
 TOKEN_SHARDS = 8  # whose codes are counted: these alone are read from tars
 THREADS = 8  # that fetch side files
 SIZES = 5  # image sizes named, the most frequent first
-PARTS = ("train", "held-out")
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,7 @@ def inspect(folder: str, contact_sheet: Path | None, block: TextBlock | None = N
     Raises:
         DataError: no shards here, a side file is damaged, or a sheet of tokens is asked for.
     """
-    parts = [p for p in PARTS if storage.exists(storage.join(folder, p, INDEX))]
-    places = [storage.join(folder, part) for part in parts] or [folder]
-    sets = [ShardSet(place, ShardIndex.load(place).kind) for place in places]
+    sets = [ShardSet(place) for place in parts_of(folder)]
     if contact_sheet is not None and sets[0].index.kind != "images":
         raise DataError(
             f"{folder}: holds tokens, which are no pictures; 'dalle-dist encode' shows what they "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from dalle_dist import storage
 from dalle_dist.data.notes import Notes
 from dalle_dist.data.order import Place, SampleOrder
 from dalle_dist.data.prefetch import ShardPrefetch
@@ -35,7 +34,7 @@ class SampleSource:
         self.shards, self.notes = ShardSet(folder, kind), Notes()
         self._bad: set[int] = set()
         self._prefetch = None
-        if order is not None and storage.is_remote(folder):
+        if order is not None and self.shards.remote:
             self._prefetch = ShardPrefetch(self.shards, order)
 
     def __len__(self) -> int:

@@ -12,6 +12,7 @@ SOURCES = """SRC is a folder of pictures, each with NAME.txt beside it; a table 
 .parquet) of captions and of paths or images; or a folder of tars in WebDataset's layout, such as
 img2dataset's. What is not used is counted by its reason, and named in OUT/skipped.jsonl."""
 
+PROCESSES = "default: one for each core"
 INSPECT = """What the index and the side files say, those of 200 shards where there are more. No
 image is read but for the contact sheet. Whether all is sound, 'data verify' says."""
 
@@ -24,6 +25,16 @@ def add_data(verbs: argparse._SubParsersAction) -> None:
     _add_build(actions)
     _add_benchmark_sets(actions)
     _add_inspect(actions)
+    _add_verify(actions)
+
+
+def _add_verify(actions: argparse._SubParsersAction) -> None:
+    text = "compare all shards with their index, byte for byte"
+    verify = actions.add_parser("verify", help=text, description=f"{text}; 0 when all is sound")
+    verify.add_argument("folder", metavar="SHARDS")
+    verify.add_argument("--processes", type=int, help=PROCESSES)
+    verify.add_argument("--decode", action="store_true", help="and decode all images")
+    verify.set_defaults(handler=_verify)
 
 
 def _add_inspect(actions: argparse._SubParsersAction) -> None:
@@ -64,7 +75,7 @@ def _add_build(actions: argparse._SubParsersAction) -> None:
     build.add_argument("--size", type=int, help="shrink to this many pixels on the shorter side")
     _add_split(build)
     build.add_argument("--samples-per-shard", type=int, default=1000, help="default 1000")
-    build.add_argument("--processes", type=int, help="default: one for each core")
+    build.add_argument("--processes", type=int, help=PROCESSES)
     build.add_argument(
         "--part", metavar="I/N", help="make only one of N parts of the shards; the last reports"
     )
@@ -170,3 +181,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
     block = TextBlock.of(options.tokenizer, options.text_tokens)
     inspect(options.folder, options.contact_sheet, block)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from dalle_dist.data.verify import verify
+
+    verify(options.folder, options.processes, options.decode)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,17 @@ class ShardSet:
 
     A shard's size and sha256 are compared with the index when a process first opens it.
 
+    Args:
+        kind: "images" or "tokens"; None: whatever they hold.
+
     Raises:
         DataError: no such shards, or another kind of them.
         DamagedShard: one is missing, truncated, damaged, or not what the index says.
     """
 
-    def __init__(self, folder: str, kind: str) -> None:
+    def __init__(self, folder: str, kind: str | None = None) -> None:
         self.folder, self.index = folder, ShardIndex.load(folder)
-        if self.index.kind != kind:
+        if kind not in (self.index.kind, None):
             raise DataError(f"{folder}: holds shards of {self.index.kind}, wanted {kind}")
         self.sizes = self.index.shards.samples
         self._ends = np.cumsum(self.sizes)
@@ -52,6 +57,11 @@ class ShardSet:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}  # open files stay with their process
+
+    @property
+    def remote(self) -> bool:
+        """Whether the tars are: an index may lie elsewhere."""
+        return storage.is_remote(_path(self.folder, self.index.shards[0].name))
 
     def place(self, i: int) -> tuple[int, int]:
         """(shard, number in it) of sample `i`."""
@@ -106,17 +116,22 @@ class ShardSet:
                         "again"
                     )
 
-    def verify(self, shard: int) -> None:
-        """Compare a shard with the index, byte for byte and name by name. Raises DamagedShard."""
-        opened = _OpenShard(shard, self._tar(shard), self._side(shard), self.index.shards[shard])
-        for number in range(len(opened.side)):
-            opened.read(number)
-        opened.close()
+    def verified(self, shard: int) -> Iterator[dict[str, bytes]]:
+        """All samples of a shard, which is compared with the index byte for byte and name by name.
+
+        Raises:
+            DamagedShard: it is not as it should be.
+        """
+        side, tar = self._side(shard), self._tar(shard)
+        opened = _OpenShard(shard, tar, side, self.index.shards[shard])
+        with contextlib.closing(opened):
+            yield from map(opened.read, range(len(opened.side)))
 
     def verify_all(self) -> None:
-        """`verify` all shards. Raises DamagedShard for the first that is not as it should be."""
+        """Raises DamagedShard for the first shard that is not as it should be."""
         for shard in range(len(self.sizes)):
-            self.verify(shard)
+            for _ in self.verified(shard):
+                pass
 
     def _shard(self, shard: int) -> _OpenShard:
         found = self._open.get(shard)
@@ -138,10 +153,13 @@ class ShardSet:
         return self._fetch(shard, side_name(info.name), info.side_bytes, info.side_sha256)
 
     def _fetch(self, shard: int, name: str, size: int, sha256: str) -> Path:
+        path = _path(self.folder, name)
         try:
-            return storage.fetch(_path(self.folder, name), size, sha256)
+            return storage.fetch(path, size, sha256)
         except DataError as error:
             raise DamagedShard(str(error), shard) from None
+        except OSError as error:
+            raise DamagedShard(f"{path}: {error.strerror}", shard) from None
 
 
 def _path(folder: str, name: str) -> str:
