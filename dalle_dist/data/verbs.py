@@ -12,6 +12,9 @@ SOURCES = """SRC is a folder of pictures, each with NAME.txt beside it; a table 
 .parquet) of captions and of paths or images; or a folder of tars in WebDataset's layout, such as
 img2dataset's. What is not used is counted by its reason, and named in OUT/skipped.jsonl."""
 
+INDEX = """SRC is a local or s3:// folder of tars in WebDataset's layout. Index and side files go
+into it, or into DST/train and DST/held-out, where whole tars are held out; the tars stay as and
+where they are. What was cut off goes on when the command is given again."""
 PROCESSES = "default: one for each core"
 INSPECT = """What the index and the side files say, those of 200 shards where there are more. No
 image is read but for the contact sheet. Whether all is sound, 'data verify' says."""
@@ -26,6 +29,18 @@ def add_data(verbs: argparse._SubParsersAction) -> None:
     _add_benchmark_sets(actions)
     _add_inspect(actions)
     _add_verify(actions)
+    _add_index(actions)
+
+
+def _add_index(actions: argparse._SubParsersAction) -> None:
+    text = "make tars that were made elsewhere a set, where they lie"
+    index = actions.add_parser("index", help=text, description=INDEX)
+    index.add_argument("source", metavar="SRC")
+    index.add_argument("out", nargs="?", metavar="DST")
+    index.add_argument("--kind", choices=("images", "tokens"), help="default images")
+    _add_split(index)
+    index.add_argument("--processes", type=int, help=PROCESSES)
+    index.set_defaults(handler=_index)
 
 
 def _add_verify(actions: argparse._SubParsersAction) -> None:
@@ -187,3 +202,11 @@ def _verify(options: argparse.Namespace) -> None:
     from dalle_dist.data.verify import verify
 
     verify(options.folder, options.processes, options.decode)
+
+
+def _index(options: argparse.Namespace) -> None:
+    from dalle_dist.data.index_tars import Options, index_tars
+
+    names = ("kind", "held_out", "seed", "processes")
+    given = Options(**{name: getattr(options, name) for name in names})
+    index_tars(options.source, options.out, given)

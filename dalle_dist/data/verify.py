@@ -88,8 +88,6 @@ def _look(shards: ShardSet, shard: int, decode: bool) -> _Finding:
                 unreadable.append(sample["__key__"].decode())
     except DataError as error:
         wrong = str(error)
-    except OSError as error:
-        wrong = f"{shards.index.shards[shard].name}: {error.strerror}"
     if unreadable and not wrong:
         what = f"{len(unreadable)} samples cannot be decoded, e.g. {unreadable[0]}"
         wrong = f"{shards.index.shards[shard].name}: {what}"

@@ -151,6 +151,16 @@ def test_a_file_that_may_not_be_read_is_one_line(tmp_path, write, capsys, monkey
     assert status == 2 and told.endswith(f"{tmp_path}/{name}: Permission denied")
 
 
+def test_a_disk_that_fails_is_told(tmp_path, write, capsys, monkeypatch):
+    def failing(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    write(tmp_path)
+    monkeypatch.setattr(os, "pread", failing)
+    status, lines, _ = verified(capsys, tmp_path)
+    assert status == 2 and lines[0] == "bad: 00000.tar: Input/output error"
+
+
 def test_a_side_file_that_is_none_is_told(tmp_path, write, capsys):
     write(tmp_path)
     (tmp_path / "00001.samples.parquet").write_bytes(b"text")

@@ -24,7 +24,8 @@ PARTS = ("train", "held-out")
 class ShardInfo:
     """A shard as the index lists it.
 
-    name         of the tar: relative to the folder of the index, or a path or URL of its own
+    name         of the tar: relative to the folder of the index, or a path or URL of its own. The
+                 side file lies beside the index in any case: `side_beside` of this name
     bytes        of the tar; sha256 of them
     samples      in it
     side_bytes   of the side file; side_sha256 of them

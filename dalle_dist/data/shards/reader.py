@@ -14,7 +14,7 @@ import numpy as np
 
 from dalle_dist import storage
 from dalle_dist.data.shards.index import ShardIndex, ShardInfo
-from dalle_dist.data.shards.side_file import SideFile, read_column, side_name
+from dalle_dist.data.shards.side_file import SideFile, read_column, side_beside
 from dalle_dist.errors import DataError
 
 OPEN_SHARDS = 2_048  # of a process, where the system grants it as many open files
@@ -104,7 +104,8 @@ class ShardSet:
         if storage.is_remote(self.folder):
             return
         for info in self.index.shards:
-            for name, size in ((info.name, info.bytes), (side_name(info.name), info.side_bytes)):
+            sizes = {info.name: info.bytes, side_beside(info.name): info.side_bytes}
+            for name, size in sizes.items():
                 path = _path(self.folder, name)
                 if storage.is_remote(path):
                     continue
@@ -150,7 +151,7 @@ class ShardSet:
 
     def _side(self, shard: int) -> Path:
         info = self.index.shards[shard]
-        return self._fetch(shard, side_name(info.name), info.side_bytes, info.side_sha256)
+        return self._fetch(shard, side_beside(info.name), info.side_bytes, info.side_sha256)
 
     def _fetch(self, shard: int, name: str, size: int, sha256: str) -> Path:
         path = _path(self.folder, name)
@@ -180,7 +181,7 @@ class _OpenShard:
 
     def __init__(self, number: int, tar: Path, side: Path, info: ShardInfo) -> None:
         self._number, self._name = number, info.name
-        self.side = SideFile(side, side_name(info.name))
+        self.side = SideFile(side, side_beside(info.name))
         if len(self.side) != info.samples:
             raise self._lies(f"{len(self.side)} samples, the index says {info.samples}")
         self._extents = list(self.side.extents.items())
@@ -215,13 +216,19 @@ class _OpenShard:
                     if next_offset - end > TOGETHER:
                         break
                     end = next_offset + next_size
-                block = os.pread(self._file, end - begin, begin)
+                block = self._read(begin, end)
             files[extension] = block[offset - begin : offset - begin + size]
             if len(files[extension]) != size:
                 raise self._lies(f"ends within sample {key}")
             if offset == first and not _named(block[:NAME], f"{key}.{extension}"):
                 raise self._lies(f"sample {key} is not where the side file says")
         return files
+
+    def _read(self, begin: int, end: int) -> bytes:
+        try:
+            return os.pread(self._file, end - begin, begin)
+        except OSError as error:  # of a disk, or of a file system of the network
+            raise DamagedShard(f"{self._name}: {error.strerror}", self._number) from None
 
     def _lies(self, what: str) -> DamagedShard:
         advice = "'dalle-dist data index' makes its index anew"
@@ -230,5 +237,8 @@ class _OpenShard:
 
 def _named(field: bytes, name: str) -> bool:
     """Whether a header's name is this one; a long or unusual name stands in a header of its own."""
-    wanted = name.encode("utf-8", "surrogateescape")
-    return len(wanted) >= NAME or not name.isascii() or field.rstrip(b"\0") == wanted
+    if len(name) >= NAME or not name.isascii():
+        return True
+    # Others' tars have "./" before their names, and extensions in upper case.
+    found, wanted = field.rstrip(b"\0").removeprefix(b"./"), name.removeprefix("./").encode()
+    return found == wanted or found.lower() == wanted.lower()
