@@ -12,22 +12,13 @@ import time
 import numpy as np
 import pytest
 import webdataset
+from packed import pack
 from PIL import ExifTags, Image
 
 from dalle_dist import storage
 from dalle_dist.cli import main
 from dalle_dist.data.image_dataset import ImageDataset
 from dalle_dist.data.shards import ShardIndex, ShardSet, ShardWriter
-
-
-def pack(path, files, format_=tarfile.PAX_FORMAT):
-    """A tar of (name, content), as another program would write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format_) as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
 
 
 @pytest.fixture
