@@ -264,7 +264,7 @@ def test_tars_in_a_bucket(bucket, tmp_path, img2dataset):
     local, folder = img2dataset(tmp_path / "tars"), storage.join(bucket, "tars")
     for path in local.iterdir():
         storage.write_bytes(storage.join(folder, path.name), path.read_bytes())
-    assert indexed(folder, tmp_path / "set") == 0
+    assert indexed(folder, tmp_path / "set", processes="2") == 0
     assert indexed(folder) == 0
     assert indexed(local) == 0
     assert ShardIndex.load(folder).shards == ShardIndex.load(str(local)).shards

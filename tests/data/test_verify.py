@@ -189,14 +189,17 @@ def test_codes_are_compared_with_the_grid_and_the_codebook(tmp_path, write, caps
     assert verified(capsys, tmp_path, "--decode")[0] == status
 
 
-def test_remote_shards_are_fetched_anew_and_the_cache_is_left_alone(bucket, write, capsys, hurried):
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_remote_shards_are_fetched_anew_and_the_cache_is_left_alone(
+    bucket, write, capsys, hurried, processes
+):
     folder = storage.join(bucket, "set")
     write(folder)
-    assert verified(capsys, folder)[0] == 0
+    assert verified(capsys, folder, processes=processes)[0] == 0
     tar = storage.join(folder, "00001.tar")
     copy = storage.fetch(tar)
     storage.write_bytes(tar, bytes(copy.stat().st_size))
     before = sorted(storage.cache_folder().rglob("*"))
-    status, (bad,), (error,) = verified(capsys, folder)
+    status, (bad,), (error,) = verified(capsys, folder, processes=processes)
     assert status == 2 and "00001.tar" in bad and "1 of 3 shards are damaged" in error
     assert sorted(storage.cache_folder().rglob("*")) == before
