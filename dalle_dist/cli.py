@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NoReturn
@@ -201,7 +201,25 @@ def _add_tokenizer(verbs: argparse._SubParsersAction) -> None:
     actions = verbs.add_parser("tokenizer", help="train the text tokenizer").add_subparsers(
         dest="action", required=True, metavar="ACTION"
     )
-    _add_configured(actions, "train", _tokenizer_train, "BPE on the training captions")
+    train = _add_configured(actions, "train", _tokenizer_train, "BPE on the training captions")
+    train.add_argument(
+        "--captions",
+        type=_count,
+        default=10_000_000,
+        metavar="N",
+        help="a sample of so many, spread over the shards, where there are more (default 10e6)",
+    )
+
+
+def _count(text: str) -> int:
+    """Also 10e6. Raises ArgumentTypeError."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if not (number >= 1 and number.is_integer()):
+        raise argparse.ArgumentTypeError(f"{text}: a whole number, at least 1, e.g. 200000 or 10e6")
+    return int(number)
 
 
 def _add_convert(verbs: argparse._SubParsersAction) -> None:
@@ -230,23 +248,20 @@ def _add_slurm(verbs: argparse._SubParsersAction) -> None:
 
 def _tokenizer_train(options: argparse.Namespace) -> None:
     from dalle_dist import storage
+    from dalle_dist.data.caption_sample import CaptionSample
+    from dalle_dist.data.shards import ShardSet
     from dalle_dist.text_tokenizer.bpe import train_tokenizer
 
     config = _config_of(options)
     if config.tokenizer.kind != "bpe":
         raise ConfigError(f"tokenizer.kind: '{config.tokenizer.kind}' is not trained here; bpe is")
-    tokenizer = train_tokenizer(_captions(config), config.tokenizer.vocab_size)
+    shards = ShardSet(storage.join(config.paths.images, "train"), "images")
+    captions = CaptionSample(shards, options.captions, config.seed)
+    tokenizer = train_tokenizer(captions, config.tokenizer.vocab_size)
     tokenizer.save(config.paths.tokenizer)
     bytes_ = len(storage.read_bytes(config.paths.tokenizer))
+    print(f"trained on {captions}")
     print(f"{config.paths.tokenizer}: {tokenizer.vocab_size} classes, {bytes_} bytes")
-
-
-def _captions(config: Config) -> Iterator[str]:
-    from dalle_dist import storage
-    from dalle_dist.data.shards import ShardSet
-
-    shards = ShardSet(storage.join(config.paths.images, "train"), "images")
-    return (shards.read(i)["txt"].decode() for i in range(len(shards)))
 
 
 def _encode(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ import io
 import struct
 import warnings
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin
@@ -34,6 +35,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = [turn for orientation, turn in TURNS.items() if orientation >= 5]
 # Keys of `Image.info` without which there is no EXIF to look into.
 EXIF_KEYS = frozenset(("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))
 
@@ -94,6 +96,18 @@ def read_picture(data: bytes) -> Picture | str:
     except Exception as error:
         return _reason(data, error)
     return found if isinstance(found, str) else Picture(found.image, found.format, None)
+
+
+def size_of(file: IO[bytes]) -> tuple[int, int] | None:
+    """(width, height) as a viewer shows it, from a file's head; None where it is no picture."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(file, formats=formats()) as opened:
+                sideways = _turn(opened) in SIDEWAYS
+                return (opened.height, opened.width) if sideways else opened.size
+        except Exception:
+            return None
 
 
 def on_white(image: Image.Image) -> Image.Image:

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from dalle_dist import __version__, storage
 from dalle_dist.data.shards import INDEX, ShardInfo, refuse_used, write_index, write_shard
@@ -29,7 +29,7 @@ from dalle_dist.errors import DataError
 
 UNFINISHED = "unfinished"
 PLAN = "plan.json"
-PARTIAL = (".partial-*", ".*.json.*", ".*.jsonl.*")  # what writers that were killed leave
+PARTIAL = (".partial-*", ".part-*")  # what writers that were killed leave
 Sample = tuple[str, dict[str, bytes]]  # key, contents by extension
 Note = dict[str, Any]  # JSON
 
@@ -48,6 +48,10 @@ class Unit(Protocol):
     @property
     def name(self) -> str: ...
 
+
+class SamplesUnit(Unit, Protocol):
+    """A unit of a plain job."""
+
     def samples(self, note: Note) -> Iterator[Sample]:
         """The shard's samples; `note` is filled on the way and must be JSON when they end."""
         ...
@@ -63,7 +67,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be made.
+    """What is to be made; `index_tars.py` has a job of another kind of units.
 
     Attributes:
         folder: of the shards, or of their parts; local or remote.
@@ -72,6 +76,8 @@ class Job:
         plan: anything in JSON that tells this job's shards from those of another.
         parts: those that the units name.
     """
+
+    REMEDY: ClassVar[str] = "delete the folder, or repeat that command"
 
     folder: str
     kind: str
@@ -93,7 +99,7 @@ class Job:
         elif json.loads(storage.read_bytes(path)) != {"plan": self._digest()}:
             raise DataError(
                 f"{self.folder}: holds what an unfinished command with other inputs or options "
-                "left; delete the folder, or repeat that command"
+                f"left; {self.REMEDY}"
             )
 
     def missing(self, part: tuple[int, int] = (0, 1)) -> list[Unit]:
@@ -107,16 +113,23 @@ class Job:
     def make(self, unit: Unit) -> Record:
         """The unit's shard and its record. Raises DataError as `write_shard`."""
         note: Note = {}
-        samples = unit.samples(note)
-        first = next(samples, None)
-        shard = None
-        if first is not None:
-            files = itertools.chain([first], samples)
-            shard = write_shard(self._part(unit.part), f"{unit.name}.tar", files)
-        record = Record(shard, note)
+        record = Record(self._write(unit, note), note)
         path = self._unfinished(_record_name(unit))
         storage.write_bytes(path, json.dumps(asdict(record)).encode())
         return record
+
+    def _write(self, unit: Any, note: Note) -> ShardInfo | None:
+        """The shard of a `SamplesUnit`; None where it has no sample."""
+        samples = unit.samples(note)
+        first = next(samples, None)
+        if first is None:
+            return None
+        files = itertools.chain([first], samples)
+        return write_shard(self._part(unit.part), f"{unit.name}.tar", files)
+
+    def _files(self, shard: ShardInfo) -> Sequence[str]:
+        """Names of what `_write` made of a unit, in the folder of its part."""
+        return (shard.name, side_name(shard.name))
 
     def finish(self, conclude: Callable[[list[Record]], None] | None = None) -> bool:
         """Write the indexes once all units are done; False while records are missing.
@@ -168,7 +181,7 @@ class Job:
     def _remove_shards(self, records: list[Record]) -> None:
         for unit, record in zip(self.units, records, strict=True):
             if record.shard is not None:
-                for name in (record.shard.name, side_name(record.shard.name)):
+                for name in self._files(record.shard):
                     storage.remove(storage.join(self._part(unit.part), name))
         self._clean()
         for part in self.parts:

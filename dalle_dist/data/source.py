@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from dalle_dist import storage
 from dalle_dist.data.notes import Notes
 from dalle_dist.data.order import Place, SampleOrder
 from dalle_dist.data.prefetch import ShardPrefetch
@@ -35,7 +34,7 @@ class SampleSource:
         self.shards, self.notes = ShardSet(folder, kind), Notes()
         self._bad: set[int] = set()
         self._prefetch = None
-        if order is not None and storage.is_remote(folder):
+        if order is not None and self.shards.remote:
             self._prefetch = ShardPrefetch(self.shards, order)
 
     def __len__(self) -> int:
@@ -89,8 +88,7 @@ class SampleSource:
         """A sample's caption: of several, one to a line, that which `seed` chooses."""
         if self.shards.index.meta.get("captions") != RANDOM_LINE:
             return text
-        lines = [line for line in text.splitlines() if line.strip()]
-        return random.Random(f"line {seed}").choice(lines or [""])
+        return random.Random(f"line {seed}").choice(caption_lines(text) or [""])
 
     def index(self, place: Place) -> int:
         """Of a sample, its number among all of them."""
@@ -110,6 +108,11 @@ class SampleSource:
         self._bad.add(shard)
         self.notes.quarantined[name] = str(error)
         require_few(len(self._bad), self.bad_shards, str(error))
+
+
+def caption_lines(text: str) -> list[str]:
+    """The captions of a sample that has several."""
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def require_few(bad: int, most: int, last: str) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-
-from dalle_dist.errors import DataError
 
 PAPER = "--min-words 3 --language en --drop-boilerplate --max-aspect 2"
 SOURCES = """SRC is a folder of pictures, each with NAME.txt beside it; a table (.tsv, .csv, .jsonl,
 .parquet) of captions and of paths or images; or a folder of tars in WebDataset's layout, such as
 img2dataset's. What is not used is counted by its reason, and named in OUT/skipped.jsonl."""
+
+INDEX = """SRC is a local or s3:// folder of tars in WebDataset's layout. Index and side files go
+into it, or into DST/train and DST/held-out, where whole tars are held out; the tars stay as and
+where they are. What was cut off goes on when the command is given again."""
+PROCESSES = "default: one for each core"
+INSPECT = """What the index and the side files say, those of 200 shards where there are more. No
+image is read but for the contact sheet. Whether all is sound, 'data verify' says."""
 
 
 def add_data(verbs: argparse._SubParsersAction) -> None:
@@ -20,9 +24,40 @@ def add_data(verbs: argparse._SubParsersAction) -> None:
     _add_emoji(actions)
     _add_build(actions)
     _add_benchmark_sets(actions)
-    inspect = actions.add_parser("inspect", help="counts, sizes, caption lengths, contact sheet")
+    _add_inspect(actions)
+    _add_verify(actions)
+    _add_index(actions)
+
+
+def _add_index(actions: argparse._SubParsersAction) -> None:
+    text = "make tars that were made elsewhere a set, where they lie"
+    index = actions.add_parser("index", help=text, description=INDEX)
+    index.add_argument("source", metavar="SRC")
+    index.add_argument("out", nargs="?", metavar="DST")
+    index.add_argument("--kind", choices=("images", "tokens"), help="default images")
+    _add_split(index)
+    index.add_argument("--processes", type=int, help=PROCESSES)
+    index.set_defaults(handler=_index)
+
+
+def _add_verify(actions: argparse._SubParsersAction) -> None:
+    text = "compare all shards with their index, byte for byte"
+    verify = actions.add_parser("verify", help=text, description=f"{text}; 0 when all is sound")
+    verify.add_argument("folder", metavar="SHARDS")
+    verify.add_argument("--processes", type=int, help=PROCESSES)
+    verify.add_argument("--decode", action="store_true", help="and decode all images")
+    verify.set_defaults(handler=_verify)
+
+
+def _add_inspect(actions: argparse._SubParsersAction) -> None:
+    text = "counts, sizes, caption lengths, contact sheet"
+    inspect = actions.add_parser("inspect", help=text, description=INSPECT)
     inspect.add_argument("folder", metavar="SHARDS")
-    inspect.add_argument("--contact-sheet", type=Path, metavar="PNG")
+    inspect.add_argument("--contact-sheet", metavar="PNG", help="some of the images")
+    inspect.add_argument(
+        "--text-tokens", type=int, metavar="N", help="how many captions N tokens would cut"
+    )
+    inspect.add_argument("--tokenizer", metavar="FILE", help="whose tokens are counted then")
     inspect.set_defaults(handler=_inspect)
 
 
@@ -52,9 +87,9 @@ def _add_build(actions: argparse._SubParsersAction) -> None:
     build.add_argument("--size", type=int, help="shrink to this many pixels on the shorter side")
     _add_split(build)
     build.add_argument("--samples-per-shard", type=int, default=1000, help="default 1000")
-    build.add_argument("--processes", type=int, help="default: one for each core")
+    build.add_argument("--processes", type=int, help=PROCESSES)
     build.add_argument(
-        "--part", metavar="I/N", help="make only one of N parts of the shards; the last reports"
+        "--shard", metavar="I/N", help="make only the I-th of N parts of the shards, 1/N to N/N"
     )
     _add_captions(build)
     _add_filters(build)
@@ -115,6 +150,7 @@ def _emoji(options: argparse.Namespace) -> None:
 def _build(options: argparse.Namespace) -> None:
     from dalle_dist.data.build.build import Options, build
     from dalle_dist.data.build.filters import PAPER_ASPECT, PAPER_LANGUAGE, PAPER_WORDS, Filters
+    from dalle_dist.data.shard_job import share
 
     paper = options.paper_filters
     filters = Filters(
@@ -129,16 +165,7 @@ def _build(options: argparse.Namespace) -> None:
         *("captions_from", "caption", "encoding", "image_column", "caption_column"),
     ]
     given = {name: getattr(options, name) for name in names}
-    build(options.source, options.out, Options(**given, filters=filters, part=_part(options.part)))
-
-
-def _part(text: str | None) -> tuple[int, int]:
-    if text is None:
-        return (0, 1)
-    number, _, count = text.partition("/")
-    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise DataError(f"--part {text}: write I/N, e.g. 1/4, with I from 1 to N")
-    return int(number) - 1, int(count)
+    build(options.source, options.out, Options(**given, filters=filters, part=share(options.shard)))
 
 
 def _coco(options: argparse.Namespace) -> None:
@@ -154,6 +181,21 @@ def _cub(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from dalle_dist.data.inspect import inspect
+    from dalle_dist.data.inspect import TextBlock, inspect
 
-    inspect(options.folder, options.contact_sheet)
+    block = TextBlock.of(options.tokenizer, options.text_tokens)
+    inspect(options.folder, options.contact_sheet, block)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from dalle_dist.data.verify import verify
+
+    verify(options.folder, options.processes, options.decode)
+
+
+def _index(options: argparse.Namespace) -> None:
+    from dalle_dist.data.index_tars import Options, index_tars
+
+    names = ("kind", "held_out", "seed", "processes")
+    given = Options(**{name: getattr(options, name) for name in names})
+    index_tars(options.source, options.out, given)

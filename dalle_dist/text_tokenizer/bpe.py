@@ -11,7 +11,7 @@ import heapq
 import json
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -28,14 +28,12 @@ CACHED_CAPTIONS = 100_000
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn `vocab_size` classes; where the captions have too few pairs, some are never used.
 
-    Raises DataError when there is no caption, or vocab_size is below 258 (256 bytes, 2 special).
+    The captions are read as a stream: only their different words are kept. Raises DataError when
+    there is no caption, or vocab_size is below 258 (256 bytes, 2 special).
     """
     least = 256 + len(SPECIAL)
     if vocab_size < least:
         raise DataError(f"tokenizer.vocab_size: {vocab_size} is below {least}, the bytes' own")
-    seen = list(captions)
-    if not any(caption.strip() for caption in seen):
-        raise DataError("no captions to train a tokenizer on")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -46,8 +44,18 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(seen, trainer)
+    tokenizer.train_from_iterator(_told(captions), trainer)
     return Tokenizer(_filled(tokenizer, vocab_size))
+
+
+def _told(captions: Iterable[str]) -> Iterator[str]:
+    """All captions; a DataError at their end if they say nothing."""
+    told = False
+    for caption in captions:
+        told = told or bool(caption.strip())
+        yield caption
+    if not told:
+        raise DataError("no captions to train a tokenizer on")
 
 
 def _filled(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> tokenizers.Tokenizer:

@@ -162,7 +162,7 @@ class TarReader:
                 elif not member.isdir():
                     reason = HIDDEN if member.isfile() else "not a file"
                     self.skipped.append((printable(name), reason))
-            _check_end(tar)
+            check_end(tar)
 
     def _content(self, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> bytes:
         folder, slash, last = name.rpartition("/")
@@ -179,7 +179,7 @@ def is_whole(members: dict[str, bytes]) -> bool:
     return told and not picture_extensions().isdisjoint(members)
 
 
-def _check_end(tar: tarfile.TarFile) -> None:
+def check_end(tar: tarfile.TarFile) -> None:
     """Raises TarError: `tarfile` takes a head that is damaged or cut off for the end."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)

@@ -8,17 +8,27 @@ The side file means that nothing scans a tar to read from it, and that what need
 never touches images.
 """
 
-from dalle_dist.data.shards.index import INDEX, ShardIndex, ShardInfo, refuse_used, write_index
+from dalle_dist.data.shards.index import (
+    INDEX,
+    PARTS,
+    ShardIndex,
+    ShardInfo,
+    parts_of,
+    refuse_used,
+    write_index,
+)
 from dalle_dist.data.shards.reader import DamagedShard, ShardSet
 from dalle_dist.data.shards.writer import ShardWriter, write_shard
 
 __all__ = [
     "INDEX",
+    "PARTS",
     "DamagedShard",
     "ShardIndex",
     "ShardInfo",
     "ShardSet",
     "ShardWriter",
+    "parts_of",
     "refuse_used",
     "write_index",
     "write_shard",

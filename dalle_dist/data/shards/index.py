@@ -17,13 +17,15 @@ from dalle_dist import storage
 from dalle_dist.errors import DataError
 
 INDEX = "index.json"
+PARTS = ("train", "held-out")
 
 
 @dataclass(frozen=True)
 class ShardInfo:
     """A shard as the index lists it.
 
-    name         of the tar: relative to the folder of the index, or a path or URL of its own
+    name         of the tar: relative to the folder of the index, or a path or URL of its own. The
+                 side file lies beside the index in any case: `side_beside` of this name
     bytes        of the tar; sha256 of them
     samples      in it
     side_bytes   of the side file; side_sha256 of them
@@ -122,16 +124,16 @@ class ShardIndex:
 
     @classmethod
     def load(cls, folder: str) -> ShardIndex:
-        """Raises DataError: no index, not an index, or no samples in it."""
+        """Raises DataError: no index, not an index, one not to be read, or no samples in it."""
         path = storage.join(folder, INDEX)
-        if not storage.exists(path):
+        if not _is_there(path):
             raise DataError(
                 f"{folder}: no shards here ({INDEX} is missing); tars made elsewhere get one by "
                 f"'dalle-dist data index {folder}'"
             )
         shards = ShardTable()
         try:
-            tree = json.loads(storage.read_bytes(path), object_hook=_into(shards))
+            tree = json.loads(_content(path), object_hook=_into(shards))
             kind, meta = str(tree["kind"]), dict(tree["meta"])
             if len(tree["shards"]) != len(shards):
                 raise DataError(
@@ -143,6 +145,30 @@ class ShardIndex:
         if not index.samples:
             raise DataError(f"{folder}: the index lists no samples; build the shards again")
         return index
+
+
+def parts_of(folder: str) -> list[str]:
+    """The folders of shards that a set has: its train/ and held-out/, or itself.
+
+    Raises:
+        DataError: it may not be read.
+    """
+    parts = [storage.join(folder, part) for part in PARTS]
+    return [part for part in parts if _is_there(storage.join(part, INDEX))] or [folder]
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return storage.exists(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
+def _content(path: str) -> bytes:
+    try:
+        return storage.read_bytes(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
 
 
 def _into(table: ShardTable) -> Any:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from dalle_dist import storage
 from dalle_dist.data.shards.index import ShardIndex, ShardInfo
-from dalle_dist.data.shards.side_file import SideFile, read_column, side_name
+from dalle_dist.data.shards.side_file import SideFile, read_column, side_beside
 from dalle_dist.errors import DataError
 
 OPEN_SHARDS = 2_048  # of a process, where the system grants it as many open files
@@ -36,14 +37,17 @@ class ShardSet:
 
     A shard's size and sha256 are compared with the index when a process first opens it.
 
+    Args:
+        kind: "images" or "tokens"; None: whatever they hold.
+
     Raises:
         DataError: no such shards, or another kind of them.
         DamagedShard: one is missing, truncated, damaged, or not what the index says.
     """
 
-    def __init__(self, folder: str, kind: str) -> None:
+    def __init__(self, folder: str, kind: str | None = None) -> None:
         self.folder, self.index = folder, ShardIndex.load(folder)
-        if self.index.kind != kind:
+        if kind not in (self.index.kind, None):
             raise DataError(f"{folder}: holds shards of {self.index.kind}, wanted {kind}")
         self.sizes = self.index.shards.samples
         self._ends = np.cumsum(self.sizes)
@@ -54,6 +58,11 @@ class ShardSet:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}  # open files stay with their process
+
+    @property
+    def remote(self) -> bool:
+        """Whether the tars are: an index may lie elsewhere."""
+        return storage.is_remote(_path(self.folder, self.index.shards[0].name))
 
     def place(self, i: int) -> tuple[int, int]:
         """(shard, number in it) of sample `i`."""
@@ -99,7 +108,8 @@ class ShardSet:
         if storage.is_remote(self.folder):
             return
         for info in self.index.shards:
-            for name, size in ((info.name, info.bytes), (side_name(info.name), info.side_bytes)):
+            sizes = {info.name: info.bytes, side_beside(info.name): info.side_bytes}
+            for name, size in sizes.items():
                 path = _path(self.folder, name)
                 if storage.is_remote(path):
                     continue
@@ -111,17 +121,20 @@ class ShardSet:
                         "again"
                     )
 
-    def verify(self, shard: int) -> None:
-        """Compare a shard with the index, byte for byte and name by name. Raises DamagedShard."""
-        opened = self._opened(shard)
-        for number in range(len(opened.side)):
-            opened.read(number)
-        opened.close()
+    def verified(self, shard: int) -> Iterator[dict[str, bytes]]:
+        """All samples of a shard, which is compared with the index byte for byte and name by name.
+
+        Raises:
+            DamagedShard: it is not as it should be.
+        """
+        with contextlib.closing(self._opened(shard)) as opened:
+            yield from map(opened.read, range(len(opened.side)))
 
     def verify_all(self) -> None:
-        """`verify` all shards. Raises DamagedShard for the first that is not as it should be."""
+        """Raises DamagedShard for the first shard that is not as it should be."""
         for shard in range(len(self.sizes)):
-            self.verify(shard)
+            for _ in self.verified(shard):
+                pass
 
     def _shard(self, shard: int) -> _OpenShard:
         found = self._open.get(shard)
@@ -138,7 +151,7 @@ class ShardSet:
         for _ in range(EVICTED):
             # Each is opened as soon as it is there: a full cache may delete the copy.
             with contextlib.suppress(FileNotFoundError):
-                side = SideFile(self._side(shard), side_name(info.name))
+                side = SideFile(self._side(shard), side_beside(info.name))
                 return _OpenShard(shard, self._tar(shard), side, info)
         raise self._gone(shard)
 
@@ -152,13 +165,16 @@ class ShardSet:
 
     def _side(self, shard: int) -> Path:
         info = self.index.shards[shard]
-        return self._fetch(shard, side_name(info.name), info.side_bytes, info.side_sha256)
+        return self._fetch(shard, side_beside(info.name), info.side_bytes, info.side_sha256)
 
     def _fetch(self, shard: int, name: str, size: int, sha256: str) -> Path:
+        path = _path(self.folder, name)
         try:
-            return storage.fetch(_path(self.folder, name), size, sha256)
+            return storage.fetch(path, size, sha256)
         except DataError as error:
             raise DamagedShard(str(error), shard) from None
+        except OSError as error:
+            raise DamagedShard(f"{path}: {error.strerror}", shard) from None
 
 
 def _path(folder: str, name: str) -> str:
@@ -215,13 +231,19 @@ class _OpenShard:
                     if next_offset - end > TOGETHER:
                         break
                     end = next_offset + next_size
-                block = os.pread(self._file, end - begin, begin)
+                block = self._read(begin, end)
             files[extension] = block[offset - begin : offset - begin + size]
             if len(files[extension]) != size:
                 raise self._lies(f"ends within sample {key}")
             if offset == first and not _named(block[:NAME], f"{key}.{extension}"):
                 raise self._lies(f"sample {key} is not where the side file says")
         return files
+
+    def _read(self, begin: int, end: int) -> bytes:
+        try:
+            return os.pread(self._file, end - begin, begin)
+        except OSError as error:  # of a disk, or of a file system of the network
+            raise DamagedShard(f"{self._name}: {error.strerror}", self._number) from None
 
     def _lies(self, what: str) -> DamagedShard:
         advice = "'dalle-dist data index' makes its index anew"
@@ -230,5 +252,8 @@ class _OpenShard:
 
 def _named(field: bytes, name: str) -> bool:
     """Whether a header's name is this one; a long or unusual name stands in a header of its own."""
-    wanted = name.encode("utf-8", "surrogateescape")
-    return len(wanted) >= NAME or not name.isascii() or field.rstrip(b"\0") == wanted
+    if len(name) >= NAME or not name.isascii():
+        return True
+    # Others' tars have "./" before their names, and extensions in upper case.
+    found, wanted = field.rstrip(b"\0").removeprefix(b"./"), name.removeprefix("./").encode()
+    return found == wanted or found.lower() == wanted.lower()

@@ -6,6 +6,7 @@ each extension of its files `EXTENSION.offset` and `EXTENSION.bytes`, null in sa
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from dalle_dist.errors import DataError
 
 SUFFIX = ".samples.parquet"
+DIGEST = 8  # hex digits of the folder of a tar that lies elsewhere
 OFFSET, BYTES = ".offset", ".bytes"
 CAPTION_EXTENSION, ABOUT_EXTENSION = "txt", "json"
 Extents = dict[str, tuple[int, int]]  # extension -> (offset, bytes)
@@ -25,6 +27,18 @@ Extents = dict[str, tuple[int, int]]  # extension -> (offset, bytes)
 def side_name(tar: str) -> str:
     """Of the side file of a tar, by its name or path."""
     return tar.removesuffix(".tar") + SUFFIX
+
+
+def side_beside(name: str) -> str:
+    """Of the side file beside an index that lists a tar under `name`.
+
+    A tar that lies elsewhere gives its base name and a digest of the rest: two may have one name.
+    """
+    folder, slash, last = name.rpartition("/")
+    if not slash:
+        return side_name(name)
+    digest = hashlib.sha256(folder.encode("utf-8", "surrogateescape")).hexdigest()
+    return side_name(f"{last.removesuffix('.tar')}-{digest[:DIGEST]}.tar")
 
 
 class SideRows:

@@ -94,7 +94,7 @@ def test_a_killed_worker_is_one_line(tmp_path, image, monkeypatch, capsys):
 
     root = fill(tmp_path / "in", image)
     command = ["data", "build", str(root), str(tmp_path / "out"), "--processes", "2"]
-    assert main([*command[:4], "--part", "1/2", "--processes", "1"]) == 0  # leaves its records
+    assert main([*command[:4], "--shard", "1/2", "--processes", "1"]) == 0  # leaves its records
     (tmp_path / "other").mkdir()
     monkeypatch.setattr(samples_module, "try_sample", killed)
     command[3] = str(tmp_path / "other")
@@ -117,11 +117,11 @@ def test_a_fault_of_the_program_names_the_file(tmp_path, image, monkeypatch, cap
 @pytest.mark.parametrize("other", [["--seed", "1"], ["--size", "4"], ["--min-words", "2"]])
 def test_another_plan_is_refused(tmp_path, image, capsys, other):
     root = fill(tmp_path / "in", image, 20)
-    assert build(root, tmp_path / "out", "--part", "1/2") == 0
-    assert build(root, tmp_path / "out", "--part", "2/2", *other) == 2
+    assert build(root, tmp_path / "out", "--shard", "1/2") == 0
+    assert build(root, tmp_path / "out", "--shard", "2/2", *other) == 2
     assert "unfinished command with other inputs or options" in capsys.readouterr().err
     (root / "n0.png").unlink()
-    assert build(root, tmp_path / "out", "--part", "2/2") == 2
+    assert build(root, tmp_path / "out", "--shard", "2/2") == 2
 
 
 def test_parts_by_several_processes_make_the_whole(tmp_path, image, capsys):
@@ -130,12 +130,12 @@ def test_parts_by_several_processes_make_the_whole(tmp_path, image, capsys):
     assert build(root, tmp_path / "whole", *few) == 0
     with ThreadPoolExecutor(3) as threads:
         parts = [f"{i}/3" for i in (1, 2, 3)]
-        made = list(threads.map(lambda i: build(root, tmp_path / "out", *few, "--part", i), parts))
+        made = list(threads.map(lambda i: build(root, tmp_path / "out", *few, "--shard", i), parts))
     assert made == [0, 0, 0]
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert len(captions(tmp_path / "out")) == 20
     for wrong in ("0/2", "3/2", "1", "a/b"):
-        assert build(root, tmp_path / "out", "--part", wrong) == 2
+        assert build(root, tmp_path / "out", "--shard", wrong) == 2
         assert "write I/N" in capsys.readouterr().err
 
 
