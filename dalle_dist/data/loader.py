@@ -9,13 +9,14 @@ from __future__ import annotations
 import gc
 import io
 import mmap
+import multiprocessing
 import os
 import pickle
-import re
 import struct
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from dalle_dist.data.notes import Notes
 from dalle_dist.errors import ConfigError, DataError, UserError
 
+ENDING = 5.0  # seconds within which a loader process that has closed its pipe is gone
 NOW_READ = struct.Struct("qq")  # a loader process and the position that it reads
 
 
@@ -174,26 +176,34 @@ class MicroBatches:
     def __next__(self) -> Any:
         try:
             loaded: _Loaded = next(self._loader)
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             raise self.failure(error) or error from None
         if loaded.error:
             raise DataError(loaded.error)
         self._notes.add(loaded.notes)
         return loaded.unpacked().batch
 
-    def failure(self, error: RuntimeError) -> DataError | None:
-        """What to raise for torch's error, which may come at any time, of a process that ended."""
-        if "DataLoader worker" not in str(error):
+    def failure(self, error: Exception) -> DataError | None:
+        """What to raise for an error of torch's, which may come at any time, of a loader's end."""
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             return None
-        ended = {int(word) for word in re.findall(r"\d+", str(error))}
+        ended = self._ended()
         for process, position in NOW_READ.iter_unpack(self._now[:]):
             if process in ended:
-                what = described(self._dataset, position)
                 return DataError(
-                    f"{what}: the loader process that read it ended ({_first_line(error)}); if "
-                    "memory ran out, take fewer data.workers"
+                    f"{described(self._dataset, position)}: the loader process that read it ended "
+                    f"({_first_line(error)}); if memory ran out, take fewer data.workers"
                 )
-        return DataError(f"a loader process ended: {_first_line(error)}")
+        return DataError(f"a loader process ended ({_first_line(error)})")
+
+    def _ended(self) -> set[int]:
+        """The loader processes that are no more; what tells of an end may come before it."""
+        known = {process for process, _ in NOW_READ.iter_unpack(self._now[:])}
+        alive = {child.sentinel: child for child in multiprocessing.active_children()}
+        if known <= {child.pid for child in alive.values()}:
+            ended = connection.wait(list(alive), timeout=ENDING)
+            return known & {alive[sentinel].pid for sentinel in ended}  # type: ignore[index]
+        return known - {child.pid for child in alive.values()}
 
 
 def described(dataset: Any, position: int) -> str:
@@ -203,7 +213,7 @@ def described(dataset: Any, position: int) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error) or repr(error)).splitlines()[0]
 
 
 def _as_it_is(loaded: Any) -> Any:

@@ -92,7 +92,7 @@ def test_of_a_remote_set_no_tar_is_fetched(bucket, image, capsys):
 
 def test_the_contact_sheet_shows_what_can_be_decoded(tmp_path, image, capsys):
     _write(tmp_path / "s", image)
-    inspect(str(tmp_path / "s"), tmp_path / "new" / "sheet.png")
+    inspect(str(tmp_path / "s"), str(tmp_path / "new" / "sheet.png"))
     said = capsys.readouterr().out
     assert "contact sheet of 5 images; 1 more cannot be decoded" in said
     with Image.open(tmp_path / "new" / "sheet.png") as sheet:
@@ -105,7 +105,7 @@ def test_the_contact_sheet_reads_a_few_shards(tmp_path, image, capsys):
     _write(tmp_path / "s", image, 48, 2)
     for shard in range(1, 24, 2):
         (tmp_path / "s" / f"{shard:05d}.tar").unlink()
-    inspect(str(tmp_path / "s"), tmp_path / "sheet.png")
+    inspect(str(tmp_path / "s"), str(tmp_path / "sheet.png"))
     assert "contact sheet of 23 images; 1 more" in capsys.readouterr().out
 
 

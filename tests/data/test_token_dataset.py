@@ -160,3 +160,22 @@ def test_image_noise_depends_on_seed_and_epoch_and_on_no_other_noise(tmp_path, t
     order = SampleOrder(0, [50], 1, 1)
     by_epoch = [{order.at(p)[1]: first[p] for p in first if p // 50 == e} for e in (0, 1)]
     assert by_epoch[0] != by_epoch[1]
+
+
+def test_of_several_crops_each_epoch_draws_one(tmp_path, tokenizer):
+    samples, crops, epochs = 40, 3, 30
+    with ShardWriter(str(tmp_path), "tokens", META | {"crops": crops}) as writer:
+        for i in range(samples):
+            buffer = io.BytesIO()
+            numbers = (10 * i + np.arange(crops)).astype(np.uint16)
+            np.save(buffer, np.repeat(numbers[:, None], GRID**2, axis=1))
+            writer.write(f"{i:03d}", {"npy": buffer.getvalue(), "txt": b"a"})
+    order = SampleOrder(0, [samples], 4, 1)
+    dataset = TokenDataset(str(tmp_path), order, tokenizer, 8, "aa", GRID)
+    seen = [divmod(int(dataset[p].codes[0]), 10) for p in range(epochs * samples)]
+    assert seen == [divmod(int(dataset[p].codes[0]), 10) for p in range(epochs * samples)]
+    for i in range(samples):
+        drawn = [crop for sample, crop in seen if sample == i]
+        assert len(drawn) == epochs and set(drawn) == {0, 1, 2}
+    shares = [sum(crop == wanted for _, crop in seen) / len(seen) for wanted in range(crops)]
+    assert shares == pytest.approx([1 / 3] * 3, abs=0.05)

@@ -120,29 +120,6 @@ def test_half_of_the_random_crops_are_mirrored():
     assert not any("flipped" in Crops(8, 9, False, 0).name("0", crop) for crop in range(9))
 
 
-def test_training_draws_another_crop_each_epoch(config):
-    from dalle_dist.data.order import SampleOrder
-    from dalle_dist.data.token_dataset import TokenDataset
-    from dalle_dist.text_tokenizer.registry import load_text_tokenizer
-
-    encode(config, crops=3)
-    tokenizer = load_text_tokenizer("bpe", config.paths.tokenizer)
-    folder = f"{config.paths.tokens}/train"
-    shards = ShardSet(folder, "tokens")
-    order = SampleOrder(0, shards.sizes, 4, 2)
-    made_by = shards.index.meta["image_tokenizer"]
-    dataset = TokenDataset(folder, order, tokenizer, 8, made_by, 4)
-    known = {
-        tuple(codes): (shards.key(i), crop)
-        for i in range(len(shards))
-        for crop, codes in enumerate(np.load(io.BytesIO(shards.read(i)["npy"])).tolist())
-    }
-    seen = [known[tuple(dataset[p].codes.tolist())] for p in range(30 * len(shards))]
-    of_one = [crop for key, crop in seen if key == "007"]
-    assert len(of_one) == 30 and set(of_one) == {0, 1, 2}
-    assert 380 < sum(crop == 0 for _, crop in seen) < 480, "a third of 1,290"
-
-
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/4"])
 def test_a_share_that_makes_no_sense_is_one_line(text):
     with pytest.raises(DataError, match=r"write I/N, e\.g\. 1/4"):
