@@ -51,7 +51,7 @@ class Sizes:
     batches: int = 1_000
 
 
-SMOKE = Sizes(640, 100, 64, 40, 10, 2_000, 2_000, 2)
+SMOKE = Sizes(256, 50, 64, 20, 10, 2_000, 2_000, 2)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def by_pillow(folder: Path, augment: bool) -> None:
 
     def work(paths: Sequence[Path]) -> None:
         for path in paths:
-            with Image.open(path) as opened:
+            with Image.open(io.BytesIO(path.read_bytes())) as opened:
                 image = opened.convert("RGB")
             if augment:
                 PAPER(image, path.stem)
@@ -118,9 +118,10 @@ def floor_of_build(source: Path, out: Path) -> None:
     def work(paths: Sequence[Path]) -> None:
         with (out / paths[0].stem).open("wb") as file:
             for path in paths:
-                with Image.open(path) as opened:
+                data = path.read_bytes()
+                with Image.open(io.BytesIO(data)) as opened:
                     opened.load()
-                file.write(path.read_bytes())
+                file.write(data)
                 file.write(path.with_suffix(".txt").read_bytes())
 
     out.mkdir()
