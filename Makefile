@@ -118,6 +118,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.powersgd_math
 	$(BIN)/python -m benchmarks.powersgd_network --threads=1
 	$(BIN)/python -m benchmarks.fid --threads=1
+	$(BIN)/python -m benchmarks.data --threads=1
 	$(BIN)/python -m benchmarks.busy_machine
 
 # torch goes first: DeepSpeed's set-up imports it, and must not bring another one of its own.

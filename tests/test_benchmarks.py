@@ -38,6 +38,10 @@ MAY_BE_ZERO = {
         ("precision_cost", {"training step", "step time"}),
         ("dvae_step", {"training step", "speed"}),
         ("fid", {"features to distance", "time / ours", "error / exact distance"}),
+        (
+            "data",
+            {"tokens", "tokens from S3", "images", "8 loader processes", "build, 64x64"},
+        ),
         ("busy_machine", {"quiet", "beside one busy process"}),
         ("precision", {"held-out loss", "held-out loss / fp32's", "steps skipped"}),
     ],

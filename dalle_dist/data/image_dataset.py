@@ -25,6 +25,7 @@ from dalle_dist.data.source import SampleSource
 from dalle_dist.errors import DataError
 
 CACHE_BYTES = 256 << 20  # decoded images kept per process, for data sets that fit
+PIXEL_BYTES = 4  # as Pillow stores RGB
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,7 @@ class ImageDataset(Dataset):
             image = centre(image, self.image_size)
         else:
             image = self.augment(image, seed)
-        pixels_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        return ImageSample(key, self.source.caption(caption, seed), pixels_CHW, position)
+        return ImageSample(key, self.source.caption(caption, seed), _pixels(image), position)
 
     def _decode(self, place: Place) -> tuple[str, str, Image.Image] | None:
         known = place.shard, place.number
@@ -128,8 +128,9 @@ class ImageDataset(Dataset):
             self._corrupt(key)
             return None
         decoded = (key, caption, image)
-        size = 3 * image.width * image.height
-        if size <= self._room:
+        size = PIXEL_BYTES * image.width * image.height
+        # Of a set that does not fit, what is kept would hardly be asked for again.
+        if size <= self._room and size * len(self) <= CACHE_BYTES:
             self._room -= size
             self._decoded[known] = decoded
         return decoded
@@ -139,6 +140,14 @@ class ImageDataset(Dataset):
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(f"{self.shards.folder}: {key} cannot be decoded, skipped", stacklevel=3)
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """[C, H, W], uint8, of an image in RGB."""
+    # Pillow parts the colours of each row; what is left is to move rows, not single pixels.
+    rows_HCW = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)
+    rows_HCW = rows_HCW.reshape(image.height, 3, image.width)
+    return torch.from_numpy(rows_HCW.transpose(1, 0, 2).copy())
 
 
 def collate_images(samples: Sequence[ImageSample]) -> ImageBatch:

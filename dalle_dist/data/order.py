@@ -33,6 +33,18 @@ class Place(NamedTuple):
     number: int
 
 
+class Window(NamedTuple):
+    """Shards of a stream whose samples are mixed: the window's number in its stream and epoch.
+
+    end  a position; no sample of the stream from there on is in this window
+    """
+
+    epoch: int
+    stream: int
+    number: int
+    end: int
+
+
 class SampleOrder:
     """Each epoch visits every sample once.
 
@@ -62,11 +74,13 @@ class SampleOrder:
         shard, within = share.at(offset // self.streams)
         return Place(epoch, shard, self._mixed(shard).at(within))
 
-    def window(self, position: int) -> tuple[int, int, int]:
-        """(epoch, stream, window of shards) that sample `position` is in."""
+    def window(self, position: int) -> Window:
+        """The window of shards that sample `position` is in."""
         epoch, offset = divmod(position, self.samples)
-        stream = position % self.streams
-        return epoch, stream, self._share(epoch, stream).window(offset // self.streams)
+        share = self._share(epoch, position % self.streams)
+        number, end = share.window(offset // self.streams)
+        left = end - offset // self.streams
+        return Window(epoch, position % self.streams, number, position + left * self.streams)
 
     def shards_of(self, epoch: int, stream: int, window: int) -> list[int]:
         """Shards of a window; of the first one of the next epoch after the last."""
@@ -153,8 +167,10 @@ class _Share:
     def windows(self) -> int:
         return len(self._ends_of_windows)
 
-    def window(self, k: int) -> int:
-        return int(self._ends_of_windows.searchsorted(k, "right"))
+    def window(self, k: int) -> tuple[int, int]:
+        """(number of the window, the first sample after it) of the stream's sample `k`."""
+        window = int(self._ends_of_windows.searchsorted(k, "right"))
+        return window, int(self._ends_of_windows[window])
 
     def shards(self, window: int) -> list[int]:
         return self._shards[window * self._window : (window + 1) * self._window].tolist()
@@ -170,9 +186,8 @@ class _Share:
     def _mixed_window(self, k: int) -> tuple[int, KeyedPermutation]:
         known = self._mixed
         if known is None or not known[0] <= k < known[1]:
-            window = self.window(k)
+            window, end = self.window(k)
             begin = int(self._ends_of_windows[window - 1]) if window else 0
-            end = int(self._ends_of_windows[window])
             mixed = KeyedPermutation(end - begin, f"{self._key} {window}")
             known = self._mixed = (begin, end, mixed)
         return known[0], known[2]

@@ -38,13 +38,15 @@ class ShardPrefetch:
 
     def reading(self, position: int) -> None:
         """Sample `position` is about to be read."""
-        epoch, stream, window = self._order.window(position)
-        before = self._reading.get(stream)
-        if before == (epoch, window):
+        stream = position % self._order.streams
+        begin, end = self._reading.get(stream, (0, 0))
+        if begin <= position < end:
             return
-        self._reading[stream] = (epoch, window)
-        for ahead in (window, window + 1) if before is None else (window + 1,):
-            for shard in self._order.shards_of(epoch, stream, ahead):
+        window = self._order.window(position)
+        known = position == end  # the one before was read to its end, and this one fetched
+        self._reading[stream] = (position, window.end)
+        for ahead in (window.number + 1,) if known else (window.number, window.number + 1):
+            for shard in self._order.shards_of(window.epoch, stream, ahead):
                 self._want(shard)
 
     def _want(self, shard: int) -> None:

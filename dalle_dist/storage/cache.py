@@ -59,8 +59,9 @@ def fetch(store: Store, path: str, size: int | None, sha256: str | None) -> Path
     def attempt() -> Path:
         wanted = _wanted(store, path, size, sha256)
         copy = _place(path, wanted)
-        if _usable(copy, wanted):
+        if _usable(copy, wanted, compare=False):
             return copy
+        # Compared by one thread, while others that want it wait.
         with _lock_of(copy):
             if not _usable(copy, wanted):  # nobody else fetched it while this process waited
                 local.write(copy, lambda temporary: download.run(wanted, temporary))
@@ -93,13 +94,19 @@ def _place(path: str, wanted: Wanted) -> Path:
     return cache_folder() / "objects" / key[:2] / f"{key[:32]}-{name}"
 
 
-def _usable(copy: Path, wanted: Wanted) -> bool:
-    """Whether the copy is there and whole; a use of it is noted. Compared once per process."""
+def _usable(copy: Path, wanted: Wanted, compare: bool = True) -> bool:
+    """Whether the copy is there and whole; a use of it is noted. Compared once per process.
+
+    Args:
+        compare: if false, what this process has not yet compared counts as unusable.
+    """
     try:
         found = copy.stat()
         if found.st_size != wanted.size:
             return False
         if (str(copy), found.st_ino, wanted.sha256) not in _checked:
+            if not compare:
+                return False
             if wanted.sha256 and local.sha256_of(copy) != wanted.sha256:
                 return False
             _remember(copy, wanted)

@@ -1,14 +1,19 @@
 import gc
+import io
 import os
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import Dataset
 
+from dalle_dist.data import image_dataset
 from dalle_dist.data.augment import Augmentation
+from dalle_dist.data.decode import decode_sample
 from dalle_dist.data.image_dataset import ImageDataset, collate_images
 from dalle_dist.data.loader import batches
 from dalle_dist.data.notes import Notes
@@ -25,6 +30,35 @@ def _write_images(folder, image, corrupt=()):
             data = b"not an image" if i in corrupt else image((i, 0, 0))
             writer.write(f"{i:03d}", {"png": data, "txt": f"number {i}".encode()})
     return str(folder)
+
+
+def test_pixels_are_those_of_the_image(tmp_path):
+    pixels_HWC = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(buffer, format="PNG")
+    with ShardWriter(str(tmp_path / "s"), "images", {}) as writer:
+        writer.write("a", {"png": buffer.getvalue()})
+    found = ImageDataset(str(tmp_path / "s"), None, 8, None, 0).read(0).image_CHW
+    assert found.is_contiguous()
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels_HWC)
+
+
+@pytest.mark.parametrize(("missing", "decoded"), [(0, N), (1, 2 * N)])
+def test_decoded_images_are_kept_only_of_a_set_that_fits(
+    tmp_path, image, monkeypatch, missing, decoded
+):
+    calls = []
+
+    def counted(files):
+        calls.append(files["txt"])
+        return decode_sample(files)
+
+    monkeypatch.setattr(image_dataset, "CACHE_BYTES", N * 4 * 8 * 8 - missing)
+    monkeypatch.setattr(image_dataset, "decode_sample", counted)
+    dataset = ImageDataset(_write_images(tmp_path / "s", image), None, 8, None, 0)
+    for i in (*range(N), *range(N)):
+        dataset.read(i)
+    assert len(calls) == decoded
 
 
 def _order(seed=0):
