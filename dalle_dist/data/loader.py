@@ -1,17 +1,15 @@
 """The micro-batches of a rank, made by loader processes from any data set.
 
-What a loader process finds amiss, and its errors, travel with the micro-batches: processes share
-nothing that a kill could leave behind.
+What a loader process finds amiss, and its errors, travel with the micro-batches, whose tensors go
+through memory without a name (`slots.py`): a kill leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import gc
-import io
 import mmap
 import multiprocessing
 import os
-import pickle
 import struct
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +17,13 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dalle_dist.data.notes import Notes
+from dalle_dist.data.slots import Packed, Slots
 from dalle_dist.errors import ConfigError, DataError, UserError
 
+AHEAD = 2  # micro-batches that each loader process makes before they are asked for
 ENDING = 5.0  # seconds within which a loader process that has closed its pipe is gone
 NOW_READ = struct.Struct("qq")  # a loader process and the position that it reads
 
@@ -87,42 +85,15 @@ class _Loaded:
     batch: Any = None
     notes: Notes = field(default_factory=Notes)
     error: str = ""
-    packed: bool = False
-
-    def unpacked(self) -> _Loaded:
-        if not self.packed:
-            return self
-        return _Loaded(pickle.loads(self.batch), self.notes, self.error)
-
-    def pin_memory(self) -> _Loaded:
-        from torch.utils.data._utils.pin_memory import pin_memory
-
-        loaded = self.unpacked()
-        return _Loaded(pin_memory(loaded.batch), loaded.notes, loaded.error)
-
-
-class _Packer(pickle.Pickler):
-    """Tensors by value: torch would put them into shared memory, which has a name for a while."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return torch.from_numpy, (value.numpy(),)
-        return NotImplemented
-
-
-def _packed(batch: Any) -> bytes:
-    buffer = io.BytesIO()
-    _Packer(buffer, pickle.HIGHEST_PROTOCOL).dump(batch)
-    return buffer.getvalue()
 
 
 class _ByPositions(Dataset):
     """Whole micro-batches of a data set, by their positions."""
 
     def __init__(
-        self, dataset: Any, collate: Callable[[Sequence[Any]], Any], now: mmap.mmap
+        self, dataset: Any, collate: Callable[[Sequence[Any]], Any], now: mmap.mmap, slots: Slots
     ) -> None:
-        self.dataset, self.collate, self._now = dataset, collate, now
+        self.dataset, self.collate, self._now, self._slots = dataset, collate, now, slots
 
     def __getitems__(self, positions: list[int]) -> _Loaded:
         worker, process = get_worker_info(), os.getpid()
@@ -142,7 +113,7 @@ class _ByPositions(Dataset):
         notes = getattr(self.dataset, "notes", None)
         notes = notes.take() if notes is not None else Notes()
         batch = self.collate(samples)
-        return _Loaded(batch, notes) if worker is None else _Loaded(_packed(batch), notes, "", True)
+        return _Loaded(batch if worker is None else self._slots.pack(worker.id, batch), notes)
 
 
 class MicroBatches:
@@ -160,13 +131,14 @@ class MicroBatches:
         # Anonymous: it ends with the processes, however they end.
         self._now = mmap.mmap(-1, max(workers, 1) * NOW_READ.size)
         self._dataset, self._notes = dataset, notes
+        self._slots, self._pin_memory = Slots(workers, AHEAD), pin_memory
         loader = DataLoader(
-            _ByPositions(dataset, collate, self._now),
+            _ByPositions(dataset, collate, self._now, self._slots),
             batch_sampler=sampler,
             num_workers=workers,
             collate_fn=_as_it_is,
             persistent_workers=workers > 0,
-            pin_memory=pin_memory,
+            prefetch_factor=AHEAD if workers else None,
         )
         self._loader = _started(loader) if workers else iter(loader)
 
@@ -181,7 +153,9 @@ class MicroBatches:
         if loaded.error:
             raise DataError(loaded.error)
         self._notes.add(loaded.notes)
-        return loaded.unpacked().batch
+        packed = isinstance(loaded.batch, Packed)
+        batch = self._slots.unpack(loaded.batch) if packed else loaded.batch
+        return pinned(batch) if self._pin_memory else batch
 
     def failure(self, error: Exception) -> DataError | None:
         """What to raise for an error of torch's, which may come at any time, of a loader's end."""
@@ -204,6 +178,13 @@ class MicroBatches:
             ended = connection.wait(list(alive), timeout=ENDING)
             return known & {alive[sentinel].pid for sentinel in ended}  # type: ignore[index]
         return known - {child.pid for child in alive.values()}
+
+
+def pinned(batch: Any) -> Any:
+    """The same in memory that a GPU copies from without waiting."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    return pin_memory(batch)
 
 
 def described(dataset: Any, position: int) -> str:
