@@ -43,7 +43,7 @@ class Sizes:
 
     tokens: int = 32_000
     samples_per_shard: int = 1_000
-    jpegs: int = 2_048
+    jpegs: int = 8_192
     small_pngs: int = 10_000
     large_pngs: int = 2_000
     shards_to_resume: int = 100_000
