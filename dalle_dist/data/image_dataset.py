@@ -32,7 +32,7 @@ PIXEL_BYTES = 4  # as Pillow stores RGB
 class ImageSample:
     key: str
     caption: str
-    image_CHW: Tensor  # uint8
+    image_CHW: Tensor  # uint8, channels last in memory
     position: int
 
 
@@ -40,7 +40,7 @@ class ImageSample:
 class ImageBatch:
     keys: list[str]
     captions: list[str]
-    image_BCHW: Tensor  # uint8
+    image_BCHW: Tensor  # uint8, channels last in memory
     positions: Tensor  # int64
 
     def pin_memory(self) -> ImageBatch:
@@ -143,17 +143,20 @@ class ImageDataset(Dataset):
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """[C, H, W], uint8, of an image in RGB."""
-    # Pillow parts the colours of each row; what is left is to move rows, not single pixels.
-    rows_HCW = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8)
-    rows_HCW = rows_HCW.reshape(image.height, 3, image.width)
-    return torch.from_numpy(rows_HCW.transpose(1, 0, 2).copy())
+    """[C, H, W], uint8, of an image in RGB; its colours lie beside one another, as in the image."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def stacked(images_CHW: Sequence[Tensor]) -> Tensor:
+    """images_BCHW; whole rows of them are copied, where `torch.stack` would copy each number."""
+    rows_BHWC = torch.stack([image_CHW.permute(1, 2, 0) for image_CHW in images_CHW])
+    return rows_BHWC.permute(0, 3, 1, 2)
 
 
 def collate_images(samples: Sequence[ImageSample]) -> ImageBatch:
     return ImageBatch(
         [sample.key for sample in samples],
         [sample.caption for sample in samples],
-        torch.stack([sample.image_CHW for sample in samples]),
+        stacked([sample.image_CHW for sample in samples]),
         torch.tensor([sample.position for sample in samples]),
     )

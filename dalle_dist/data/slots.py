@@ -11,6 +11,7 @@ import mmap
 import pickle
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,9 +70,18 @@ class _Pickler(pickle.Pickler):
     """Tensors as arrays: torch's own reduction would put them into memory with a name."""
 
     def reducer_override(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return torch.from_numpy, (value.numpy(),)
-        return NotImplemented
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        # Only an array whose numbers lie in its own order can be left out of the pickle.
+        order = sorted(range(value.ndim), key=value.stride, reverse=True)
+        dense = value.permute(order)
+        if not dense.is_contiguous():
+            order, dense = [*range(value.ndim)], value.contiguous()
+        return _restored, (dense.numpy(), [order.index(i) for i in range(value.ndim)])
+
+
+def _restored(dense: np.ndarray, order: list[int]) -> Tensor:
+    return torch.from_numpy(dense).permute(order)
 
 
 def _dumps(batch: Any, buffers: list[pickle.PickleBuffer] | None) -> bytes:

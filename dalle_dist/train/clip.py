@@ -102,7 +102,8 @@ class CLIPStage(Stage):
         images_BCHW, text_BT, captions_B = (
             part.to(device, non_blocking=True) for part in micro_batch
         )
-        loss, scale = engine(images_BCHW.float() / 255, text_BT, captions_B)
+        images_BCHW = images_BCHW.contiguous().float() / 255
+        loss, scale = engine(images_BCHW, text_BT, captions_B)
         loss = loss / self.settings.batch_size
         share = len(images_BCHW) / self.settings.batch_size
         return loss, torch.stack([loss, share * scale])

@@ -38,6 +38,18 @@ def test_what_is_unpacked_is_its_own_and_outlives_its_slot():
         assert_equal(memory.unpack(packed[i]), made(i))
 
 
+def test_tensors_keep_their_layout_and_go_by_the_slot():
+    memory = Slots(workers=1, ahead=0)
+    rows = torch.arange(2 * 3 * 40 * 50).view(2, 40, 50, 3)
+    for tensor in (rows.permute(0, 3, 1, 2), rows, rows[0, 0, 0, 0], rows.permute(3, 2, 1, 0)):
+        packed = memory.pack(0, tensor)
+        found = memory.unpack(packed)
+        assert torch.equal(found, tensor) and found.stride() == tensor.stride()
+        assert len(packed.data) < 400
+    part = rows[:, ::2]
+    assert torch.equal(memory.unpack(memory.pack(0, part)), part)
+
+
 def test_processes_have_slots_of_their_own():
     memory = Slots(workers=2, ahead=0)
     ours, theirs = memory.pack(0, made(1)), memory.pack(1, made(2))
