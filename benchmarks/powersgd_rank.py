@@ -36,6 +36,7 @@ from dalle_dist.optim.adamw import AdamW
 from dalle_dist.optim.param_groups import param_groups
 from dalle_dist.optim.plateau_schedule import PlateauSchedule
 from dalle_dist.text_tokenizer.bpe import Tokenizer
+from dalle_dist.train.data import training_order
 from dalle_dist.transformer.blocks import resblock_map
 from dalle_dist.transformer.layout import counted_text_targets
 from dalle_dist.transformer.loss import weighted
@@ -164,7 +165,7 @@ def token_batches(config: Config, ranks: Ranks) -> Iterator[TokenSample]:
     index = ShardIndex.load(folder)
     dataset = TokenDataset(
         folder,
-        index.order(config.seed, config.data.shuffle_shards),
+        training_order(folder, config, config.train, ranks),
         Tokenizer.load(config.paths.tokenizer),
         config.transformer.text_tokens,
         fingerprint=index.meta["image_tokenizer"],
