@@ -54,6 +54,7 @@ class Slots:
             for size in packed.sizes:
                 buffers.append(bytearray(memory[place : place + size]))
                 place += _padded(size)
+        # What a process forked from this one has packed; never a file.
         return pickle.loads(packed.data, buffers=buffers)
 
 

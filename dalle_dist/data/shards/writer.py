@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
 import tarfile
 import tempfile
@@ -17,6 +16,7 @@ from dalle_dist.data.shards.index import ShardInfo, refuse_used, write_index
 from dalle_dist.data.shards.side_file import Extents, SideRows, side_name
 from dalle_dist.data.shards.tar_header import tar_header
 from dalle_dist.errors import DataError
+from dalle_dist.storage.local import sha256_of
 
 
 class _ShardFile:
@@ -166,12 +166,3 @@ def write_shard(
         raise storage.not_written(storage.join(folder, name), error) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
