@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from dalle_dist.data.shards import ShardSet
-from dalle_dist.data.source import RANDOM_LINE, caption_lines
+from dalle_dist.data.shards.index import RANDOM_LINE
+from dalle_dist.data.source import caption_lines
 
 SHARDS = 1_000  # a sample comes from so many shards, or from more where they hold too few captions
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from dalle_dist.data.contact_sheet import write_contact_sheet
 from dalle_dist.data.shards import ShardSet, parts_of
-from dalle_dist.data.source import RANDOM_LINE, caption_lines
+from dalle_dist.data.shards.index import RANDOM_LINE
+from dalle_dist.data.source import caption_lines
 from dalle_dist.data.token_dataset import NpyReader
 from dalle_dist.errors import DataError
 from dalle_dist.text_tokenizer.bpe import Tokenizer

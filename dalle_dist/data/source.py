@@ -9,9 +9,8 @@ from dalle_dist.data.notes import Notes
 from dalle_dist.data.order import Place, SampleOrder
 from dalle_dist.data.prefetch import ShardPrefetch
 from dalle_dist.data.shards import DamagedShard, ShardSet
+from dalle_dist.data.shards.index import RANDOM_LINE
 from dalle_dist.errors import DataError
-
-RANDOM_LINE = "random-line"  # value of "captions" in the meta of shards whose samples have several
 
 
 class SampleSource:

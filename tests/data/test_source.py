@@ -5,7 +5,8 @@ import pytest
 from dalle_dist.data.notes import Notes
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.shards import DamagedShard, ShardWriter
-from dalle_dist.data.source import RANDOM_LINE, SampleSource, require_few
+from dalle_dist.data.shards.index import RANDOM_LINE
+from dalle_dist.data.source import SampleSource, require_few
 from dalle_dist.errors import DataError
 
 SHARDS = 8

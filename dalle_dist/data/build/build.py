@@ -10,7 +10,6 @@ from typing import Any
 from tqdm import tqdm
 
 from dalle_dist import storage
-from dalle_dist.data.build import captions
 from dalle_dist.data.build.options import Options
 from dalle_dist.data.build.plan import PARTS, Plan
 from dalle_dist.data.build.report import Report
@@ -19,6 +18,7 @@ from dalle_dist.data.build.sources import plan_of
 from dalle_dist.data.pool import make_units
 from dalle_dist.data.shard_job import Job, Record
 from dalle_dist.data.shards import ShardIndex
+from dalle_dist.data.shards.index import RANDOM_LINE
 
 
 def build(source: str, out: str, options: Options) -> None:
@@ -51,7 +51,7 @@ def run(
     """
     meta: dict[str, Any] = {"source": Path(source).name, "size": recipe.size}
     if recipe.caption == "random":
-        meta["captions"] = captions.RANDOM_LINE
+        meta["captions"] = RANDOM_LINE
     job = Job(out, "images", meta, plan.units, plan.digest, PARTS)
     job.open()
     _make(job, plan, processes or len(os.sched_getaffinity(0)), part)

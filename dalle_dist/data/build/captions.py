@@ -12,7 +12,6 @@ from dalle_dist.errors import DataError
 
 FROM = ("beside", "folder", "file")  # beside: NAME.txt; else the name of the folder, or of the file
 CHOICES = ("first-line", "all", "random")
-RANDOM_LINE = "random-line"  # in the index: a caption per line, one to be drawn per epoch
 NO_CAPTION = "no caption"
 # The longer marks first: UTF-32's begins with UTF-16's.
 MARKS = (

@@ -17,6 +17,8 @@ from dalle_dist import storage
 from dalle_dist.errors import DataError
 
 INDEX = "index.json"
+# Value of "captions" in the meta: a sample has one to a line, of which each epoch draws one.
+RANDOM_LINE = "random-line"
 PARTS = ("train", "held-out")
 
 
