@@ -37,9 +37,7 @@ def write_contact_sheet(shards: ShardSet, path: str) -> None:
 
 
 def _spread(shards: ShardSet) -> list[int]:
-    held = np.flatnonzero(shards.sizes)
-    if len(held) > SIDE:
-        held = held[np.arange(SIDE) * len(held) // SIDE]
-    numbers = np.concatenate([shards.first(i) + np.arange(shards.sizes[i]) for i in held])
+    chosen = shards.evenly(SIDE)
+    numbers = np.concatenate([shards.first(i) + np.arange(shards.sizes[i]) for i in chosen])
     count = min(len(numbers), SIDE * SIDE)
     return [int(number) for number in numbers[np.arange(count) * len(numbers) // count]]

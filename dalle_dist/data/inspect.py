@@ -64,13 +64,6 @@ def inspect(folder: str, contact_sheet: str | None, block: TextBlock | None = No
         write_contact_sheet(sets[0], contact_sheet)
 
 
-def evenly(shards: ShardSet, most: int) -> list[int]:
-    """Shards that hold samples, evenly spread: `most` of them where there are more."""
-    held = np.flatnonzero(shards.sizes)
-    count = min(len(held), most)
-    return [int(held[i * len(held) // count]) for i in range(count)]
-
-
 @dataclass
 class _Look:
     """What the side files of some shards say."""
@@ -98,7 +91,7 @@ def _look(shards: ShardSet, chosen: Sequence[int]) -> _Look:
 
 
 def _print(shards: ShardSet, block: TextBlock | None) -> None:
-    index, chosen = shards.index, evenly(shards, SHARDS)
+    index, chosen = shards.index, shards.evenly(SHARDS)
     print(
         f"{shards.folder}: {len(shards)} {index.kind} in {len(shards.sizes)} shards, "
         f"{index.shards.bytes} bytes"
@@ -141,7 +134,7 @@ def _of_sizes(look: _Look) -> Iterator[tuple[str, str]]:
 def _of_codes(shards: ShardSet) -> Iterator[tuple[str, str]]:
     meta, npy = shards.index.meta, NpyReader()
     yield "image tokenizer", str(meta.get("image_tokenizer", "unknown"))
-    used, chosen = set[int](), evenly(shards, TOKEN_SHARDS)
+    used, chosen = set[int](), shards.evenly(TOKEN_SHARDS)
     shapes = Counter[tuple[int, int]]()  # crops, codes of each
     for shard in chosen:
         for number in range(int(shards.sizes[shard])):

@@ -59,10 +59,9 @@ class Captions:
 
 
 def _some(shards: ShardSet) -> list[str]:
-    count = min(len(shards.sizes), SHARDS)
-    found: list[str] = []
-    for i in range(count):
-        texts = shards.captions(i * len(shards.sizes) // count)
-        most = min(len(texts), -(-CAPTIONS // count))
+    chosen, found = shards.evenly(SHARDS), list[str]()
+    for shard in chosen:
+        texts = shards.captions(shard)
+        most = min(len(texts), -(-CAPTIONS // len(chosen)))
         found += [texts[j * len(texts) // most] for j in range(most)]
     return found

@@ -75,6 +75,12 @@ class ShardSet:
         """Of the samples, the first that lies in `shard`."""
         return int(self._ends[shard] - self.sizes[shard])
 
+    def evenly(self, most: int) -> list[int]:
+        """Shards that hold samples, evenly spread: `most` of them where there are more."""
+        held = np.flatnonzero(self.sizes)
+        count = min(len(held), most)
+        return [int(held[i * len(held) // count]) for i in range(count)]
+
     def read(self, i: int) -> dict[str, bytes]:
         """Sample `i`: contents by extension, and its key under "__key__"."""
         return self.read_at(*self.place(i))
