@@ -14,14 +14,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from dalle_dist.data.augment import Augmentation, centre
 from dalle_dist.data.decode import decode_sample
-from dalle_dist.data.notes import Notes
 from dalle_dist.data.order import Place, SampleOrder
-from dalle_dist.data.shards import ShardSet
-from dalle_dist.data.source import SampleSource
+from dalle_dist.data.source import SampleSource, SourceDataset
 from dalle_dist.errors import DataError
 
 CACHE_BYTES = 256 << 20  # decoded images kept per process, for data sets that fit
@@ -50,7 +47,7 @@ class ImageBatch:
         )
 
 
-class ImageDataset(Dataset):
+class ImageDataset(SourceDataset):
     """Images of a folder of image shards; with an order, by position in the endless stream.
 
     An image that cannot be decoded is noted, named once in a warning, and replaced by the next
@@ -73,25 +70,9 @@ class ImageDataset(Dataset):
         self._room = CACHE_BYTES
 
     @property
-    def shards(self) -> ShardSet:
-        return self.source.shards
-
-    @property
-    def notes(self) -> Notes:
-        """On what this process has read."""
-        return self.source.notes
-
-    @property
     def corrupt(self) -> int:
         """Images that this process has found undecodable."""
         return len(self._warned)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def describe(self, position: int) -> str:
-        """A sample in words, for an error."""
-        return self.source.describe(position)
 
     def __getitem__(self, position: int) -> ImageSample:
         place = self.source.reading(position)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+from torch.utils.data import Dataset
+
 from dalle_dist.data.notes import Notes
 from dalle_dist.data.order import Place, SampleOrder
 from dalle_dist.data.prefetch import ShardPrefetch
@@ -107,6 +109,28 @@ class SampleSource:
         self._bad.add(shard)
         self.notes.quarantined[name] = str(error)
         require_few(len(self._bad), self.bad_shards, str(error))
+
+
+class SourceDataset(Dataset):
+    """What data sets of shards have in common; `__getitem__` is theirs."""
+
+    source: SampleSource
+
+    @property
+    def shards(self) -> ShardSet:
+        return self.source.shards
+
+    @property
+    def notes(self) -> Notes:
+        """On what this process has read."""
+        return self.source.notes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def describe(self, position: int) -> str:
+        """A sample in words, for an error."""
+        return self.source.describe(position)
 
 
 def caption_lines(text: str) -> list[str]:

@@ -15,12 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from dalle_dist.data.notes import Notes
 from dalle_dist.data.order import SampleOrder
-from dalle_dist.data.shards import ShardSet
-from dalle_dist.data.source import SampleSource
+from dalle_dist.data.source import SampleSource, SourceDataset
 from dalle_dist.errors import DataError
 from dalle_dist.text_tokenizer.protocol import PAD, TextTokenizer
 
@@ -53,7 +50,7 @@ class TokenSample(NamedTuple):
     seen: Tensor
 
 
-class TokenDataset(Dataset):
+class TokenDataset(SourceDataset):
     """Samples of a folder of token shards; with an order, by position in the endless stream.
 
     Captions longer than the text block are cut. Of several crops of an image, (seed, epoch, sample)
@@ -86,22 +83,6 @@ class TokenDataset(Dataset):
                     f"{folder}: tokens of {name.replace('_', ' ')} {meta.get(name)}, but the run's "
                     f"is {wanted}; encode the images again"
                 )
-
-    @property
-    def shards(self) -> ShardSet:
-        return self.source.shards
-
-    @property
-    def notes(self) -> Notes:
-        """On what this process has read."""
-        return self.source.notes
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def describe(self, position: int) -> str:
-        """A sample in words, for an error."""
-        return self.source.describe(position)
 
     def key(self, index: int) -> str:
         """Key of the image that sample `index` was made from."""
