@@ -58,7 +58,7 @@ def workers(folder: str, count: int) -> dict[str, float]:
     idle = _idle_forks()
     stream = batches(
         _Places(folder), batch_size=BATCH, micro_batch=BATCH, rank=0, world=1, start=START,
-        workers=WORKERS, collate=torch.tensor,
+        workers=WORKERS, collate=lambda places: torch.tensor(list(places)),
     )  # fmt: skip
     for _ in range(WORKERS * count):
         next(stream)

@@ -32,8 +32,7 @@ class Augmentation:
         image = _crop(image, side, x, y)
         low, high = round(self.crop_min * self.size), round(self.crop_max * self.size)
         side = generator.randint(low, high if side <= low else min(side, high))
-        image = _resize(image, side)
-        image = _crop(image, self.size, generator.random(), generator.random())
+        image = _resized_part(image, side, self.size, generator.random(), generator.random())
         if self.flip and generator.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image
@@ -42,15 +41,24 @@ class Augmentation:
 def centre(image: Image.Image, size: int) -> Image.Image:
     """The centred square of an image, area-averaged to size x size."""
     square = _crop(image, min(image.size), 0.5, 0.5)
-    return _resize(square, size)
+    return _resized_part(square, size, size, 0.0, 0.0)
 
 
-def _resize(square: Image.Image, side: int) -> Image.Image:
+def _resized_part(square: Image.Image, side: int, size: int, x: float, y: float) -> Image.Image:
+    """The size x size part at (x, y) of the square resized to side x side.
+
+    Of what is cut off nothing is computed. Where a pixel's middle lies on the border between two
+    areas, it counts to that to which float64's rounding takes it.
+    """
     if square.width == side:
-        return square
+        return _crop(square, size, x, y)
     # A box of less than one pixel would repeat pixels.
     filter_ = Image.Resampling.BOX if side < square.width else Image.Resampling.BICUBIC
-    return square.resize((side, side), filter_)
+    left, top = int(x * (side - size + 1)), int(y * (side - size + 1))
+    scale = square.width / side
+    # Rounding may take an end beyond the square.
+    right, bottom = (min((start + size) * scale, square.width) for start in (left, top))
+    return square.resize((size, size), filter_, (left * scale, top * scale, right, bottom))
 
 
 def _crop(image: Image.Image, side: int, x: float, y: float) -> Image.Image:

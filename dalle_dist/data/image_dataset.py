@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,9 @@ from torch import Tensor
 
 from dalle_dist.data.augment import Augmentation, centre
 from dalle_dist.data.decode import decode_sample
+from dalle_dist.data.loader import Samples
 from dalle_dist.data.order import Place, SampleOrder
+from dalle_dist.data.slots import empty
 from dalle_dist.data.source import SampleSource, SourceDataset
 from dalle_dist.errors import DataError
 
@@ -29,8 +30,13 @@ PIXEL_BYTES = 4  # as Pillow stores RGB
 class ImageSample:
     key: str
     caption: str
-    image_CHW: Tensor  # uint8, channels last in memory
+    image: Image.Image  # RGB, of the data set's image size
     position: int
+
+    @property
+    def image_CHW(self) -> Tensor:
+        """uint8, channels last in memory."""
+        return torch.from_numpy(np.array(self.image)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class ImageDataset(SourceDataset):
             image = centre(image, self.image_size)
         else:
             image = self.augment(image, seed)
-        return ImageSample(key, self.source.caption(caption, seed), _pixels(image), position)
+        return ImageSample(key, self.source.caption(caption, seed), image, position)
 
     def _decode(self, place: Place) -> tuple[str, str, Image.Image] | None:
         known = place.shard, place.number
@@ -123,21 +129,16 @@ class ImageDataset(SourceDataset):
             warnings.warn(f"{self.shards.folder}: {key} cannot be decoded, skipped", stacklevel=3)
 
 
-def _pixels(image: Image.Image) -> Tensor:
-    """[C, H, W], uint8, of an image in RGB; its colours lie beside one another, as in the image."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def stacked(images_CHW: Sequence[Tensor]) -> Tensor:
-    """images_BCHW; whole rows of them are copied, where `torch.stack` would copy each number."""
-    rows_BHWC = torch.stack([image_CHW.permute(1, 2, 0) for image_CHW in images_CHW])
-    return rows_BHWC.permute(0, 3, 1, 2)
-
-
-def collate_images(samples: Sequence[ImageSample]) -> ImageBatch:
-    return ImageBatch(
-        [sample.key for sample in samples],
-        [sample.caption for sample in samples],
-        stacked([sample.image_CHW for sample in samples]),
-        torch.tensor([sample.position for sample in samples]),
-    )
+def collate_images(samples: Samples[ImageSample]) -> ImageBatch:
+    """One batch. Each image is copied into it while it is in the processor's cache."""
+    keys, captions, positions = list[str](), list[str](), list[int]()
+    rows_BHWC = torch.empty(0)
+    for i, sample in enumerate(samples):
+        row_HWC = np.asarray(sample.image)
+        if not i:
+            rows_BHWC = empty((len(samples), *row_HWC.shape), torch.uint8)
+        rows_BHWC.numpy()[i] = row_HWC
+        keys.append(sample.key)
+        captions.append(sample.caption)
+        positions.append(sample.position)
+    return ImageBatch(keys, captions, rows_BHWC.permute(0, 3, 1, 2), torch.tensor(positions))

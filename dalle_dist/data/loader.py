@@ -12,10 +12,11 @@ import multiprocessing
 import os
 import struct
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import connection
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -26,6 +27,14 @@ from dalle_dist.errors import ConfigError, DataError, UserError
 AHEAD = 2  # micro-batches that each loader process makes before they are asked for
 ENDING = 5.0  # seconds within which a loader process that has closed its pipe is gone
 NOW_READ = struct.Struct("qq")  # a loader process and the position that it reads
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Samples(Sized, Iterable[T_co], Protocol[T_co]):
+    """Those of a micro-batch, each read when it is asked for; once."""
+
+
+Collate = Callable[[Samples[Any]], Any]
 
 
 def batches(
@@ -37,7 +46,7 @@ def batches(
     world: int,
     start: int,
     workers: int,
-    collate: Callable[[Sequence[Any]], Any],
+    collate: Collate,
     notes: Notes | None = None,
     pin_memory: bool = False,
 ) -> MicroBatches:
@@ -48,6 +57,7 @@ def batches(
     the streams that it owns. The union over ranks is the same for any number of ranks or workers.
 
     Args:
+        collate: makes a micro-batch of its samples.
         notes: what the data set notes on its samples is added here as they come.
 
     Raises:
@@ -87,33 +97,47 @@ class _Loaded:
     error: str = ""
 
 
+class _Reading:
+    """The samples at some positions, each read when it is asked for."""
+
+    def __init__(self, dataset: Any, positions: list[int], now: Callable[[int], None]) -> None:
+        self._dataset, self._positions, self._now = dataset, positions, now
+        self.position = positions[0]  # read last
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __iter__(self) -> Iterator[Any]:
+        for position in self._positions:
+            self.position = position
+            self._now(position)
+            yield self._dataset[position]
+
+
 class _ByPositions(Dataset):
     """Whole micro-batches of a data set, by their positions."""
 
-    def __init__(
-        self, dataset: Any, collate: Callable[[Sequence[Any]], Any], now: mmap.mmap, slots: Slots
-    ) -> None:
+    def __init__(self, dataset: Any, collate: Collate, now: mmap.mmap, slots: Slots) -> None:
         self.dataset, self.collate, self._now, self._slots = dataset, collate, now, slots
 
     def __getitems__(self, positions: list[int]) -> _Loaded:
         worker, process = get_worker_info(), os.getpid()
         place = worker.id * NOW_READ.size if worker is not None else 0
-        samples = []
-        for position in positions:
-            NOW_READ.pack_into(self._now, place, process, position)
-            try:
-                samples.append(self.dataset[position])
-            except UserError as error:
-                return _Loaded(error=str(error))
-            except Exception as error:
-                if worker is None:
-                    raise
-                traceback.print_exc()
-                return _Loaded(error=f"{described(self.dataset, position)}: {error!r}")
+        reading = _Reading(
+            self.dataset, positions, partial(NOW_READ.pack_into, self._now, place, process)
+        )
+        make = partial(self.collate, reading)
+        try:
+            batch = make() if worker is None else self._slots.pack(worker.id, make)
+        except UserError as error:
+            return _Loaded(error=str(error))
+        except Exception as error:
+            if worker is None:
+                raise
+            traceback.print_exc()
+            return _Loaded(error=f"{described(self.dataset, reading.position)}: {error!r}")
         notes = getattr(self.dataset, "notes", None)
-        notes = notes.take() if notes is not None else Notes()
-        batch = self.collate(samples)
-        return _Loaded(batch if worker is None else self._slots.pack(worker.id, batch), notes)
+        return _Loaded(batch, notes.take() if notes is not None else Notes())
 
 
 class MicroBatches:
@@ -124,7 +148,7 @@ class MicroBatches:
         dataset: Dataset,
         sampler: _Positions,
         workers: int,
-        collate: Callable[[Sequence[Any]], Any],
+        collate: Collate,
         notes: Notes,
         pin_memory: bool,
     ) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle_dist.data.loader import Samples
 from dalle_dist.data.order import SampleOrder
 from dalle_dist.data.source import SampleSource, SourceDataset
 from dalle_dist.errors import DataError
@@ -155,6 +155,6 @@ class NpyReader:
         return np.frombuffer(data, dtype, offset=length).reshape(shape)
 
 
-def collate_tokens(samples: Sequence[TokenSample]) -> TokenSample:
+def collate_tokens(samples: Samples[TokenSample]) -> TokenSample:
     """A batch: each part stacked."""
     return TokenSample(*map(torch.stack, zip(*samples, strict=True)))

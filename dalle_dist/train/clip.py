@@ -19,8 +19,9 @@ from dalle_dist.clip.hugging_face import library
 from dalle_dist.clip.model import LossCLIP, decayed, end_of_text
 from dalle_dist.config import CLIPTrainConfig, Config
 from dalle_dist.data.augment import Augmentation
-from dalle_dist.data.image_dataset import ImageDataset, ImageSample
+from dalle_dist.data.image_dataset import ImageDataset, ImageSample, collate_images
 from dalle_dist.data.labelled_grid import grid, to_image
+from dalle_dist.data.loader import Samples
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.engine.deepspeed.settings import deepspeed_config
@@ -88,12 +89,12 @@ class CLIPStage(Stage):
     def schedule(self) -> CosineSchedule:
         return CosineSchedule(self.settings)
 
-    def collate(self, samples: Sequence[ImageSample]) -> Encoded:
+    def collate(self, samples: Samples[ImageSample]) -> Encoded:
         # No BPE dropout: the paper has none, and it costs a short run much (docs/log.md).
         length, end = self.config.clip.text_tokens, end_of_text(self.config)
-        ids = [caption_ids(self.tokenizer, sample.caption, length, end) for sample in samples]
-        images_BCHW = torch.stack([sample.image_CHW for sample in samples])
-        return images_BCHW, torch.tensor(ids), torch.tensor([hashed(row) for row in ids])
+        batch = collate_images(samples)
+        ids = [caption_ids(self.tokenizer, caption, length, end) for caption in batch.captions]
+        return batch.image_BCHW, torch.tensor(ids), torch.tensor([hashed(row) for row in ids])
 
     def loss(
         self, engine: Engine, micro_batch: Encoded, counts: Sequence[float], step: int

@@ -19,6 +19,7 @@ from dalle_dist.config import Config, DVAETrainConfig, StageConfig
 from dalle_dist.data.augment import Augmentation
 from dalle_dist.data.image_dataset import ImageBatch, ImageDataset, ImageSample, collate_images
 from dalle_dist.data.labelled_grid import grid, to_image
+from dalle_dist.data.loader import Samples
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.dvae.loss_model import LossDVAE, gumbel_noise, start_at_data
 from dalle_dist.engine.deepspeed.build import build_engine
@@ -91,7 +92,7 @@ class DVAEStage(Stage):
     def schedule(self) -> DVAESchedule:
         return DVAESchedule(self.config.dvae_train)
 
-    def collate(self, samples: Sequence[ImageSample]) -> ImageBatch:
+    def collate(self, samples: Samples[ImageSample]) -> ImageBatch:
         return collate_images(samples)
 
     def loss(

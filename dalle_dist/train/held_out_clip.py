@@ -15,6 +15,7 @@ from dalle_dist.clip.loss import contrastive_loss
 from dalle_dist.clip.model import LARGEST_LOGIT_SCALE, LossCLIP
 from dalle_dist.config import Config
 from dalle_dist.data.image_dataset import ImageDataset, ImageSample
+from dalle_dist.data.loader import Samples
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.train.state import TrainingState
 
@@ -29,7 +30,7 @@ class HeldOutPairs:
     def __init__(
         self,
         dataset: ImageDataset,
-        encode: Callable[[Sequence[ImageSample]], Encoded],
+        encode: Callable[[Samples[ImageSample]], Encoded],
         ranks: Ranks,
     ) -> None:
         mine = range(ranks.rank, min(MEASURED, len(dataset)), ranks.world)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dalle_dist.config import Config, StageConfig
 from dalle_dist.data.image_dataset import ImageDataset
+from dalle_dist.data.loader import Samples
 from dalle_dist.data.token_dataset import TokenDataset
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.interface import Engine
@@ -78,7 +79,7 @@ class Stage(ABC):
     def schedule(self) -> Schedule: ...
 
     @abstractmethod
-    def collate(self, samples: Sequence[Any]) -> Any:
+    def collate(self, samples: Samples[Any]) -> Any:
         """A micro-batch of samples of the training set."""
 
     def counts(self, micro_batches: Sequence[Any]) -> list[float]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dalle_dist import storage
 from dalle_dist.config import Config, TrainConfig
+from dalle_dist.data.loader import Samples
 from dalle_dist.data.token_dataset import TokenDataset, TokenNoise, TokenSample, collate_tokens
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
@@ -115,7 +116,7 @@ class TransformerStage(Stage):
     def schedule(self) -> PlateauSchedule:
         return PlateauSchedule(self.config.train)
 
-    def collate(self, samples: Sequence[Any]) -> TokenSample:
+    def collate(self, samples: Samples[Any]) -> TokenSample:
         return collate_tokens(samples)
 
     def counts(self, micro_batches: Sequence[TokenSample]) -> list[float]:

@@ -1,4 +1,5 @@
 import io
+import random
 
 import numpy as np
 import pytest
@@ -61,6 +62,33 @@ def test_a_picture_of_the_final_size_still_moves():
     augment = Augmentation(32, 1.0, 1.2, False)
     images = {augment(_ramp(32, 32), str(seed)).tobytes() for seed in range(50)}
     assert len(images) > 20
+
+
+def _undecided(pixels, side):
+    """Of `side` areas over `pixels`, those with a border in the middle of a pixel: [side]."""
+    twice = 2 * pixels * np.arange(side + 1)
+    middle = (twice % side == 0) & (twice // side % 2 == 1)
+    return middle[:-1] | middle[1:]
+
+
+@pytest.mark.parametrize("pixels", [20, 32, 40, 61, 150])
+def test_pixels_are_those_of_a_picture_resized_whole_and_then_cut(pixels):
+    augment = Augmentation(32, 9 / 8, 12 / 8, False)
+    noise = np.random.default_rng(0).integers(0, 255, (pixels, pixels, 3), np.uint8)
+    picture, compared = Image.fromarray(noise), 0
+    for seed in range(100):
+        generator = random.Random(str(seed))
+        generator.random(), generator.random()  # of the square in it
+        side = generator.randint(36, 48 if pixels <= 36 else min(pixels, 48))
+        x, y = (int(generator.random() * (side - 32 + 1)) for _ in range(2))
+        filter_ = Image.Resampling.BICUBIC if side > pixels else Image.Resampling.BOX
+        wanted = np.asarray(picture.resize((side, side), filter_)).astype(int)
+        far = np.abs(np.asarray(augment(picture, str(seed))) - wanted[y : y + 32, x : x + 32])
+        decided = np.full(side, True) if side >= pixels else ~_undecided(pixels, side)
+        far = far[decided[y : y + 32]][:, decided[x : x + 32]]
+        assert far.max() <= 2, (seed, side)
+        compared += far.size
+    assert compared > 100 * 32 * 32
 
 
 def test_the_centre_is_the_centre():

@@ -204,7 +204,7 @@ def test_a_worker_does_not_collect_what_it_inherited(tmp_path):
         Inherited(tmp_path)  # garbage before the fork, not yet collected
         drawn = batches(
             Collecting([Inherited(tmp_path)]), batch_size=2, micro_batch=2, rank=0, world=1,
-            start=0, workers=1, collate=torch.stack,
+            start=0, workers=1, collate=lambda pids: torch.stack([*pids]),
         )  # fmt: skip
         workers = {int(pid) for _ in range(3) for pid in next(drawn)}
     finally:

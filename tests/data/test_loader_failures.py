@@ -31,6 +31,10 @@ class Numbers(Dataset):
         return torch.tensor(position)
 
 
+def stacked(samples):
+    return torch.stack([*samples])
+
+
 def raise_value_error():
     raise ValueError("no such colour")
 
@@ -46,7 +50,7 @@ def kill_itself():
 def read_all(bad, workers):
     stream = batches(
         Numbers(bad), batch_size=8, micro_batch=4, rank=1, world=2, start=0, workers=workers,
-        collate=torch.stack,
+        collate=stacked,
     )  # fmt: skip
     return [next(stream).tolist() for _ in range(6)]
 
@@ -80,14 +84,14 @@ KILLED = """
 import multiprocessing
 import torch
 from dalle_dist.data.loader import batches
-from tests.data.test_loader_failures import Numbers
+from tests.data.test_loader_failures import Numbers, stacked
 
 class Large(Numbers):
     def __getitem__(self, position):
         return torch.full((250_000,), position)
 
 stream = batches(Large(None), batch_size=8, micro_batch=4, rank=0, world=1, start=0, workers=2,
-                 collate=torch.stack)
+                 collate=stacked)
 for _ in range(20):
     next(stream)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
