@@ -203,8 +203,16 @@ def images(bench: Bench) -> list[Measured]:
         ]
 
     check(readers(augment=False))
-    pillow = Reader("Pillow alone", lambda: _once(lambda: data_pictures.by_pillow(files, True)))
-    return speeds("images", count, _times([*readers(augment=True), pillow], bench.rounds))
+    data_pictures.require_same_cut(files, 256)
+    pillow = [
+        _decoding(files, "Pillow alone", data_pictures.paper_by_pillow),
+        _decoding(files, "Pillow alone, our cut", data_pictures.PAPER),
+    ]
+    return speeds("images", count, _times([*readers(augment=True), *pillow], bench.rounds))
+
+
+def _decoding(files: Path, name: str, cut: data_pictures.Cut) -> Reader:
+    return Reader(name, lambda: _once(lambda: data_pictures.by_pillow(files, cut)))
 
 
 def _once(run: Callable[[], Any]) -> Iterator[Any]:
@@ -220,7 +228,7 @@ def build(bench: Bench) -> list[Measured]:
         cases = {
             "ours": partial(data_pictures.our_build, source, out, bench.sizes.samples_per_shard),
             "floor: read, decode, write": partial(data_pictures.floor_of_build, source, out),
-            "Pillow alone": partial(data_pictures.by_pillow, source, False),
+            "Pillow alone": partial(data_pictures.by_pillow, source, None),
         }
         timed = {name: partial(common.seconds, run) for name, run in cases.items()}
         times = common.interleaved(timed, bench.rounds, processes.apart)

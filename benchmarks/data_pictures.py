@@ -1,7 +1,7 @@
 """Who reads and builds pictures in the data benchmark: ours, rivals, and what Pillow alone takes.
 
-Every reader decodes the same JPEGs and cuts them by the same `Augmentation`; for the check, all
-cut the centre.
+Every reader decodes the same JPEGs and cuts them by the same `Augmentation`; Pillow alone also by
+its plain steps. For the check, all cut the centre.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from dalle_dist.data.image_dataset import ImageBatch, ImageDataset, collate_imag
 from dalle_dist.data.loader import batches
 
 SIZE, BATCH, WORKERS = 256, 32, 2
+ROUNDING = 2  # of 255 levels
+Cut = Callable[[Image.Image, str], Image.Image]
 PAPER = Augmentation(SIZE, crop_min=9 / 8, crop_max=12 / 8, flip=True)
 
 
@@ -99,15 +102,46 @@ def _collate(samples: Sequence[tuple[Tensor, str]]) -> Pair:
     return torch.stack(images), list(captions)
 
 
-def by_pillow(folder: Path, augment: bool) -> None:
+def paper_by_pillow(image: Image.Image, seed: str) -> Image.Image:
+    """`PAPER` in its plain steps: the whole square is resized, then cut."""
+    generator, side = random.Random(seed), min(image.size)
+    place = generator.random(), generator.random()
+    if image.size != (side, side):
+        image = _square(image, side, *place)
+    low, high = round(PAPER.crop_min * SIZE), round(PAPER.crop_max * SIZE)
+    side = generator.randint(low, high if side <= low else min(side, high))
+    if side != image.width:
+        smaller = side < image.width
+        filter_ = Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC
+        image = image.resize((side, side), filter_)
+    image = _square(image, SIZE, generator.random(), generator.random())
+    flipped = generator.random() < 0.5
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flipped else image
+
+
+def _square(image: Image.Image, side: int, x: float, y: float) -> Image.Image:
+    left, top = int(x * (image.width - side + 1)), int(y * (image.height - side + 1))
+    return image.crop((left, top, left + side, top + side))
+
+
+def require_same_cut(folder: Path, count: int) -> None:
+    """Raises SystemExit unless `PAPER` makes of images what its plain steps make, to rounding."""
+    for path in _pictures(folder)[:count]:
+        image = Image.open(path).convert("RGB")
+        cuts = (np.asarray(cut(image, path.stem), np.int16) for cut in (PAPER, paper_by_pillow))
+        if (far := np.abs(np.subtract(*cuts)).max()) > ROUNDING:
+            raise SystemExit(f"data: {path.name}: our cut is {far} of 255 levels from Pillow's")
+
+
+def by_pillow(folder: Path, cut: Cut | None) -> None:
     """Decodes all files of a folder, and cuts them if asked to, in WORKERS processes."""
 
     def work(paths: Sequence[Path]) -> None:
         for path in paths:
             with Image.open(io.BytesIO(path.read_bytes())) as opened:
                 image = opened.convert("RGB")
-            if augment:
-                PAPER(image, path.stem)
+            if cut is not None:
+                cut(image, path.stem)
 
     _shared(_pictures(folder), work)
 

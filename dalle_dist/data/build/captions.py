@@ -22,6 +22,7 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 HOW = "name its encoding with --encoding NAME (gbk, cp1252, shift-jis, utf-16-le ...)"
+HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 NUMBER_AT_END = re.compile(r"[\s_\-.]*(?:\(\d+\)|(?<![^\W_])\d+)$")
 
 
@@ -66,7 +67,7 @@ def whole(text: str) -> str:
     """
     if "\0" in text:
         raise CaptionError(f"the caption holds NUL; {HOW}")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if HALF_A_CHARACTER.search(text):
         raise CaptionError(f"the caption is not whole text; {HOW}")
     return text
 

