@@ -88,7 +88,7 @@ class Packed:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """As `torch.empty`; for a part of a batch that is being packed, in its slot."""
+    """As `torch.empty`; for a part of a batch that is being packed, in its slot: not to be kept."""
     found = None if _room is None else _room.empty(shape, dtype)
     return torch.empty(shape, dtype=dtype) if found is None else found
 

@@ -38,7 +38,7 @@ class Plan:
     samples: int | None = None
 
 
-def parts_of(
+def split_parts(
     candidates: Sequence[Candidate], recipe: Recipe, seed: int, held_out: float
 ) -> dict[str, list[Candidate]]:
     """The candidates of each part: those whose lot's share is at most `held_out` are held out.

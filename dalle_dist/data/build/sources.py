@@ -12,7 +12,7 @@ from dalle_dist.data.build.folder import Found, Skipped, extension
 from dalle_dist.data.build.keys import UniqueKeys, printable
 from dalle_dist.data.build.options import Options
 from dalle_dist.data.build.parquet import ParquetRow, rows_with_images
-from dalle_dist.data.build.plan import PARTS, Plan, parts_of, plan_of_parts
+from dalle_dist.data.build.plan import PARTS, Plan, plan_of_parts, split_parts
 from dalle_dist.data.build.samples import Candidate, PictureFile
 from dalle_dist.data.build.table import Columns, Table
 from dalle_dist.data.build.tars import Tars, TarUnit
@@ -110,7 +110,7 @@ def _plan_of_candidates(
     linked: Sequence[str] = (),
 ) -> Plan:
     return plan_of_parts(
-        parts_of(found, options.recipe, options.seed, options.held_out),
+        split_parts(found, options.recipe, options.seed, options.held_out),
         options.recipe,
         options.samples_per_shard,
         skipped=skipped,

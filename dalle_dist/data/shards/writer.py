@@ -9,7 +9,6 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +28,7 @@ class _ShardFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self._rows = path, SideRows()
-        self._file, self._bytes = path.open("wb", buffering=0), 0
+        self._file, self._bytes = path.open("wb"), 0
         self._digest = hashlib.sha256(usedforsecurity=False)
         self._blocks, self._waiting = list[bytes](), 0  # not written yet, and their bytes
 
@@ -50,13 +49,12 @@ class _ShardFile:
             self._write()
 
     def _write(self) -> None:
-        data = memoryview(b"".join(self._blocks))
-        self._digest.update(data)
-        while data:
-            written = self._file.write(data)
-            _send_to_disk(self._file, self._bytes - len(data), written)
-            data = data[written:]
+        data = b"".join(self._blocks)
         self._blocks, self._waiting = [], 0
+        self._digest.update(data)
+        self._file.write(data)
+        self._file.flush()
+        _send_to_disk(self._file.fileno(), self._bytes - len(data), len(data))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -87,10 +85,10 @@ class _ShardFile:
         return info
 
 
-def _send_to_disk(file: FileIO, start: int, size: int) -> None:
-    """Has the system begin to write a part of a file, so that there is less to wait for later."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
+def _send_to_disk(file: int, start: int, size: int) -> None:
+    """Have the system begin to write a part of a file: there is less to wait for at its end."""
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(file, start, size, os.POSIX_FADV_DONTNEED)
 
 
 class ShardWriter:
