@@ -20,7 +20,6 @@ from dalle_dist.errors import ConfigError, OtherRankError, UserError
 from dalle_dist.evaluate.verbs import add_evaluate
 from dalle_dist.generate.verbs import add_complete, add_generate
 from dalle_dist.overlap.verbs import add_overlap
-from dalle_dist.paths import is_remote
 from dalle_dist.serve.verbs import add_serve
 from dalle_dist.stages import STAGES
 
@@ -316,12 +315,7 @@ def _slurm(options: argparse.Namespace) -> None:
 
 
 def _config_of(options: argparse.Namespace) -> Config:
-    preset = options.preset
-    if is_remote(preset):
-        from dalle_dist import storage
-
-        preset = str(storage.fetch(preset))
-    return load(preset, options.overrides)
+    return load(options.preset, options.overrides)
 
 
 def _shared_config_of(options: argparse.Namespace) -> Config:

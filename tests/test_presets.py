@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from dalle_dist import storage
 from dalle_dist.cli import build_parser
 from dalle_dist.config import load, preset_names, to_dict
 from dalle_dist.config.presets import preset_text
@@ -178,4 +179,36 @@ def test_a_circle_and_an_unknown_base_are_one_clear_error(tmp_path, text, messag
     write(tmp_path, here=text, other="base: here.yaml")
     with pytest.raises(ConfigError, match=message) as caught:
         load(str(tmp_path / "here.yaml"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_its_bases_and_deepspeeds_settings_may_lie_in_a_store(bucket, tmp_path):
+    storage.write_bytes(f"{bucket}/top/above.yaml", b"base: below.yaml\ntrain: {steps: 7}\n")
+    storage.write_bytes(
+        f"{bucket}/top/below.yaml",
+        f"base: {bucket}/root.yaml\ntrain: {{batch_size: 32, deepspeed: {bucket}/ds.json}}".encode(),
+    )
+    storage.write_bytes(f"{bucket}/root.yaml", b"base: emoji\nseed: 11\n")
+    storage.write_bytes(f"{bucket}/ds.json", b'{"wall_clock_breakdown": true}')
+    (tmp_path / "here.yaml").write_text(f"base: {bucket}/top/above.yaml\n")
+    for source in (f"{bucket}/top/above.yaml", str(tmp_path / "here.yaml")):
+        config = load(source)
+        assert (config.seed, config.train.steps, config.train.batch_size) == (11, 7, 32)
+        assert config.train.deepspeed == {"wall_clock_breakdown": True}
+
+
+@pytest.mark.parametrize(
+    ("above", "message"),
+    [
+        ("base: gone.yaml", "above.yaml: base: s3://.*/gone.yaml: no such object"),
+        ("base: above.yaml", "base goes in a circle: s3://.*above.yaml -> s3://.*above.yaml"),
+        ("base: nosuch://b/x.yaml", "above.yaml: base: nosuch://b/x.yaml: unknown scheme"),
+        ("base: emoji\ntrain: {deepspeed: 's3://BUCKET/gone.json'}", "^train.deepspeed: s3://"),
+    ],
+)
+def test_what_is_not_in_the_store_is_one_clear_error(bucket, above, message):
+    above = above.replace("s3://BUCKET", bucket)
+    storage.write_bytes(f"{bucket}/above.yaml", above.encode())
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(f"{bucket}/above.yaml")
     assert "\n" not in str(caught.value)

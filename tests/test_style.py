@@ -12,8 +12,10 @@ import dalle_dist
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["dalle_kernels"],
-    ["errors", "choices", "stages", "paths", "config", "presets"],
-    ["storage", "distributed"],
+    ["errors", "choices", "stages", "paths"],
+    ["storage"],
+    ["config", "presets"],
+    ["distributed"],
     ["checkpoint.formats"],
     ["text_tokenizer"],
     ["dvae"],

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from dalle_dist.config.files import text_of
 from dalle_dist.config.options import Option, check_value
 from dalle_dist.config.presets import read_tree
 from dalle_dist.config.root import Config, hints
@@ -26,7 +27,7 @@ _TYPE_NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or
 
 
 def load(source: str, overrides: list[str] | None = None) -> Config:
-    """Preset name or path of a YAML file, then `key.sub=value` overrides, to a checked Config.
+    """Preset name, path or URL of a YAML file, then `key.sub=value` overrides, to a checked Config.
 
     Raises:
         ConfigError: no such preset or file; unknown key; wrong type; a value that is not allowed;
@@ -148,11 +149,13 @@ def _mapping(value: Any, key: str) -> dict[str, Any]:
 
 def _read_json(path: str, key: str) -> dict[str, Any]:
     try:
-        tree = json.loads(Path(path).read_text())
+        tree = json.loads(text_of(path))
     except OSError as error:
         raise ConfigError(f"{key}: '{path}' in {Path.cwd()}: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{key}: {path} is not JSON ({error})") from None
+    except DataError as error:
+        raise ConfigError(f"{key}: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{key}: {path} is not a JSON object")
     return tree

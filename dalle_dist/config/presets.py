@@ -1,27 +1,30 @@
 """YAML files to trees of keys: presets and users' files, each on top of its base.
 
 `base: 12b` in a file names the preset or the path, relative to that file, that it starts from; keys
-of the file replace those of the base one by one.
+of the file replace those of the base one by one. Any of the files may lie in a store.
 """
 
 from __future__ import annotations
 
+import posixpath
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from dalle_dist.config.files import text_of
 from dalle_dist.config.root import section_names
 from dalle_dist.config.suggest import did_you_mean
-from dalle_dist.errors import ConfigError
+from dalle_dist.errors import ConfigError, DataError
+from dalle_dist.paths import is_remote, join, normal
 
 BASE = "base"
 
 
 class _Source(NamedTuple):
     name: str  # for errors, and the same for the same file
-    folder: Path  # what paths of its base are relative to
+    folder: str  # what paths of its base are relative to
     text: str
 
 
@@ -46,7 +49,7 @@ def read_tree(source: str) -> dict[str, Any]:
     """
     trees: list[dict[str, Any]] = []
     seen: list[str] = []
-    found: _Source | None = _find(source, Path(), "")
+    found: _Source | None = _find(source, "", "")
     while found is not None:
         seen.append(found.name)
         if found.name in seen[:-1]:
@@ -61,19 +64,28 @@ def read_tree(source: str) -> dict[str, Any]:
     return merged
 
 
-def _find(source: str, folder: Path, prefix: str) -> _Source:
-    path = folder / source
+def _find(source: str, folder: str, prefix: str) -> _Source:
     if source in preset_names():
-        return _Source(source, Path(), preset_text(source))
-    if path.is_file():
-        try:
-            return _Source(str(path), path.parent, path.read_text())
-        except UnicodeDecodeError:
-            raise ConfigError(f"{prefix}{path}: not text in UTF-8") from None
+        return _Source(source, "", preset_text(source))
+    try:
+        path = _path(source, folder)
+        if is_remote(path) or Path(path).is_file():
+            return _Source(path, posixpath.dirname(path), text_of(path))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{prefix}{path}: not text in UTF-8") from None
+    except DataError as error:
+        raise ConfigError(f"{prefix}{error}") from None
     raise ConfigError(
         f"{prefix}no preset or file '{source}'; presets: {', '.join(preset_names())}"
         f"{did_you_mean(source, preset_names())}"
     )
+
+
+def _path(source: str, folder: str) -> str:
+    source = normal(source)
+    if is_remote(source):
+        return source
+    return join(folder, source) if is_remote(folder) else str(Path(folder) / source)
 
 
 def _find_base(base: Any, owner: _Source) -> _Source:
