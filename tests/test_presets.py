@@ -184,10 +184,8 @@ def test_a_circle_and_an_unknown_base_are_one_clear_error(tmp_path, text, messag
 
 def test_a_config_its_bases_and_deepspeeds_settings_may_lie_in_a_store(bucket, tmp_path):
     storage.write_bytes(f"{bucket}/top/above.yaml", b"base: below.yaml\ntrain: {steps: 7}\n")
-    storage.write_bytes(
-        f"{bucket}/top/below.yaml",
-        f"base: {bucket}/root.yaml\ntrain: {{batch_size: 32, deepspeed: {bucket}/ds.json}}".encode(),
-    )
+    below = f"base: {bucket}/root.yaml\ntrain: {{batch_size: 32, deepspeed: {bucket}/ds.json}}\n"
+    storage.write_bytes(f"{bucket}/top/below.yaml", below.encode())
     storage.write_bytes(f"{bucket}/root.yaml", b"base: emoji\nseed: 11\n")
     storage.write_bytes(f"{bucket}/ds.json", b'{"wall_clock_breakdown": true}')
     (tmp_path / "here.yaml").write_text(f"base: {bucket}/top/above.yaml\n")
