@@ -138,8 +138,8 @@ def test_killed_at_any_time_it_ends_with_the_same_bytes(config):
     while (found := finished(killed)) < IMAGES // PER_SHARD - 2 and not index.exists():
         started = [start(path, f"{i}/2") for i in (1, 2)]
         while finished(killed) == found and any(process.poll() is None for process in started):
-            time.sleep(0.01)
-        time.sleep(dice.uniform(0, 0.05))
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.005))
         for process in started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
