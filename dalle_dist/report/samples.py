@@ -54,7 +54,7 @@ def rows_of(
     for i, images, number in zip(chosen, samples, nearest_B, strict=True):
         learnt = train.sample(number)
         true = byte_image(held_out.images_BCHW[i])
-        row = Row(held_out.captions[i], true, byte_image(learnt.image_CHW), learnt.caption, images)
+        row = Row(held_out.captions[i], true, learnt.image, learnt.caption, images)
         rows.append(row)
     return rows
 

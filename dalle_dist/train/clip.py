@@ -20,7 +20,7 @@ from dalle_dist.clip.model import LossCLIP, decayed, end_of_text
 from dalle_dist.config import CLIPTrainConfig, Config
 from dalle_dist.data.augment import Augmentation
 from dalle_dist.data.image_dataset import ImageDataset, ImageSample, collate_images
-from dalle_dist.data.labelled_grid import grid, to_image
+from dalle_dist.data.labelled_grid import grid
 from dalle_dist.data.loader import Samples
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.build import build_engine
@@ -127,7 +127,7 @@ class CLIPStage(Stage):
         if state.ranks.rank != 0:
             return {}
         nearest = (text_ND[:SHOWN] @ image_ND.T).topk(min(NEAREST, len(image_ND))).indices.tolist()
-        rows = [[to_image(self.held_out[i].image_CHW / 255) for i in row] for row in nearest]
+        rows = [[self.held_out[i].image for i in row] for row in nearest]
         captions = [[self.held_out[i].caption] for i in range(len(rows))]
         return {"nearest": grid(rows, captions=captions)}
 
