@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from dalle_dist.gradients.piece import Piece
+from dalle_dist.gradients.piece import Piece, ReadPieces
 from dalle_dist.gradients.scaling import Telemetry
+
+WEIGHTS, MEAN, VARIANCE = "weights", "exp_avg", "exp_avg_sq"
+STATE = (WEIGHTS, MEAN, VARIANCE)
+
+
+@dataclass
+class Restoring:
+    """What is being replaced of an engine's state.
+
+    share  of each kind of `STATE`, this rank's pieces, as views to be filled
+    steps  that the optimizer has made, to be set; None: as it is
+    """
+
+    share: dict[str, list[Piece]]
+    steps: int | None = None
 
 
 class Engine(Protocol):
@@ -24,8 +39,9 @@ class Engine(Protocol):
     zero_stage     0: every rank has all optimizer state; 1, 2, 3: ZeRO's stages
     shard_rank     rank among those that share the weights between them ...
     shard_world    ... and how many they are
-    node           number of this rank's node where nodes hold replicas of the weights, else 0
-    optimizer      name of the optimizer, whose state `save` writes
+    nodes          how many hold replicas of the weights, each as a whole; 1: ZeRO shards over all
+    optimizer      name of the optimizer
+    optimizer_steps  steps that it has made, those that were skipped apart
     skipped        whether the last `step` left every weight and moment as it was
     """
 
@@ -34,9 +50,12 @@ class Engine(Protocol):
     shapes: dict[str, tuple[int, ...]]
     shard_rank: int
     shard_world: int
-    node: int
+    nodes: int
     optimizer: str
     skipped: bool
+
+    @property
+    def optimizer_steps(self) -> int: ...
 
     @property
     def module(self) -> nn.Module: ...
@@ -60,7 +79,16 @@ class Engine(Protocol):
         """The reduced fp32 gradients that this rank owns, as views, after the last `backward`."""
 
     def weights(self) -> list[Piece]:
-        """The fp32 weights that this rank owns, as views; a node's pieces cover each one once."""
+        """This rank's share of the fp32 weights, as views: over all ranks, each element once."""
+
+    def state(self) -> dict[str, list[Piece]]:
+        """This rank's share of what a checkpoint keeps of each element: `STATE`, as `weights`.
+
+        Values are views of the live ones: weights in fp32, moments in fp32 or packed in 16 bits.
+        """
+
+    def restoring(self) -> AbstractContextManager[Restoring]:
+        """To replace the state: each rank fills its share, then all replicas have it."""
 
     def telemetry(self) -> Telemetry:
         """What the gradient transforms have to say for the log."""
@@ -70,17 +98,17 @@ class Engine(Protocol):
     ) -> AbstractContextManager[nn.Module | None]:
         """On rank 0 a model with the present weights that needs no other rank; None elsewhere."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state below `folder`; all ranks together.
+    def refuse_diverged(self) -> None:
+        """Raise CheckpointError on all ranks when replicas' weights differ; a collective call."""
 
-        Raises what went wrong on this rank only after all ranks are through.
+    def transform_state(self) -> tuple[dict[str, Any], dict[str, list[Piece]]]:
+        """State of the gradient transforms: (numbers, tensors by kind); a collective call.
+
+        Numbers, nested, are the same on all ranks. Of the tensors each rank has its share.
         """
 
-    def load(self, folder: Path) -> None:
-        """Take over what `save` wrote, bit for bit. Raises CheckpointError when it does not fit."""
+    def load_transform_state(self, numbers: Mapping[str, Any], read: ReadPieces) -> None:
+        """Take over what `transform_state` gave, on any number of ranks and nodes.
 
-    def transform_state(self) -> dict[str, Any]:
-        """State of the gradient transforms: numbers and CPU tensors, nested; a collective call."""
-
-    def load_transform_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `transform_state` gave, on any number of nodes."""
+        `read` fills pieces of a kind of tensors from the checkpoint.
+        """

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dalle_dist.distributed.groups import Groups
 from dalle_dist.distributed.process_group import Ranks
-from dalle_dist.gradients.piece import Block, Piece
+from dalle_dist.gradients.piece import Block, Piece, ReadPieces, name_and_start
 from dalle_dist.gradients.powersgd.algorithm import Outcome, PowerSGD, PowerSGDOptions
 from dalle_dist.gradients.powersgd.matrices import MatrixShards
 from dalle_dist.gradients.powersgd.rank import check_ranks, pays, table
@@ -36,6 +37,13 @@ class Averaged:
     nonfinite: frozenset[Block]
     compressed: Sequence[Piece]
     telemetry: Telemetry
+
+
+ERROR, Q = "error", "q"  # kinds of tensors in checkpoints
+
+
+def _q_name(key: str, shape: Sequence[int]) -> str:
+    return f"{key} {'x'.join(map(str, shape))}"
 
 
 class NodeMean:
@@ -86,16 +94,20 @@ class NodeMean:
         Gradients of the resblocks in `nonfinite`, the same on all ranks, are left out and become
         zero, as are those of resblocks for which something not finite was sent.
         """
-        shards = [shard for gradient in gradients for shard in self._shards.cut(gradient)]
-        matrices = [shard for shard in shards if shard.values.ndim == 2]
+        shards, compressed = self._cut(gradients)
         if self._powersgd.step == 0:
-            self._explain(matrices)
-        compressed = [shard for shard in matrices if pays(shard.values.shape, self._rank)]
+            self._explain(shards)
         chosen = {id(shard) for shard in compressed}
         dense = [shard for shard in shards if id(shard) not in chosen]
         outcome = self._powersgd.reduce(compressed, dense, nonfinite=nonfinite, measure=measure)
         measured = self._measured(outcome, compressed) if measure and self._rank else {}
         return Averaged(outcome.nonfinite, compressed, measured)
+
+    def _cut(self, pieces: Sequence[Piece]) -> tuple[list[Piece], list[Piece]]:
+        """(all shards, those that are compressed)."""
+        shards = [shard for piece in pieces for shard in self._shards.cut(piece)]
+        matrices = (shard for shard in shards if shard.values.ndim == 2)
+        return shards, [shard for shard in matrices if pays(shard.values.shape, self._rank)]
 
     def undo(self, averaged: Averaged) -> None:
         """The step is skipped: what the last `average` gave comes with the next one."""
@@ -105,17 +117,42 @@ class NodeMean:
         """What compression has left out so far on this rank, by Piece.key."""
         return self._powersgd.errors()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Mean errors and what else PowerSGD goes on from; a collective call."""
-        return self._powersgd.state_dict()
+    def state(self) -> tuple[dict[str, Any], dict[str, list[Piece]]]:
+        """(numbers, mean errors and warm Q's as flat pieces by kind); a collective call."""
+        state = self._powersgd.state_dict()
+        errors = [
+            Piece(*name_and_start(key), error.view(-1))
+            for key, error in state.pop("errors").items()
+        ]
+        qs = [
+            Piece(_q_name(key, q.shape), 0, q.contiguous().view(-1))
+            for key, q in state.pop("q_by_key").items()
+        ]
+        return state, {ERROR: errors, Q: qs}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` gave, on any number of nodes."""
-        self._powersgd.load_state_dict(state)
+    def load_state(
+        self, numbers: Mapping[str, Any], weights: Sequence[Piece], read: ReadPieces
+    ) -> None:
+        """Continue from what `state` gave, on any number of ranks and nodes.
 
-    def _explain(self, matrices: Iterable[Piece]) -> None:
+        An error belongs to its element, wherever that lies now. A warm Q belongs to a shard, and is
+        a new Gaussian where the shards are others.
+        """
+        _, compressed = self._cut(weights)
+        errors = {shard.key: torch.zeros(shard.values.shape) for shard in compressed}
+        read(ERROR, [Piece(s.name, s.start, errors[s.key].view(-1)) for s in compressed])
+        qs: dict[str, Tensor] = {}
+        for shard in compressed:
+            q_RN = torch.empty(self._rank, max(shard.values.shape))
+            if read(Q, [Piece(_q_name(shard.key, q_RN.shape), 0, q_RN.view(-1))]):
+                qs[shard.key] = q_RN
+        unused = numbers["step"] == 0  # saved before the first `average`
+        loaded = {"errors": {} if unused else errors, "q_by_key": qs}
+        self._powersgd.load_state_dict({**numbers, **loaded})
+
+    def _explain(self, shards: Iterable[Piece]) -> None:
         if self._rank and self._nodes > 1 and self._ranks.rank == 0:
-            shapes = {shard.key: tuple(shard.values.shape) for shard in matrices}
+            shapes = {s.key: tuple(s.values.shape) for s in shards if s.values.ndim == 2}
             print(table(shapes, self._rank), flush=True)
 
     def _measured(self, outcome: Outcome, compressed: Sequence[Piece]) -> Telemetry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,41 @@ class Piece:
         return f"{self.name}@{self.start}"
 
 
+# Fills flat pieces of a kind with what a checkpoint has of them; whether that was every element.
+ReadPieces = Callable[[str, Sequence[Piece]], bool]
+
+
+def name_and_start(key: str) -> tuple[str, int]:
+    """The name of the parameter, and the first element, that a `Piece.key` says.
+
+    Raises CheckpointError: not such a key.
+    """
+    name, _, start = key.rpartition("@")
+    if not (name and start.isdecimal()):
+        raise CheckpointError(f"'{key}' is no piece of a parameter")
+    return name, int(start)
+
+
+def share(pieces: Sequence[Piece], index: int, count: int) -> list[Piece]:
+    """Views of one of `count` parts of the pieces, about equal in elements, as flat pieces.
+
+    All parts together hold each element once. Every owner of the same pieces cuts them alike.
+    """
+    total = sum(piece.values.numel() for piece in pieces)
+    return list(_between(pieces, total * index // count, total * (index + 1) // count))
+
+
+def _between(pieces: Sequence[Piece], first: int, last: int) -> Iterator[Piece]:
+    at = 0
+    for piece in pieces:
+        numel = piece.values.numel()
+        start, end = max(first - at, 0), min(last - at, numel)
+        at += numel
+        if start < end:
+            values = piece.values.view(-1)[start:end]
+            yield Piece(piece.name, piece.start + start, values, piece.block)
+
+
 def assemble(
     pieces: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
@@ -45,10 +80,10 @@ def assemble(
     """
     parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in shapes}
     for key, values in pieces.items():
-        name, _, start = key.rpartition("@")
+        name, start = name_and_start(key)
         if name not in parts:
             raise CheckpointError(f"piece '{key}' belongs to no parameter of the model")
-        parts[name].append((int(start), values))
+        parts[name].append((start, values))
     return {name: _join(name, parts[name], shape) for name, shape in shapes.items()}
 
 

@@ -14,7 +14,7 @@ from dalle_dist.choices import Skip
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.gradients.finite import nonfinite_blocks
 from dalle_dist.gradients.node_mean import NodeMean
-from dalle_dist.gradients.piece import Block, Piece
+from dalle_dist.gradients.piece import Block, Piece, ReadPieces
 from dalle_dist.gradients.resblocks import Resblocks
 from dalle_dist.gradients.scaling import BlockScaling, Telemetry
 
@@ -121,22 +121,32 @@ class GradientTransform:
             counts |= self.scaling.telemetry()
         return counts | self._measured
 
-    def state_dict(self) -> dict[str, Any]:
-        """Numbers and CPU tensors, nested; a collective call when nodes average."""
-        state: dict[str, Any] = {"skipped": self.skipped}
+    def state(self) -> tuple[dict[str, Any], dict[str, list[Piece]]]:
+        """(numbers, pieces of tensors by kind); a collective call when nodes average."""
+        numbers: dict[str, Any] = {"skipped": self.skipped}
+        tensors: dict[str, list[Piece]] = {}
         if self.scaling is not None:
-            state["scaling"] = self.scaling.state_dict()
+            numbers["scaling"] = self.scaling.state_dict()
         if self.node_mean is not None:
-            state["powersgd"] = self.node_mean.state_dict()
-        return state
+            numbers["powersgd"], tensors = self.node_mean.state()
+        return numbers, tensors
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` gave, on any number of nodes."""
-        self.skipped = state["skipped"]
-        if self.scaling is not None:
-            self.scaling.load_state_dict(state["scaling"])
-        if self.node_mean is not None:
-            self.node_mean.load_state_dict(state["powersgd"])
+    def load_state(
+        self, numbers: Mapping[str, Any], weights: Sequence[Piece], read: ReadPieces
+    ) -> None:
+        """Continue from what `state` gave, on any number of ranks and nodes.
+
+        What the saved run did not have starts anew.
+
+        Args:
+            weights: those that this rank owns, cut as the gradients will be.
+            read: as in `NodeMean.load_state`.
+        """
+        self.skipped = numbers["skipped"]
+        if self.scaling is not None and "scaling" in numbers:
+            self.scaling.load_state_dict(numbers["scaling"])
+        if self.node_mean is not None and "powersgd" in numbers:
+            self.node_mean.load_state(numbers["powersgd"], weights, read)
 
     def _skips(self, nonfinite: frozenset[Block]) -> bool:
         return None in nonfinite or (self._skip == "step" and bool(nonfinite))

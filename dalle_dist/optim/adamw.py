@@ -107,7 +107,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state = self._state_of(param, group["moments"])
+        state = self.state_of(param, group)
         step = int(state["step"]) + 1
         frozen = _ranges(param, self.frozen)
         tensors = _in_memory_order(param, grad, *(state[name] for name in MOMENT_NAMES))
@@ -128,8 +128,12 @@ class AdamW(torch.optim.Optimizer):
             backend = self._backend(param.device)
             adamw_(param, grad, mean, variance, _hyperparameters(step, group), backend)
 
-    def _state_of(self, param: Tensor, moments: str) -> dict[str, Tensor]:
-        state, dtype = self.state[param], MOMENTS[moments]
+    def state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """`step`, `exp_avg` and `exp_avg_sq` of a parameter of this group; zeros before a step.
+
+        Raises CheckpointError: moments of another dtype than the group's `moments`.
+        """
+        state, dtype = self.state[param], MOMENTS[group["moments"]]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             for name in MOMENT_NAMES:
@@ -137,8 +141,8 @@ class AdamW(torch.optim.Optimizer):
         for name in MOMENT_NAMES:
             if state[name].dtype != dtype:
                 raise CheckpointError(
-                    f"optimizer state '{name}': {state[name].dtype}, but moments are {moments}; "
-                    "a cast of packed moments has destroyed them"
+                    f"optimizer state '{name}': {state[name].dtype}, but moments are "
+                    f"{group['moments']}; a cast of packed moments has destroyed them"
                 )
         return state
 

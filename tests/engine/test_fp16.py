@@ -1,5 +1,6 @@
 """fp16 with a scale per resblock under DeepSpeed, on CPUs: one rank and two, every ZeRO stage."""
 
+import checkpointed
 import numpy as np
 import pytest
 import torch
@@ -133,7 +134,7 @@ def test_each_kind_of_parameter_is_reduced_in_its_own_dtype(reduced, stage):
 def state_of(engine):
     """This rank's pieces of weights and both moments, by parameter."""
     state = engine._engine.basic_optimizer.state
-    return {piece.name: kept(piece.values, state) for piece in engine._owned()}
+    return {piece.name: kept(piece.values, state) for piece in engine.owned()}
 
 
 def kept(values, state):
@@ -252,15 +253,10 @@ def resumed(ranks, stage, folder, moments):
         backward(engine, ranks, number)
         engine.step(1e-3)
     place = folder / f"{stage}-{moments}"
-    if ranks.rank == 0:
-        place.mkdir()
-    ranks.barrier()
-    engine.save(place)
-    saved = engine.transform.scaling.state_dict()
+    checkpoint = checkpointed.save_engine(engine, ranks, place)
     ahead = [(backward(engine, ranks, n), engine.step(1e-3)) for n in range(3, 6)]
     again = build(ranks, stage, *overrides)
-    again.load(place)
-    again.transform.scaling.load_state_dict(saved)
+    checkpointed.load_engine(again, checkpoint)
     return ahead == [(backward(again, ranks, n), again.step(1e-3)) for n in range(3, 6)] and (
         changed(state_of(engine), state_of(again)) == set()
     )

@@ -20,7 +20,6 @@ from dalle_dist.distributed.groups import Groups, node_groups
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.engine import DeepSpeedEngine
 from dalle_dist.engine.deepspeed.node_local import NodeLocal, broadcast_weights
-from dalle_dist.engine.deepspeed.safe_pickle import safe_checkpoint_engine
 from dalle_dist.engine.deepspeed.settings import accumulation, check_together, deepspeed_config
 from dalle_dist.engine.deepspeed.versions import (
     check_version,
@@ -184,7 +183,7 @@ def _initialize(
         model=model, optimizer=optimizer, config=tree, mpu=mpu, dist_init_required=False
     )
     require_names(engine, shards(engine), settings.precision == "fp16")
-    _adapt(engine, writes=groups is None or groups.node == 0)
+    _adapt(engine)
     return engine
 
 
@@ -201,21 +200,12 @@ def _forget_earlier_engines() -> None:
             groups._WORLD_GROUP = None
 
 
-def _adapt(engine: Any, writes: bool) -> None:
-    """Replace the parts of a fresh DeepSpeed engine that are done here.
-
-    Args:
-        writes: whether this node writes checkpoints; those of the others would be the same.
-    """
+def _adapt(engine: Any) -> None:
+    """Undo what DeepSpeed does unasked to a fresh engine."""
     for state in engine.basic_optimizer.state.values():
         state["step"].zero_()
     # With its autocast comes a scaler of its own, which would scale the loss unasked.
     engine.optimizer.torch_autocast_gradscaler = None
-    engine.checkpoint_engine = safe_checkpoint_engine()
-    # The script holds nothing that convert needs, and its writing could fail on rank 0 alone.
-    engine._copy_recovery_script = lambda path: None
-    if not writes:
-        engine.save_zero_checkpoint = engine.save_non_zero_checkpoint = False
 
 
 def _quieten() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +17,19 @@ from dalle_dist.engine.deepspeed.owned_pieces import (
     owned_weights,
     share_whole_gradients,
 )
+from dalle_dist.engine.deepspeed.owned_state import (
+    OwnedState,
+    hand_over,
+    optimizer_steps,
+    set_optimizer_steps,
+)
 from dalle_dist.engine.deepspeed.versions import shards
+from dalle_dist.engine.interface import Restoring
 from dalle_dist.errors import CheckpointError
-from dalle_dist.gradients.piece import Piece
+from dalle_dist.gradients.piece import Piece, ReadPieces, share
 from dalle_dist.gradients.resblocks import Resblocks
 from dalle_dist.gradients.scaling import Telemetry
 from dalle_dist.gradients.transform import GradientTransform, SkipDecision
-
-FOLDER = "deepspeed"
 
 
 class DeepSpeedEngine:
@@ -48,10 +52,10 @@ class DeepSpeedEngine:
     ) -> None:
         self._engine, self._ranks, self._groups = deepspeed_engine, ranks, groups
         self.transform, self._resblocks = transform, resblocks
-        self.shard_rank, self.shard_world, self.node = ranks.rank, ranks.world, 0
+        self.shard_rank, self.shard_world, self.nodes = ranks.rank, ranks.world, 1
         if groups is not None:
             self.shard_rank, self.shard_world = groups.shard_rank, groups.local_world_size
-            self.node = groups.node
+            self.nodes = groups.nodes
         self.skipped, self.optimizer = False, type(deepspeed_engine.basic_optimizer).__name__
         self.zero_stage = shards(deepspeed_engine)
         self.accumulation = accumulation
@@ -95,7 +99,7 @@ class DeepSpeedEngine:
         self.skipped = optimizer.skip = decision.skip
         plain = None if self._engine.optimizer is not optimizer else _norm(self.module)
         frozen = decision.frozen
-        optimizer.frozen = [p.values for p in self._owned() if p.name in frozen] if frozen else ()
+        optimizer.frozen = [p.values for p in self.owned() if p.name in frozen] if frozen else ()
         try:
             self._engine.step()
         finally:
@@ -106,10 +110,44 @@ class DeepSpeedEngine:
         return self._pieces(owned_gradients)
 
     def weights(self) -> list[Piece]:
-        return self._owned() if self.zero_stage > 0 or self._ranks.rank == 0 else []
+        return share(self.owned(), *self._replica)
 
-    def _owned(self) -> list[Piece]:
+    def owned(self) -> list[Piece]:
+        """All fp32 weights that this rank updates, as views; replicas have the same."""
         return self._pieces(owned_weights)
+
+    @property
+    def _replica(self) -> tuple[int, int]:
+        """(which this rank is, of how many) among those that own the same pieces."""
+        if self.zero_stage == 0:
+            return self._ranks.rank, self._ranks.world
+        return (0, 1) if self._groups is None else (self._groups.node, self._groups.nodes)
+
+    def _state(self) -> OwnedState:
+        blocks = self._resblocks.of
+        return OwnedState(self.module, self._engine, self.zero_stage, self.shard_rank, blocks)
+
+    def state(self) -> dict[str, list[Piece]]:
+        owned = self._state().pieces
+        return {kind: share(pieces, *self._replica) for kind, pieces in owned.items()}
+
+    @property
+    def optimizer_steps(self) -> int:
+        return optimizer_steps(self._engine.basic_optimizer)
+
+    @contextmanager
+    def restoring(self) -> Iterator[Restoring]:
+        owned = self._state()
+        index, count = self._replica
+        shares = {kind: share(pieces, index, count) for kind, pieces in owned.pieces.items()}
+        restoring = Restoring(shares)
+        yield restoring
+        if count > 1:
+            group = dist.group.WORLD if self._groups is None else self._groups.replica
+            hand_over(owned.pieces, group)  # type: ignore[arg-type]
+        if restoring.steps is not None:
+            set_optimizer_steps(self._engine.basic_optimizer, restoring.steps)
+        owned.put_back()
 
     def _pieces(self, find: Callable[..., list[Piece]]) -> list[Piece]:
         optimizer, blocks = self._engine.optimizer, self._resblocks.of
@@ -118,11 +156,13 @@ class DeepSpeedEngine:
     def telemetry(self) -> Telemetry:
         return self.transform.telemetry()
 
-    def transform_state(self) -> dict[str, Any]:
-        return self.transform.state_dict()
+    def transform_state(self) -> tuple[dict[str, Any], dict[str, list[Piece]]]:
+        numbers, tensors = self.transform.state()
+        index, count = self._replica
+        return numbers, {kind: share(found, index, count) for kind, found in tensors.items()}
 
-    def load_transform_state(self, state: Mapping[str, Any]) -> None:
-        self.transform.load_state_dict(state)
+    def load_transform_state(self, numbers: Mapping[str, Any], read: ReadPieces) -> None:
+        self.transform.load_state(numbers, self.owned(), read)
 
     @contextmanager
     def sampling_model(self, build: Callable[[], nn.Module]) -> Iterator[nn.Module | None]:
@@ -157,27 +197,10 @@ class DeepSpeedEngine:
                     state[name] = parameter.detach().cpu().clone()
         return state
 
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's state into `folder`/deepspeed; all ranks together.
-
-        Raises what went wrong on this rank, only after all ranks are through: nobody is left
-        waiting in DeepSpeed's barriers.
-
-        Raises:
-            CheckpointError: on all ranks, when the nodes' weights differ.
-        """
-        self._refuse_diverged()
-        files = self._engine.checkpoint_engine
-        files.error = None
-        (folder / FOLDER).mkdir(exist_ok=True)
-        self._engine.save_checkpoint(str(folder), tag=FOLDER, save_latest=False)
-        if files.error is not None:
-            raise files.error
-
-    def _refuse_diverged(self) -> None:
+    def refuse_diverged(self) -> None:
         if self._groups is None:
             return
-        bits = [p.values.view(torch.int32).sum(dtype=torch.int64) for p in self.weights()]
+        bits = [p.values.view(torch.int32).sum(dtype=torch.int64) for p in self.owned()]
         sums = torch.stack(bits or [torch.zeros((), dtype=torch.int64)]).to(self._ranks.device)
         first = sums.clone()
         dist.broadcast(first, dist.get_global_rank(self._groups.replica, 0), self._groups.replica)
@@ -186,17 +209,6 @@ class DeepSpeedEngine:
                 "the nodes' weights differ, which their all-reduces should make impossible; resume "
                 "from the last checkpoint, and look for hardware that is not like the rest"
             )
-
-    def load(self, folder: Path) -> None:
-        if not (folder / FOLDER).is_dir():
-            raise CheckpointError(f"{folder}: holds no DeepSpeed state ({FOLDER}/ is missing)")
-        try:
-            loaded, _ = self._engine.load_checkpoint(str(folder), tag=FOLDER)
-        except (RuntimeError, KeyError, ValueError, AssertionError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{folder}: DeepSpeed cannot load it ({reason})") from error
-        if loaded is None:
-            raise CheckpointError(f"{folder}: holds no DeepSpeed state ({FOLDER}/)")
 
 
 def _norm(module: nn.Module) -> Tensor:

@@ -49,13 +49,14 @@ def owned_weights(
 
     Without ZeRO every rank owns all; of a parameter that is not contiguous, they are a copy.
     """
-    named = list(module.named_parameters())
-    found = _whole_weights(named, optimizer) if stage == 0 else []
-    for name, parameter in named if stage > 0 else ():
+    found: Found = []
+    if stage == 0:
+        found = [(name, 0, p.data.reshape(-1)) for name, p in optimized(module, optimizer)]
+    for name, parameter in module.named_parameters() if stage > 0 else ():
         part = (_zero3_weight if stage == 3 else _zero12_weight)(parameter, shard_rank)
         if part is not None:
             found.append((name, *part))
-    return [Piece(name, start, values, blocks.get(name)) for name, start, values in found]
+    return [Piece(name, start, values.detach(), blocks.get(name)) for name, start, values in found]
 
 
 @torch.no_grad()
@@ -113,13 +114,15 @@ def _zero12_gradient(name: str, parameter: Any, whole: Tensor | None) -> tuple[i
     return address.start, values
 
 
-def _whole_weights(named: list[tuple[str, Any]], optimizer: Any) -> Found:
+def optimized(module: nn.Module, optimizer: Any) -> list[tuple[str, Tensor]]:
+    """Without ZeRO: by the name of each parameter, the fp32 tensor that the optimizer updates."""
+    named = list(module.named_parameters())
     if isinstance(optimizer, torch.optim.Optimizer):  # fp32: no wrapper around ours
-        return [(name, 0, p.data.reshape(-1)) for name, p in named]
+        return [(name, p) for name, p in named]
     lows = [p for group in optimizer.fp16_groups for p in group]
     highs = [p for group in optimizer.fp32_groups for p in group]
     by_id = {id(low): high for low, high in zip(lows, highs, strict=True)}
-    return [(name, 0, by_id[id(p)].data.view(-1)) for name, p in named]
+    return [(name, by_id[id(p)]) for name, p in named]
 
 
 def _zero12_weight(parameter: Any, shard_rank: int) -> tuple[int, Tensor] | None:

@@ -88,8 +88,7 @@ def require_names(engine: Any, stage: int, scaled: bool) -> None:
         stage: of ZeRO, as it shards the optimizer.
         scaled: whether resblocks have scales, so that DeepSpeed's own scaler must be silenced.
     """
-    require(engine, "engine", "basic_optimizer", "checkpoint_engine", "_copy_recovery_script",
-            "save_zero_checkpoint", "save_non_zero_checkpoint")  # fmt: skip
+    require(engine, "engine", "basic_optimizer")
     optimizer = engine.optimizer
     if scaled and stage > 0:
         require(optimizer, "optimizer", "torch_autocast_gradscaler")
@@ -101,7 +100,11 @@ def require_names(engine: Any, stage: int, scaled: bool) -> None:
     elif optimizer is not engine.basic_optimizer:
         require(optimizer, "optimizer", "fp32_groups", "fp16_groups")
     if stage == 3:
-        require(optimizer, "optimizer", "fp16_groups")
+        require(optimizer, "optimizer", "fp16_groups", "persistent_parameters",
+                "fp32_partitioned_groups_flat", "sub_group_to_group_id",
+                "_reassign_or_swap_out_partitioned_parameters")  # fmt: skip
+    elif stage > 0:
+        require(optimizer, "optimizer", "update_lp_params")
     for parameter in engine.module.parameters():
         if stage == 3:
             require(parameter, "parameter", "ds_tensor", "ds_numel", "ds_shape")
