@@ -15,14 +15,20 @@ class StageEntry:
 
     verb   of the command line, and what --help says of it
     train  (config, resume, new_epoch): runs the stage
+    section  of the config with its settings
     model  (config): the model whose weights a checkpoint holds
+    decayed  (model): names of its parameters with weight decay
+    weights  the release's file of weights
     save   (folder, config, weights): writes the release folder, returns the weights' fingerprint
     """
 
     verb: str
     help: str
     train: str
+    section: str
     model: str
+    decayed: str
+    weights: str
     save: str
 
 
@@ -32,21 +38,30 @@ STAGES = {
         "train-dvae",
         "stage 1: learn image tokens",
         "dalle_dist.train.dvae:train_dvae",
+        "dvae_train",
         "dalle_dist.dvae.model:configured_dvae",
+        "dalle_dist.dvae.model:decayed",
+        "dvae.safetensors",
         "dalle_dist.checkpoint.release:save_dvae_release",
     ),
     "transformer": StageEntry(
         "train",
         "stage 2: learn text and image tokens in one stream",
         "dalle_dist.train.transformer:train",
-        "dalle_dist.transformer.model:Transformer",
+        "train",
+        "dalle_dist.transformer.registry:build_transformer",
+        "dalle_dist.transformer.blocks:decayed",
+        "transformer.safetensors",
         "dalle_dist.checkpoint.release:save_transformer_release",
     ),
     "clip": StageEntry(
         "train-clip",
         "a CLIP, which ranks generated images by their captions",
         "dalle_dist.train.clip:train_clip",
+        "clip_train",
         "dalle_dist.clip.model:LossCLIP",
+        "dalle_dist.clip.model:decayed",
+        "model.safetensors",
         "dalle_dist.clip.release:save_clip_release",
     ),
 }

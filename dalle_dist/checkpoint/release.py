@@ -19,9 +19,10 @@ import yaml
 from dalle_dist import storage
 from dalle_dist.checkpoint.formats import (
     SUFFIX,
-    State,
+    Tensors,
     fill,
     fingerprint,
+    has_tensors,
     load_tensors,
     read_notes,
     save_tensors,
@@ -37,7 +38,8 @@ from dalle_dist.image_tokenizer.registry import (
 )
 from dalle_dist.text_tokenizer.protocol import TextTokenizer
 from dalle_dist.text_tokenizer.registry import load_text_tokenizer
-from dalle_dist.transformer.model import Transformer
+from dalle_dist.transformer.protocol import TextImageTransformer
+from dalle_dist.transformer.registry import build_transformer
 
 CONFIG, TRANSFORMER_FILE, TOKENIZER_FILE = (
     "config.yaml",
@@ -55,18 +57,18 @@ class Release:
     config: Config
     tokenizer: TextTokenizer
     image_tokenizer: ImageTokenizer
-    transformer: Transformer
+    transformer: TextImageTransformer
     fingerprint: str
 
 
-def save_dvae_release(folder: str, config: Config, state: State) -> str:
+def save_dvae_release(folder: str, config: Config, state: Tensors) -> str:
     """Write the dVAE's release folder, config last; returns the weights' fingerprint."""
     digest = save_dvae(folder, config.dvae, state)
     storage.write_bytes(storage.join(folder, CONFIG), to_yaml(config).encode())
     return digest
 
 
-def save_transformer_release(folder: str, config: Config, state: State) -> str:
+def save_transformer_release(folder: str, config: Config, state: Tensors) -> str:
     """`save_release` with the tokenizers that the config names."""
     return save_release(
         folder, config, state, config.paths.tokenizer, image_tokenizer_folder(config)
@@ -74,7 +76,7 @@ def save_transformer_release(folder: str, config: Config, state: State) -> str:
 
 
 def save_release(
-    folder: str, config: Config, transformer: State, tokenizer: str, image_tokenizer: str
+    folder: str, config: Config, transformer: Tensors, tokenizer: str, image_tokenizer: str
 ) -> str:
     """Write a whole model's release folder, config last; returns the transformer's fingerprint.
 
@@ -87,10 +89,10 @@ def save_release(
         data = storage.read_bytes(storage.join(image_tokenizer, name))
         storage.write_bytes(storage.join(folder, name), data)
     storage.write_bytes(storage.join(folder, TOKENIZER_FILE), storage.read_bytes(tokenizer))
-    save_tensors(storage.join(folder, TRANSFORMER_FILE), transformer, _masks(config))
+    digest = save_tensors(storage.join(folder, TRANSFORMER_FILE), transformer, _masks(config))
     config = dataclasses.replace(config, image_tokenizer=ImageTokenizerConfig(kind=kind))
     storage.write_bytes(storage.join(folder, CONFIG), to_yaml(config).encode())
-    return fingerprint(transformer)
+    return digest
 
 
 def load_release(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Release:
@@ -101,10 +103,10 @@ def load_release(folder: str | os.PathLike[str], device: torch.device | str = "c
             trained under other masks.
     """
     folder = os.fspath(folder)
-    config = _read_config(folder)
+    config = read_release_config(folder)
     image_tokenizer = load_image_tokenizer(config.image_tokenizer.kind, folder, device)
     path = storage.join(folder, TRANSFORMER_FILE)
-    if not storage.exists(path):
+    if not has_tensors(path):
         raise CheckpointError(
             f"{folder}: holds an image tokenizer alone ({TRANSFORMER_FILE} is missing); name the "
             "release of a transformer's run"
@@ -112,7 +114,7 @@ def load_release(folder: str | os.PathLike[str], device: torch.device | str = "c
     state = load_tensors(path)
     _refuse_other_masks(path, config)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = build_transformer(config)
     transformer = fill(model, state, path).to(device)
     tokenizer = load_text_tokenizer(config.tokenizer.kind, storage.join(folder, TOKENIZER_FILE))
     return Release(config, tokenizer, image_tokenizer, transformer, fingerprint(state))
@@ -120,20 +122,27 @@ def load_release(folder: str | os.PathLike[str], device: torch.device | str = "c
 
 def has_transformer(folder: str) -> bool:
     """Whether a release folder is a whole model's, and not that of an image tokenizer alone."""
-    return storage.exists(storage.join(folder, TRANSFORMER_FILE))
+    return has_tensors(storage.join(folder, TRANSFORMER_FILE))
 
 
 def load_release_image_tokenizer(folder: str, device: torch.device | str = "cpu") -> ImageTokenizer:
     """The image tokenizer of any release folder. Raises CheckpointError: no release there."""
-    return load_image_tokenizer(_read_config(folder).image_tokenizer.kind, folder, device)
+    return load_image_tokenizer(read_release_config(folder).image_tokenizer.kind, folder, device)
 
 
-def _read_config(folder: str) -> Config:
+def read_release_config(folder: str) -> Config:
+    """Raises CheckpointError: no release folder, or its config cannot be read."""
     path = storage.join(folder, CONFIG)
     # A run has a config too: it is the weights that make a folder a release.
     if not storage.exists(path):
         raise CheckpointError(f"{folder}: no release folder ({CONFIG} is missing)")
-    return from_dict(yaml.safe_load(storage.read_bytes(path)))
+    try:
+        tree = yaml.safe_load(storage.read_bytes(path))
+        if not isinstance(tree, dict):
+            raise ValueError(f"a {type(tree).__name__} in place of sections")
+    except (yaml.YAMLError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a config ({' '.join(str(error).split())})") from None
+    return from_dict(tree)
 
 
 def _masks(config: Config) -> dict[str, str]:

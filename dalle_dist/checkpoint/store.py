@@ -1,222 +1,258 @@
-"""Checkpoint folders that are whole or absent: `step-00001000/` with a manifest of every file.
+"""Folders of checkpoints, local or remote: which are whole, which are kept.
 
-All ranks write into `step-00001000.tmp`; the manifest (sizes, sha256) goes in last, everything is
-flushed to disk, and one rename makes the folder count. The ranks must share the file system.
+runs/X/checkpoints/step-00001000/   manifest.json, written last, and files of tensors
+                  /latest           name of the newest whole one
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from dalle_dist import storage
+from dalle_dist.checkpoint.manifest import MANIFEST, Manifest, rank_of, read_manifest
+from dalle_dist.checkpoint.tensor_file import digest
 from dalle_dist.distributed.process_group import Ranks
-from dalle_dist.errors import CheckpointError, UserError
+from dalle_dist.errors import CheckpointError
+from dalle_dist.storage.conditional import StoredCell
+from dalle_dist.storage.store import Conflict, NoConditions
 
-MANIFEST = "manifest.json"
+LATEST = "latest"
+DAMAGED = f"{MANIFEST}.damaged"  # what the manifest of a checkpoint is called that was passed over
+_REPLACED = ".old.tmp"  # after the name of a checkpoint of the same step
 _STEP = re.compile(r"step-(\d{8,})")
-_CHUNK = 1 << 22
 
 
-def save(folder: Path, step: int, write: Callable[[Path], None], ranks: Ranks, keep: int) -> Path:
-    """Let every rank `write` into one new checkpoint of `folder`; keep the newest `keep` of them.
+def step_folder(folder: str, step: int) -> str:
+    """Where the checkpoint of a step lies in a folder of checkpoints."""
+    return storage.join(folder, f"step-{step:08d}")
 
-    Checkpoints of later steps go too: they belong to an abandoned branch of the run.
-    `write` may use collectives only if a failing rank still takes part in them.
+
+def fingerprint(checkpoint: str) -> str:
+    """SHA-256 of the manifest, which depends on every byte of a checkpoint; no file is read."""
+    return hashlib.sha256(storage.read_bytes(storage.join(checkpoint, MANIFEST))).hexdigest()
+
+
+def steps(folder: str) -> list[int]:
+    """Steps of which `folder` holds a checkpoint with a manifest, in order."""
+    if storage.is_remote(folder):
+        names = [name for name in storage.list_files(folder) if name.endswith(f"/{MANIFEST}")]
+        found = [name.removesuffix(f"/{MANIFEST}") for name in names]
+    else:
+        found = [path.parent.name for path in Path(storage.normal(folder)).glob(f"*/{MANIFEST}")]
+    return sorted(int(match[1]) for name in found if (match := _STEP.fullmatch(name)))
+
+
+def newest(folder: str, ranks: Ranks | None = None, say: Callable[[str], None] = print) -> str:
+    """The newest checkpoint of which every byte is as it was written, or "" when there is none.
+
+    What is wrong with a newer one is said, and it is set aside: it counts no longer, and nothing of
+    it is deleted. With `ranks` all of them must call this: they share the reading, and agree.
+    """
+    found = steps(folder) if ranks is None else ranks.on_main(lambda: _recovered_steps(folder))
+    for step in reversed(found):
+        checkpoint = step_folder(folder, step)
+        wrong = problem(checkpoint, ranks)
+        if wrong is None:
+            return checkpoint
+        if ranks is None or ranks.rank == 0:
+            say(f"{checkpoint}: {wrong}; passed over")
+        if ranks is not None:
+            ranks.on_main(lambda checkpoint=checkpoint: _set_aside(checkpoint))  # type: ignore[misc]
+    return ""
+
+
+def _recovered_steps(folder: str) -> list[int]:
+    if not storage.is_remote(folder):
+        recover(Path(folder))
+    return steps(folder)
+
+
+def verify(checkpoint: str, ranks: Ranks | None = None) -> None:
+    """Raise CheckpointError, naming the file, unless every byte is as it was written."""
+    found = problem(checkpoint, ranks)
+    if found is not None:
+        raise CheckpointError(f"{checkpoint}: {found}; resume from another checkpoint")
+
+
+def problem(checkpoint: str, ranks: Ranks | None = None) -> str | None:
+    """What is wrong with a checkpoint, or None. Each file is read once, by one of the ranks.
+
+    Raises DataError when a store does not answer: that says nothing of the checkpoint.
+    """
+    if ranks is None:
+        return _problem(checkpoint, 0, 1)
+    found = ranks.together(lambda: _problem(checkpoint, ranks.rank, ranks.world))
+    return next((text for text in ranks.gather(found) if text), None)
+
+
+def _problem(checkpoint: str, rank: int, world: int) -> str | None:
+    try:
+        manifest = read_manifest(checkpoint)
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{checkpoint}: ")
+    present = set(storage.list_files(checkpoint))
+    # In the order of ranks: with as many as wrote it, each reads what it will load.
+    for name, entry in list(manifest.files.items()):
+        if rank_of(name) % world != rank:
+            continue
+        if name not in present:
+            return f"{name} is missing"
+        try:
+            file = storage.fetch(storage.join(checkpoint, name))
+            size = file.stat().st_size
+            if size != entry.bytes:
+                return f"{name} has {size} bytes, saved with {entry.bytes}"
+            if digest(file) != entry.xxh3:
+                return f"{name} is damaged (its hash differs)"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _set_aside(checkpoint: str) -> None:
+    path = storage.join(checkpoint, MANIFEST)
+    if storage.is_remote(checkpoint):
+        storage.write_bytes(storage.join(checkpoint, DAMAGED), storage.read_bytes(path))
+        storage.remove(path)
+    else:
+        Path(path).rename(storage.join(checkpoint, DAMAGED))
+
+
+def recover(folder: Path) -> None:
+    """Put back what was to be replaced, where the process ended before its successor was there."""
+    for old in folder.glob(f"step-*{_REPLACED}"):
+        final = old.with_name(old.name.removesuffix(_REPLACED))
+        if not final.exists() and (old / MANIFEST).exists():
+            old.rename(final)
+
+
+def publish(
+    partial: Path, target: str, manifest: Manifest, fence: Callable[[], None] = lambda: None
+) -> None:
+    """Have a checkpoint count whose files are written: in `partial`, or in a remote `target`.
+
+    Args:
+        fence: raises what ends this, unless this process alone may write to the run.
 
     Raises:
-        CheckpointError: on all ranks when one could not write; nothing of the step is left.
+        CheckpointError: another process published one of this step meanwhile.
     """
-    target = step_folder(folder, step)
-    partial = folder / f"{target.name}.tmp"
-    _attempt(partial, ranks, lambda: _prepare(folder, partial) if ranks.rank == 0 else None)
-    _attempt(partial, ranks, lambda: _require_shared(partial))
-    _attempt(partial, ranks, lambda: write(partial))
-    digests: list[dict[str, Any]] = []
-    _attempt(partial, ranks, lambda: digests.append(_describe(partial, ranks)))
-    files = {name: entry for part in ranks.gather(digests[0]) for name, entry in part.items()}
-    manifest = {"step": step, "world": ranks.world, "files": dict(sorted(files.items()))}
-    _attempt(
-        partial, ranks, lambda: _publish(partial, target, manifest) if ranks.rank == 0 else None
-    )
-    if ranks.rank == 0:
-        _prune(folder, step, keep)
-    ranks.barrier()
-    return target
+    from dalle_dist.checkpoint.save import phase
+
+    if storage.is_remote(target):
+        _publish_there(target, manifest, fence)
+        phase("renamed")
+    else:
+        (partial / MANIFEST).write_bytes(manifest.encoded())
+        flush(partial / MANIFEST)
+        flush(partial)
+        phase("manifest")
+        fence()
+        final = Path(target)
+        if final.exists():
+            whole = (final / MANIFEST).exists()
+            end = _REPLACED if whole else f".{secrets.token_hex(4)}.damaged"
+            final.rename(final.with_name(f"{final.name}{end}"))
+            phase("replaced")
+        partial.rename(final)
+        flush(final.parent)
+        phase("renamed")
 
 
-def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies in a folder of checkpoints."""
-    return folder / f"step-{step:08d}"
+def point_at(target: str, fence: Callable[[], None] = lambda: None) -> None:
+    """Have `latest` name a checkpoint that counts, for people. `fence`: as of `publish`."""
+    from dalle_dist.checkpoint.save import phase
+
+    folder, _, name = target.rpartition("/")
+    fence()
+    storage.write_bytes(storage.join(folder, LATEST), f"{name}\n".encode())
+    phase("latest")
 
 
-def fingerprint(path: Path) -> str:
-    """Hex digits that depend on every file of a whole checkpoint; its files are not read."""
-    return _sha256(path / MANIFEST)
+def _publish_there(target: str, manifest: Manifest, fence: Callable[[], None]) -> None:
+    """In place of the manifest that a checkpoint of this step has now, if it has one.
 
-
-def latest(folder: Path, ranks: Ranks | None = None) -> Path | None:
-    """The newest whole checkpoint, or None; damaged and half-written ones are passed over.
-
-    With `ranks`, all of them must call it: they share the work of reading and agree.
+    The store itself refuses a process that stops after the fence, until another has published.
     """
-    # Rank 0's list: on folders that differ, ranks would not check equally many.
-    found = steps(folder) if ranks is None else ranks.broadcast(steps(folder))
-    for step in reversed(found):
-        path = step_folder(folder, step)
-        if problem(path, ranks) is None:
-            return path
-    return None
-
-
-def verify(path: Path, ranks: Ranks | None = None) -> None:
-    """Raise CheckpointError, naming the file, unless every file of `path` is as it was saved."""
-    found = problem(path, ranks)
-    if found is not None:
-        raise CheckpointError(f"{path}: {found}; resume from another checkpoint")
-
-
-def problem(path: Path, ranks: Ranks | None = None) -> str | None:
-    """What is wrong with a checkpoint, or None when each file has its size and sha256."""
-    share = (0, 1) if ranks is None else (ranks.rank, ranks.world)
-    found = _problem(path, *share)
-    if ranks is not None:
-        found = next((text for text in ranks.gather(found) if text), None)
-    return found
-
-
-def steps(folder: Path) -> list[int]:
-    """Steps of which `folder` holds a checkpoint, whole or not, in order."""
-    if not folder.is_dir():
-        return []
-    matches = (_STEP.fullmatch(entry.name) for entry in folder.iterdir())
-    return sorted(int(match.group(1)) for match in matches if match)
-
-
-def no_space(error: BaseException) -> bool:
-    """Whether the error, or one behind it, says that the disk is full."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(seen):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
-
-
-def _nothing_free(partial: Path) -> bool:
-    """torch.save hides the cause of a short write, but what it wrote still fills the disk."""
-    return partial.parent.is_dir() and shutil.disk_usage(partial.parent).free < _CHUNK
-
-
-def _attempt(partial: Path, ranks: Ranks, action: Callable[[], None]) -> None:
-    """Run `action` on every rank; if it fails on one, clean up and raise the same line on all."""
-    failure = None
+    path, data = storage.join(target, MANIFEST), manifest.encoded()
+    cell = StoredCell(path, before=fence)
+    fence()
     try:
-        action()
-    except (OSError, RuntimeError, UserError) as error:
-        full = no_space(error) or _nothing_free(partial)
-        reason = "disk full" if full else " ".join(str(error).split())
-        failure = f"rank {ranks.rank}: {reason}" if ranks.world > 1 else reason
-    failures = [text for text in ranks.gather(failure) if text]
-    if failures:
-        if ranks.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        ranks.barrier()
+        cell.write(data, cell.version())
+    except NoConditions:  # the user sees to it that there is no other process
+        storage.write_bytes(path, data)
+    except Conflict:
         raise CheckpointError(
-            f"{partial.with_suffix('')}: not saved ({failures[0]}); free space or choose another "
-            "folder, then --resume auto goes on from the last whole checkpoint"
-        )
+            f"{target}: another process saved this step meanwhile; end one of the two"
+        ) from None
 
 
-def _prepare(folder: Path, partial: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("step-*.tmp"):
-        shutil.rmtree(leftover)
-    partial.mkdir()
+def prune(
+    folder: str,
+    step: int,
+    keep: int,
+    keep_every: int = 0,
+    fence: Callable[[], None] = lambda: None,
+) -> None:
+    """Delete all but the newest `keep` up to `step`, and each step that `keep_every` divides.
 
-
-def _require_shared(partial: Path) -> None:
-    """Or else `write` would fail on some ranks alone, while others wait in its collectives."""
-    if not partial.is_dir():
-        raise OSError(
-            "it does not see the folder that rank 0 made: all ranks must share the run's folder "
-            "(a remote run's working copy is in DALLE_DIST_CACHE)"
-        )
-
-
-def _describe(partial: Path, ranks: Ranks) -> dict[str, Any]:
-    """Size and sha256 of this rank's share of the files, each flushed to disk."""
-    names = [p.relative_to(partial).as_posix() for p in _files(partial)]
-    return {name: _entry(partial / name) for name in names[ranks.rank :: ranks.world]}
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    _flush(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _publish(partial: Path, target: Path, manifest: dict[str, Any]) -> None:
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _flush(partial / MANIFEST)
-    for directory in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
-        _flush(directory)
-    if target.exists():
-        # Both renames are atomic, and the old name ends in .tmp: at no moment is a half seen.
-        target.rename(target.with_name(f"{target.name}.old.tmp"))
-    partial.rename(target)
-    _flush(target.parent)
-
-
-def _prune(folder: Path, step: int, keep: int) -> None:
+    Those of later steps go too: they belong to a course that was left when an earlier checkpoint
+    was resumed. So do files that saves which failed have left. `fence`: as of `publish`.
+    """
+    fence()
     present = steps(folder)
-    wanted = [s for s in present if s <= step][-keep:]
-    for old in (step_folder(folder, s) for s in present if s not in wanted):
-        # Without its manifest a folder no longer counts, however far the removal gets.
-        (old / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
-    for leftover in folder.glob("step-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    wanted = set([s for s in present if s <= step][-keep:])
+    if keep_every:
+        wanted |= {s for s in present if 0 < s <= step and s % keep_every == 0}
+    for old in present:
+        if old not in wanted:
+            fence()
+            _delete(step_folder(folder, old))
+    if storage.is_remote(folder):
+        _delete_leftovers(folder, step, fence)
+    else:
+        for leftover in Path(folder).glob("step-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _problem(path: Path, rank: int, world: int) -> str | None:
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except FileNotFoundError:
-        return f"no checkpoint ({MANIFEST} is missing)"
-    except (OSError, ValueError, KeyError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name in sorted(files)[rank::world]:
-        file, entry = path / name, files[name]
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, saved with {entry['bytes']}"
-        if _sha256(file) != entry["sha256"]:
-            return f"{name} is damaged (sha256 differs)"
-    return None
+def _delete(checkpoint: str) -> None:
+    # Without its manifest a folder no longer counts, however far the removal gets.
+    storage.remove(storage.join(checkpoint, MANIFEST))
+    if storage.is_remote(checkpoint):
+        for name in storage.list_files(checkpoint):
+            storage.remove(storage.join(checkpoint, name))
+    else:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+def _delete_leftovers(folder: str, step: int, fence: Callable[[], None]) -> None:
+    """Remote files that no manifest names; what was set aside stays as it is."""
+    names: dict[str, set[str]] = {}
+    for path in storage.list_files(folder):
+        checkpoint, _, name = path.rpartition("/")
+        if _STEP.fullmatch(checkpoint):
+            names.setdefault(checkpoint, set()).add(name)
+    current = step_folder(folder, step).rpartition("/")[2]
+    for checkpoint, found in names.items():
+        target = storage.join(folder, checkpoint)
+        if checkpoint == current:
+            found -= {MANIFEST, *read_manifest(target).files}
+        elif MANIFEST in found or storage.exists(storage.join(target, MANIFEST)):
+            continue
+        if found and DAMAGED not in found:
+            fence()
+            for name in found:
+                storage.remove(storage.join(target, name))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the disk keep a file, or a folder's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

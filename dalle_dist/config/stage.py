@@ -55,6 +55,17 @@ class StageConfig:
     )
     save_every: int = required("steps between two checkpoints", unit="steps", at_least=1)
     keep: int = required("newest checkpoints that are kept", unit="checkpoints", at_least=1)
+    keep_every: int = option(
+        0,
+        "checkpoints of steps that this divides are kept too; 0 = none",
+        unit="steps",
+        at_least=0,
+    )
+    init: str = option(
+        "",
+        "release folder, or its file of weights, that a new run starts from; empty: random weights",
+        may_be_empty=True,
+    )
     wandb: bool = required("log to Weights & Biases too")
     skip: Skip = option(
         "step",

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dalle_dist.distributed.board import Board
 from dalle_dist.distributed.ending import Ending
 from dalle_dist.distributed.launchers import LaunchInfo, gpu_grant, read_environment
 from dalle_dist.errors import ConfigError, OtherRankError, UserError
@@ -134,13 +135,13 @@ def init() -> Ranks:
         ConfigError: the launcher's environment is incomplete, mpi4py is missing under mpirun, or
             a GPU was granted that torch does not see.
     """
-    global _ranks, _ending, _joined
+    global _ranks, _ending, _joined, _store
     if _ranks is not None and dist.is_initialized():
         return _ranks
     info = read_environment(os.environ)
     if info.launcher == "mpirun":
         info = _meet_by_mpi(info)
-    store = _meet(info)
+    store = _store = _meet(info)
     if info.world > 1:
         _joined = True
         _ending = Ending(store, info.world)  # now others can be told if what follows fails
@@ -165,6 +166,13 @@ def finalize_mpi() -> None:
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and not mpi.Is_finalized():
         mpi.Finalize()
+
+
+def board(topic: str) -> Board:
+    """Messages between the ranks, beside their collectives. Raises RuntimeError before `init`."""
+    if _store is None:
+        raise RuntimeError("ranks have not met")
+    return Board(_store, topic)
 
 
 def joined() -> bool:
@@ -281,4 +289,5 @@ def _share_cpus(ranks: Ranks) -> None:
 
 _ranks: Ranks | None = None
 _ending: Ending | None = None
+_store: Any = None
 _joined = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dalle_dist import storage
@@ -76,7 +75,7 @@ class Progress:
         epochs = math.ceil(self.samples / self.total)
         return {"samples": self.samples, "epochs_begun": epochs, "order": self.order}
 
-    def load_state_dict(self, state: dict[str, Any], new_epoch: bool, checkpoint: Path) -> None:
+    def load_state_dict(self, state: dict[str, Any], new_epoch: bool, checkpoint: str) -> None:
         """Go on where a checkpoint was.
 
         Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from tqdm import tqdm
 from dalle_dist import storage
 from dalle_dist.checkpoint import store
 from dalle_dist.checkpoint.convert import find_checkpoint, require_checkpoint
+from dalle_dist.checkpoint.manifest import read_manifest
+from dalle_dist.checkpoint.save import Saver
 from dalle_dist.config import Config, StageConfig
 from dalle_dist.data.loader import MicroBatches, batches
 from dalle_dist.distributed import process_group
@@ -26,6 +29,8 @@ from dalle_dist.train.speed import Speed
 from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
 from dalle_dist.train.stop import StopRequest
+
+SAVING = 60.0  # seconds that a run which ends by an error gives a checkpoint that is being written
 
 
 def train_stage(
@@ -62,7 +67,7 @@ def train_stage(
         wandb=stage.settings.wandb,
     )
     try:
-        _Loop(stage, ranks, run).train(resume, new_epoch)
+        _Loop(stage, ranks, run).run_to_the_end(resume, new_epoch)
     finally:
         run.close()
 
@@ -106,12 +111,27 @@ class _Loop:
         self.state = TrainingState(
             stage.identity, ranks, self.engine, stage.ema(), self.schedule, stage.progress()
         )
+        self.saver = Saver(
+            run.checkpoints,
+            ranks,
+            run.scratch,
+            self.settings.keep,
+            self.settings.keep_every,
+            run.fence,
+        )
         self.amiss = Amiss(ranks, stage.config.data.bad_shards)
         self._micro_batch = self.settings.batch_size // (ranks.world * self.engine.accumulation)
         self._epoch: dict[str, float] = {}  # of an epoch that has ended, for the next log line
         self._saved = -1  # the step that was saved last
 
-    def train(self, resume: str | None, new_epoch: bool) -> None:
+    def run_to_the_end(self, resume: str | None, new_epoch: bool) -> None:
+        try:
+            self._train(resume, new_epoch)
+        except Exception:
+            self.saver.close(timeout=SAVING)  # what was trained so far is worth the wait
+            raise
+
+    def _train(self, resume: str | None, new_epoch: bool) -> None:
         self._restore(resume, new_epoch)
         rows = self._banner()
         self.run.open()
@@ -120,9 +140,14 @@ class _Loop:
             self._catch_up()
         if self.state.step < self.settings.steps:
             self._say_what_is_trained(rows)
+            self._try_saving()
             self._run_steps()
+        self.saver.wait()
+        self.ranks.on_main(self.run.fence)  # no save is begun for a run that another took over
         if self._saved != self.state.step:
             self._save()
+        self.saver.wait()
+        self._sync()
         if self.state.step < self.settings.steps:
             self.run.say(f"stopped at step {self.state.step}; --resume auto goes on")
         else:
@@ -134,15 +159,39 @@ class _Loop:
         if self.state.step == 0 and measures and not self.run.measured(0):
             self.run.log(0, **measures)
 
+    def _try_saving(self) -> None:
+        """Write a checkpoint and read it back, where the folder has none of this step.
+
+        A full disk, a missing right, or ranks that do not share the folder show now, not after the
+        first hours.
+        """
+        if self._saved == self.state.step:
+            return
+        began = time.perf_counter()
+        self._save()
+        self.saver.wait()
+        written = time.perf_counter()
+        checkpoint = store.step_folder(self.run.checkpoints, self.state.step)
+        store.verify(checkpoint, self.ranks)
+        read = time.perf_counter() - written
+        size = self.ranks.on_main(lambda: read_manifest(checkpoint).size) / 1e9
+        self.run.say(
+            f"a checkpoint takes {size:.3g} GB; written in {written - began:.2f} s, read back in "
+            f"{read:.2f} s ({size / max(read, 1e-3):.2g} GB/s)"
+        )
+
     def _run_steps(self) -> None:
         stop, bar = StopRequest(), self.run.progress(self.settings.steps, self.state.step)
         micro_batches = self._micro_batches()
         try:
-            while self.state.step < self.settings.steps and not stop.agreed(self.ranks):
+            while self.state.step < self.settings.steps and not self._stops(stop):
                 self._after_step(self._step(micro_batches), bar)
         except RuntimeError as error:  # torch's, of a loader process that ended, comes at any time
             raise micro_batches.failure(error) or error from None
         bar.close()
+
+    def _stops(self, stop: StopRequest) -> bool:
+        return stop.agreed(self.ranks, self.saver.failed or self.run.lost)
 
     def _micro_batches(self) -> MicroBatches:
         """This rank's, from the first that is not trained on yet, without end."""
@@ -189,7 +238,8 @@ class _Loop:
                 f"{self.settings.section}.lr"
             )
         self.schedule.observe(self.state.step, loss)
-        if self.state.step % self.settings.ema_every == 0:
+        last = self.state.step == self.settings.steps  # a release is no older than its run
+        if self.state.step % self.settings.ema_every == 0 or last:
             self.state.ema.update(self.engine.weights())
 
     def _after_step(self, numbers: dict[str, float], bar: tqdm) -> None:
@@ -235,27 +285,34 @@ class _Loop:
         return step % every == 0 or step == self.settings.steps
 
     def _save(self) -> None:
-        self.state.save(self.run.folder / "checkpoints")
+        self.state.save(self.saver)
         self._saved = self.state.step
-        self.run.sync()
+        self._sync()
+
+    def _sync(self) -> None:
+        """Upload what is new, if the run is remote; what goes wrong is raised on all ranks."""
+        self.ranks.on_main(self.run.sync)
 
     def _restore(self, resume: str | None, new_epoch: bool) -> None:
-        if resume is None:
-            return
-        checkpoints = self.run.folder / "checkpoints"
+        checkpoints = self.run.checkpoints
+        found = ""
         if resume == "auto":
-            found = store.latest(checkpoints, self.ranks)
-        else:
+            found = store.newest(checkpoints, self.ranks, self.run.say)
+        elif resume is not None:
             found = find_checkpoint(resume, self.ranks)
-        if found is not None:
-            self.state.load(found, new_epoch)
-            if found.parent.resolve() == checkpoints.resolve():
+        if found:
+            self.run.say(f"restored {self.state.load(found, new_epoch)}")
+            if _same_folder(found.rpartition("/")[0], checkpoints):
                 self._saved = self.state.step
+        elif self.settings.init:
+            self.run.say(self.state.start_from(self.settings.init))
 
     def _finish(self) -> None:
         """The release folder, from the checkpoint of this step; made anew when it is of another."""
-        folder, step = self.run.folder, self.state.step
-        digest = self.ranks.on_main(lambda: write_release(folder, step))
+        step = self.state.step
+        checkpoint = store.step_folder(self.run.checkpoints, step)
+        digest = self.ranks.on_main(lambda: write_release(self.run.folder, checkpoint))
+        self._sync()
         made = f"{self.stage.title} {digest} in release/" if digest else "nothing to do"
         self.run.say(f"complete at step {step}; {made}")
 
@@ -275,3 +332,9 @@ class _Loop:
             "from": "the start" if not self.state.step else f"step {self.state.step:,}",
         }
         return f"training the {stage.title}\n{banner.table(rows)}"
+
+
+def _same_folder(one: str, other: str) -> bool:
+    if storage.is_remote(one) or storage.is_remote(other):
+        return one == other
+    return Path(one).resolve() == Path(other).resolve()

@@ -10,18 +10,17 @@ from dalle_dist.checkpoint.convert import convert
 from dalle_dist.checkpoint.release import CONFIG, STAMP
 
 
-def write_release(run: Path, step: int) -> str:
-    """Write `run`/release from the averages at `step`; returns their fingerprint.
+def write_release(run: Path, checkpoint: str) -> str:
+    """Write `run`/release from the averages of a checkpoint; returns their fingerprint.
 
     "" where the release is that of this checkpoint already; one of another is made anew.
     """
     folder = run / "release"
     stamp = folder / STAMP
-    checkpoint = store.step_folder(run / "checkpoints", step)
     source = store.fingerprint(checkpoint)
     if stamp.is_file() and (folder / CONFIG).is_file() and stamp.read_text() == source:
         return ""
     shutil.rmtree(folder, ignore_errors=True)
-    digest = convert(str(checkpoint), str(folder), "ema")
+    digest = convert(checkpoint, str(folder), "ema")
     stamp.write_text(source)
     return digest

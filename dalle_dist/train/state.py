@@ -1,42 +1,36 @@
 """What a checkpoint of any stage holds, and who may go on from it.
 
-step-00001000/deepspeed/       weights, moments and master weights as DeepSpeed keeps them
-             /weights/         fp32 pieces, raw and averaged (see checkpoint/weights.py)
-             /gradients/       gradient scales, and the nodes' mean error of PowerSGD
-             /training.json    step, schedule, samples consumed and their order, how it was made
-             /config.yaml      the config in force
+Tensors by kind (`checkpoint/save.py` writes them): `weights`, `exp_avg` and `exp_avg_sq` of AdamW,
+`average`, and PowerSGD's `error` and `q`. The rest is in the manifest (`checkpoint/manifest.py`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from importlib import metadata
+from typing import Any, Protocol, TypeVar
 
-import yaml
+import torch
 from torch import Tensor
 
-from dalle_dist.checkpoint import store
-from dalle_dist.checkpoint.convert import TRAINING, read_training
-from dalle_dist.checkpoint.formats import SUFFIX, load_tree, save_tree
-from dalle_dist.checkpoint.release import CONFIG
-from dalle_dist.checkpoint.weights import load_pieces, save_pieces
-from dalle_dist.config import (
-    Config,
-    StageConfig,
-    difference,
-    section_differences,
-    to_dict,
-    to_yaml,
-)
+from dalle_dist import __version__
+from dalle_dist.checkpoint.convert import read_training, release_weights
+from dalle_dist.checkpoint.manifest import Manifest, read_manifest
+from dalle_dist.checkpoint.read import TensorSource
+from dalle_dist.checkpoint.save import Saver
+from dalle_dist.config import Config, StageConfig, difference, section_differences, to_dict
 from dalle_dist.distributed.process_group import Ranks
-from dalle_dist.engine.interface import Engine
-from dalle_dist.errors import CheckpointError, ConfigError, UserError
-from dalle_dist.gradients.piece import assemble
+from dalle_dist.engine.interface import WEIGHTS, Engine
+from dalle_dist.errors import CheckpointError, ConfigError
+from dalle_dist.gradients.piece import Piece, ReadPieces, assemble, name_and_start
 from dalle_dist.optim.ema import EMA
 from dalle_dist.train.data import Progress
+
+AVERAGE = "average"
+T = TypeVar("T")
 
 
 class Stateful(Protocol):
@@ -83,128 +77,161 @@ class TrainingState:
         self.ema, self.schedule = ema, schedule
         self.step = 0  # finished
 
-    def save(self, checkpoints: Path) -> Path:
-        """Write a checkpoint; all ranks. Raises CheckpointError on all when one could not."""
-        return store.save(
-            checkpoints, self.step, self._write, self.ranks, self.identity.settings.keep
-        )
+    def save(self, saver: Saver) -> None:
+        """Begin to write a checkpoint; all ranks.
 
-    def load(self, checkpoint: Path, new_epoch: bool = False) -> None:
-        """Go on from `checkpoint`, bit for bit; all ranks.
+        Raises CheckpointError on all ranks: the save before came to nothing on one, or the nodes'
+        weights differ.
+        """
+        self.engine.refuse_diverged()
+        numbers, tensors = self.engine.transform_state()
+        kinds = self.engine.state() | tensors
+        if self.ema.updates:  # until then it is the weights
+            kinds[AVERAGE] = self._averages(kinds[WEIGHTS])
+        saver.save(self._manifest(numbers), kinds)
+
+    def load(self, checkpoint: str, new_epoch: bool = False) -> str:
+        """Go on from a checkpoint that was verified; all ranks. What was restored, in words.
+
+        With the ranks and settings that wrote it, bit for bit; with others, from the same values.
 
         Args:
             new_epoch: with samples in another order, from the next epoch on, if need be.
 
         Raises:
-            CheckpointError: damaged, of another stage or tokenizer, or made by other ranks.
+            CheckpointError: damaged, or of another stage or tokenizer.
             ConfigError: of another shape, or the samples would come in another order.
         """
-        store.verify(checkpoint, self.ranks)
-        saved = self.ranks.together(lambda: self._fitting(checkpoint, new_epoch))
-        self.engine.load(checkpoint)
-        self.engine.load_transform_state(load_tree(self._gradients(checkpoint)))
-        self.schedule.load_state_dict(saved["schedule"])
-        averages = load_pieces(checkpoint, "ema", self.engine.shard_rank)
-        self.ema.load(averages, saved["ema_updates"])
-        self.step = saved["step"]
+        began = time.perf_counter()
+        manifest = self.ranks.on_main(lambda: read_manifest(checkpoint))
+        saved = self.ranks.together(lambda: self._fitting(checkpoint, manifest, new_epoch))
 
-    def _fitting(self, checkpoint: Path, new_epoch: bool) -> dict[str, Any]:
-        saved = _read(checkpoint, self.identity.stage)
-        self._refuse_other(checkpoint, saved)
+        source = functools.cache(
+            lambda kind: TensorSource.of_checkpoint(checkpoint, manifest, kind)
+        )
+
+        def read(kind: str, pieces: Sequence[Piece]) -> bool:
+            return source(kind).fill(pieces)
+
+        with self.engine.restoring() as restoring:
+            self.ranks.together(lambda: self._fill(checkpoint, restoring.share, read))
+            restoring.steps = saved["optimizer_steps"]
+        self.ranks.together(lambda: self.engine.load_transform_state(saved["gradients"], read))
+        self.schedule.load_state_dict(saved["schedule"])
+        self.ranks.together(lambda: self._load_average(checkpoint, saved["ema_updates"], read))
+        self.step = saved["step"]
+        return self._restored(manifest, time.perf_counter() - began)
+
+    def start_from(self, release: str) -> str:
+        """Take the weights of a release, for a run that starts; all ranks. One line of it.
+
+        Raises CheckpointError: no release there, or one whose weights do not fit the model.
+        """
+        source = self.ranks.together(lambda: release_weights(release, self.engine.shapes))
+        with self.engine.restoring() as restoring:
+            pieces = restoring.share[WEIGHTS]
+            self.ranks.together(lambda: _in_one_line(release, lambda: source.fill(pieces)))
+        return f"starts from the weights of {release}"
+
+    def _fill(
+        self, checkpoint: str, pieces: Mapping[str, Sequence[Piece]], read: ReadPieces
+    ) -> None:
+        for kind, found in pieces.items():
+            if not _in_one_line(checkpoint, functools.partial(read, kind, found)):
+                raise CheckpointError(f"{checkpoint}: {kind} of some elements are missing")
+
+    def _load_average(self, checkpoint: str, updates: int, read: ReadPieces) -> None:
+        pieces = [
+            Piece(p.name, p.start, torch.empty(p.values.numel())) for p in self.engine.weights()
+        ]
+        if updates:
+            self._fill(checkpoint, {AVERAGE: pieces}, read)
+        self.ema.load({piece.key: piece.values for piece in pieces} if updates else {}, updates)
+
+    def _restored(self, manifest: Manifest, seconds: float) -> str:
+        """One line: what of the checkpoint is in force, and what has become of the rest."""
+        parts = [f"step {self.step:,}", ", ".join(manifest.kinds), "learning rate schedule"]
+        parts.append(f"position {self.progress.samples:,} in the training set")
+        changed = difference(manifest.layout, self._layout())
+        text = f"{'; '.join(parts)}; {manifest.size / 1e9:.3g} GB in {seconds:.1f} s"
+        return f"{text}; translated: {'; '.join(changed)}" if changed else text
+
+    def _fitting(self, checkpoint: str, manifest: Manifest, new_epoch: bool) -> Mapping[str, Any]:
+        saved = read_training(checkpoint, manifest)
+        if saved["stage"] != self.identity.stage:
+            raise CheckpointError(
+                f"{checkpoint}: is of stage '{saved['stage']}', and this is '{self.identity.stage}'"
+            )
+        self._refuse_other(checkpoint, manifest)
         self.progress.load_state_dict(saved.get("data", {}), new_epoch, checkpoint)
         return saved
 
+    def _averages(self, weights: Sequence[Piece]) -> list[Piece]:
+        return [Piece(*name_and_start(k), v) for k, v in self.ema.state(weights).items()]
+
     def averaged_weights(self) -> dict[str, Tensor] | None:
         """The averaged weights, whole, on the CPU of rank 0; None elsewhere. A collective call."""
-        mine = {} if self.engine.node else self.ema.state(self.engine.weights())
-        mine = {key: values.cpu() for key, values in mine.items()}
-        parts = self.ranks.gather_on_main(mine) if self.engine.zero_stage else [mine]
+        averages = self.ema.state(self.engine.weights())
+        parts = self.ranks.gather_on_main({key: values.cpu() for key, values in averages.items()})
         if self.ranks.rank != 0:
             return None
         pieces = {key: values for part in parts for key, values in part.items()}
         return assemble(pieces, self.engine.shapes)
 
-    def _write(self, folder: Path) -> None:
-        # Two things are collective: a rank whose own files fail must still take part in them.
-        transform = self.engine.transform_state()
-        error = _failure(lambda: self._write_ours(folder, transform))
-        self.engine.save(folder)
-        if error is not None:
-            raise error
-
-    def _write_ours(self, folder: Path, transform: dict[str, Any]) -> None:
-        if self.engine.node > 0:
-            return  # the first node's are the same
-        weights, shard_rank = self.engine.weights(), self.engine.shard_rank
-        save_pieces(folder, "raw", shard_rank, {piece.key: piece.values for piece in weights})
-        save_pieces(folder, "ema", shard_rank, self.ema.state(weights))
-        if self.engine.zero_stage or self.ranks.rank == 0:
-            save_tree(self._gradients(folder), transform)
-        if self.ranks.rank == 0:
-            (folder / TRAINING).write_text(json.dumps(self._summary(), indent=1))
-            (folder / CONFIG).write_text(to_yaml(self.identity.config))
-
-    def _gradients(self, folder: Path) -> Path:
-        shard_rank = self.engine.shard_rank if self.engine.zero_stage else 0
-        return folder / "gradients" / f"rank-{shard_rank:05d}{SUFFIX}"
-
-    def _summary(self) -> dict[str, Any]:
-        return {
+    def _manifest(self, numbers: Mapping[str, Any]) -> Manifest:
+        training = {
             "stage": self.identity.stage,
             "step": self.step,
             "schedule": self.schedule.state_dict(),
             "data": self.progress.state_dict(),
             "ema_updates": self.ema.updates,
+            "optimizer_steps": self.engine.optimizer_steps,
+            "gradients": numbers,
+            "shapes": self.engine.shapes,
             "fingerprints": dict(self.identity.fingerprints),
-            "made_by": self._made_by(),
         }
+        versions = {
+            "dalle-dist": __version__,
+            "torch": torch.__version__,
+            "deepspeed": metadata.version("deepspeed"),
+        }
+        return Manifest(
+            self.step, self._layout(), versions, training, to_dict(self.identity.config)
+        )
 
-    def _made_by(self) -> dict[str, Any]:
-        """Must be the same in a resumed run: DeepSpeed's files depend on it."""
+    def _layout(self) -> dict[str, Any]:
         return {
-            # Without ZeRO every rank has everything, and any number of them may go on.
-            "ranks": self.engine.shard_world if self.engine.zero_stage else 1,
+            "ranks": self.ranks.world,
+            "nodes": self.engine.nodes,
             "zero_stage": self.engine.zero_stage,
             "precision": self.identity.precision,
-            "optimizer": self.engine.optimizer,
             "moments": self.identity.settings.moments,
             "between_nodes": self.identity.between_nodes,
         }
 
-    def _refuse_other(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        lines = difference(saved["fingerprints"], dict(self.identity.fingerprints))
+    def _refuse_other(self, checkpoint: str, manifest: Manifest) -> None:
+        fingerprints = manifest.training["fingerprints"]
+        lines = difference(fingerprints, dict(self.identity.fingerprints))
         if lines:
             raise CheckpointError(
                 f"{checkpoint}: was trained with another {'; another '.join(lines)}; name the "
                 "files it was trained with (paths.tokenizer, image_tokenizer.path), or start a "
                 "new run"
             )
-        theirs = yaml.safe_load((checkpoint / CONFIG).read_text())
         ours = to_dict(self.identity.config)
-        lines = section_differences(theirs, ours, self.identity.sections)
+        lines = section_differences(manifest.config, ours, self.identity.sections)
         if lines:
             raise ConfigError(
                 f"{checkpoint}: these keys must be as in the checkpoint: {'; '.join(lines)}"
             )
-        lines = difference(saved["made_by"], self._made_by())
-        if lines:
-            raise CheckpointError(
-                f"{checkpoint}: DeepSpeed's state was written with other settings: "
-                f"{'; '.join(lines)}; start with the same number of ranks (of a node, where ZeRO "
-                "stays inside each), ZeRO stage, precision, optimizer and moments"
-            )
 
 
-def _read(checkpoint: Path, kind: str) -> dict[str, Any]:
-    saved: dict[str, Any] = read_training(checkpoint)
-    if saved["stage"] != kind:
-        raise CheckpointError(f"{checkpoint}: is of stage '{saved['stage']}', and this is '{kind}'")
-    return saved
-
-
-def _failure(action: Callable[[], None]) -> Exception | None:
+def _in_one_line(path: str, action: Callable[[], T]) -> T:
+    """Trouble of one rank's machine as an error that all ranks end with."""
     try:
-        action()
-    except (OSError, RuntimeError, UserError) as error:
-        return error
-    return None
+        return action()
+    except MemoryError:
+        raise CheckpointError(f"{path}: out of memory while it was read") from None
+    except (OSError, torch.OutOfMemoryError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: cannot be read ({reason})") from None

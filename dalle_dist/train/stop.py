@@ -20,9 +20,10 @@ class StopRequest:
             for number in SIGNALS:
                 signal.signal(number, self._ask)
 
-    def agreed(self, ranks: Ranks) -> bool:
-        """Whether any rank was asked to stop; a collective call, the same answer on all ranks."""
-        return ranks.any(self.asked) if ranks.world > 1 else self.asked
+    def agreed(self, ranks: Ranks, failed: bool = False) -> bool:
+        """Whether any rank was asked to stop, or failed; a collective call, the same on all."""
+        stop = self.asked or failed
+        return ranks.any(stop) if ranks.world > 1 else stop
 
     def _ask(self, number: int, _frame: Any) -> None:
         if self.asked and number == signal.SIGINT:

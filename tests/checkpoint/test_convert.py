@@ -1,5 +1,8 @@
 """Checkpoints of every ZeRO stage, written by two ranks, to release folders in one process."""
 
+from pathlib import Path
+
+import checkpointed
 import numpy as np
 import pytest
 import tiny_run
@@ -47,7 +50,7 @@ def _checkpoint(ranks, folder, stage):
         state.step += 1
         state.ema.update(engine.weights())
         gathered.append(_present(engine, config))
-    return state.save(folder / f"zero{stage}" / "checkpoints"), gathered
+    return checkpointed.save_state(state, folder / f"zero{stage}" / "checkpoints"), gathered
 
 
 def _checkpoints(ranks, folder):
@@ -77,6 +80,7 @@ def test_release_holds_the_gathered_weights_of_each_stage(saved, stage, tmp_path
 def test_release_holds_the_average_and_can_be_used(saved, stage, tmp_path):
     path, (first, last) = saved[stage]
     # The run folder, the folder of checkpoints and the checkpoint itself mean the same.
+    path = Path(path)
     digests = {convert(str(p), str(tmp_path / p.name)) for p in (path, *list(path.parents)[:2])}
     release = load_release(str(tmp_path / path.name))
     assert digests == {release.fingerprint}
@@ -134,11 +138,11 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_written(saved, tmp_p
 
 def test_a_damaged_checkpoint_is_refused_by_name_of_the_file(saved, tmp_path):
     path, _ = saved[2]
-    victim = path / "weights" / "raw-rank-00001.safetensors"
+    victim = Path(path) / "weights-rank-00001.safetensors"
     whole = victim.read_bytes()
     victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
-        with pytest.raises(CheckpointError, match=r"raw-rank-00001.safetensors is damaged"):
+        with pytest.raises(CheckpointError, match=r"weights-rank-00001.safetensors is damaged"):
             convert(str(path), str(tmp_path / "out"), "raw")
     finally:
         victim.write_bytes(whole)

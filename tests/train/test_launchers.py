@@ -51,7 +51,7 @@ def test_every_launcher_gives_the_losses_of_a_single_process(alone, launcher):
     folder, expected = alone
     found = _losses(LAUNCHERS[launcher], folder, launcher)
     manifest = folder / launcher / "checkpoints" / "step-00000004" / "manifest.json"
-    assert json.loads(manifest.read_text())["world"] == 2
+    assert json.loads(manifest.read_text())["layout"]["ranks"] == 2
     assert len(found) == 4
     assert found == pytest.approx(expected, rel=1e-5)
     assert found[-1] < found[0]

@@ -1,7 +1,6 @@
 """How far a run is in its training set: a checkpoint has it, and nothing is skipped unsaid."""
 
 import dataclasses
-import json
 import os
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from dalle_dist import storage
+from dalle_dist.checkpoint.manifest import read_manifest
 from dalle_dist.data.notes import Notes
 from dalle_dist.distributed import process_group
 from dalle_dist.errors import ConfigError, DataError
@@ -54,7 +54,8 @@ def test_a_checkpoint_of_before_there_was_an_order_is_refused(tmp_path):
         Progress(0, ORDER, 61).load_state_dict({}, False, tmp_path)
 
 
-def test_the_end_of_an_epoch_says_what_was_amiss():
+def test_the_end_of_an_epoch_says_what_was_amiss(monkeypatch):
+    monkeypatch.setattr(storage, "retries", dict)  # those of other tests of this process
     amiss = Amiss(ALONE, bad_shards=1)
     corrupt = {f"key{i}" for i in range(7)}
     amiss.notes.add(Notes(corrupt, {"00001.tar": "gone"}, captions=200, cut=3, empty=2))
@@ -92,7 +93,7 @@ def test_a_resumed_run_refuses_another_window_unless_it_begins_an_epoch(tmp_path
         program.train(other, "auto")
     program.train(other, "auto", new_epoch=True)
     folder = Path(config.paths.run)
-    saved = json.loads((folder / "checkpoints/step-00000009/training.json").read_text())["data"]
+    saved = read_manifest(str(folder / "checkpoints/step-00000009")).training["data"]
     assert saved["samples"] == 2 * 61 + 8
     lines = read_log(folder)
     assert [line["step"] for line in lines if "samples_corrupt" in line] == [8]

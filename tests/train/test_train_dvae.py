@@ -83,6 +83,7 @@ def test_it_learns_and_leaves_a_whole_run(trained):
         "dvae.safetensors",
     ]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "latest",
         "step-00000050",
         "step-00000060",
     ]
@@ -183,12 +184,12 @@ def test_a_half_written_release_is_written_anew(copy):
 @pytest.mark.filterwarnings("ignore:.*cannot be decoded")
 def test_a_damaged_checkpoint_is_named_or_passed_over(copy, capsys):
     newest = copy / "dvae/checkpoints/step-00000060"
-    with (newest / "weights/ema-rank-00000.safetensors").open("r+b") as file:
+    with (newest / "average-rank-00000.safetensors").open("r+b") as file:
         file.seek(200)
         file.write(b"damage")
     done = arguments(copy, "dvae_train.steps=60")
     assert main(["train-dvae", *done, "--resume", str(newest)]) == 2
-    assert "ema-rank-00000.safetensors is damaged" in capsys.readouterr().err
+    assert "average-rank-00000.safetensors is damaged" in capsys.readouterr().err
     assert main(["train-dvae", *done, "--resume", str(copy / "nowhere")]) == 2
     assert "no whole checkpoint" in capsys.readouterr().err
     shutil.rmtree(copy / "dvae/release")
@@ -211,7 +212,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_stays(co
     assert main(["train-dvae", *wild, "--resume", "auto"]) == 2
     assert "resume from the last checkpoint with a lower dvae_train.lr" in capsys.readouterr().err
     steps = sorted(path.name for path in (copy / "dvae/checkpoints").iterdir())
-    assert steps == ["step-00000050", "step-00000060"]
+    assert steps == ["latest", "step-00000050", "step-00000060"]
 
 
 def test_an_image_that_fails_costs_no_checkpoint(copy, monkeypatch):
