@@ -10,7 +10,7 @@ from typing import Any
 from dalle_dist.errors import DataError
 from dalle_dist.paths import scheme_of
 from dalle_dist.storage.retry import ObjectChanged, PassingTrouble
-from dalle_dist.storage.store import Content, Page, Part, Stat
+from dalle_dist.storage.store import Content, NoConditions, Page, Part, Stat
 
 READ_ONLY = ("http", "https", "github", "git", "zip", "tar", "data")
 # How stores call what differs when an object's content does.
@@ -75,6 +75,12 @@ class OtherStore:
         require_writable(path)
         with _system(path) as (system, name), contextlib.suppress(FileNotFoundError):
             system.rm_file(name)
+
+    def put_if(self, path: str, data: bytes, version: str | None) -> str:
+        raise NoConditions(f"{path}: no conditional writes to {scheme_of(path)}:// from here")
+
+    def delete_if(self, path: str, version: str) -> None:
+        raise NoConditions(f"{path}: no conditional writes to {scheme_of(path)}:// from here")
 
 
 def require_writable(path: str) -> None:

@@ -18,9 +18,9 @@ from typing import Any
 from dalle_dist.errors import DataError
 from dalle_dist.storage import retry
 from dalle_dist.storage.retry import ObjectChanged, PassingTrouble
-from dalle_dist.storage.s3_errors import translated
+from dalle_dist.storage.s3_errors import conditional, translated
 from dalle_dist.storage.settings import SETTINGS
-from dalle_dist.storage.store import Content, Page, Part, Stat
+from dalle_dist.storage.store import Content, NoConditions, Page, Part, Stat
 
 MOST_PARTS = 10_000  # of one upload
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
@@ -77,10 +77,27 @@ class S3Store:
             client.put_object(Bucket=bucket, Key=key, Body=data, ContentMD5=_base64(digest))
         return f'"{digest.hexdigest()}"'
 
+    def put_if(self, path: str, data: bytes, version: str | None) -> str:
+        bucket, key = _object(path)
+        if version == "":
+            raise NoConditions(f"{path}: the store gives objects no ETag")
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+        digest = _base64(hashlib.md5(data, usedforsecurity=False))
+        with _requests(path) as client, conditional(path):
+            answer = client.put_object(
+                Bucket=bucket, Key=key, Body=data, ContentMD5=digest, **condition
+            )
+        return str(answer.get("ETag", ""))
+
     def delete(self, path: str) -> None:
         bucket, key = _object(path)
         with _requests(path) as client:
             client.delete_object(Bucket=bucket, Key=key)
+
+    def delete_if(self, path: str, version: str) -> None:
+        bucket, key = _object(path)
+        with _requests(path) as client, conditional(path):
+            client.delete_object(Bucket=bucket, Key=key, IfMatch=version)
 
 
 def _put_parts(path: str, content: Content) -> str:

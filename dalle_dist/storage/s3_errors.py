@@ -9,6 +9,7 @@ from typing import Any
 
 from dalle_dist.errors import DataError
 from dalle_dist.storage.retry import ObjectChanged, PassingTrouble
+from dalle_dist.storage.store import Conflict, NoConditions
 
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 _BUSY = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests")
@@ -50,6 +51,27 @@ def translated(path: str) -> Iterator[None]:
         raise DataError(
             f"{path}: {_text(error)}; AWS_ENDPOINT_URL begins with http:// or https://"
         ) from None
+
+
+@contextlib.contextmanager
+def conditional(path: str) -> Iterator[None]:
+    """Of a request with a condition: raises Conflict where it does not hold, or NoConditions."""
+    from botocore.exceptions import ClientError, ParamValidationError
+
+    try:
+        yield
+    except ParamValidationError:
+        raise NoConditions(f"{path}: this boto3 knows no conditional writes; update it") from None
+    except ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = error.response.get("Error", {}).get("Code", "")
+        if status == 412 or code == "NoSuchKey":
+            raise Conflict(path) from None
+        if status == 409:  # S3 decides between two at once, and asks one to come again
+            raise PassingTrouble("busy", f"{path}: another process writes it ({code})") from None
+        if status == 501:
+            raise NoConditions(f"{path}: the store has no conditional writes ({code})") from None
+        raise
 
 
 def _of_answer(path: str, error: Any) -> Exception:

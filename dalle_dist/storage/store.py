@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from dalle_dist.errors import DataError
 from dalle_dist.paths import scheme_of
+
+
+class Conflict(Exception):
+    """A conditional write that came too late: the object is of another version by now."""
+
+
+class NoConditions(DataError):
+    """The store has no conditional writes."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,17 @@ class Store(Protocol):
     def put(self, path: str, content: Content) -> str:
         """The object appears whole or not at all; its `Stat.version` if it is known beforehand."""
 
+    def put_if(self, path: str, data: bytes, version: str | None) -> str:
+        """Replace an object of this version, or with None create it; the version it then has.
+
+        Raises Conflict: it is of another version, or there; NoConditions.
+        """
+
     def delete(self, path: str) -> None:
         """Nothing happens when there is no such object."""
+
+    def delete_if(self, path: str, version: str) -> None:
+        """Raises Conflict: it is of another version, or gone; NoConditions."""
 
 
 def store_of(path: str) -> Store:

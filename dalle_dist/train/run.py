@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,10 +20,9 @@ from dalle_dist import storage
 from dalle_dist.config import Config, section_differences, to_dict, to_yaml
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import ConfigError, UserError
-from dalle_dist.train.lock import Lock
+from dalle_dist.storage.lease import LIFETIME
+from dalle_dist.train.lock import LEASE, LOCK, Lock
 from dalle_dist.train.tags import single, tagged
-
-LOCK = ".lock"
 
 
 class Run:
@@ -31,11 +31,12 @@ class Run:
     Making one is for all ranks: it looks at the folder and keeps other processes out of it. `close`
     without `open` leaves the disk as it was. A remote run (`s3://`) is written to a local working
     copy; `sync` uploads what changed. `shape` names the config sections that a resumed run must not
-    change; `texts`, by name and in Markdown, go to TensorBoard beside the config.
+    change; `texts`, by name and in Markdown, go to TensorBoard beside the config. `lease_seconds`:
+    as of `Lock`.
 
     Raises:
         UserError: the folder holds a run and `resume` is false, another process trains in it, or
-            its file system has no locks.
+            its store does not keep two apart.
         ConfigError: resumed with another shape.
     """
 
@@ -49,21 +50,55 @@ class Run:
         shape: tuple[str, ...],
         texts: Mapping[str, str] | None = None,
         wandb: bool = False,
+        lease_seconds: float = LIFETIME,
     ) -> None:
         self.path, self.main, self._config = path, ranks.rank == 0, config
         self._resume, self._shape, self._use_wandb = resume, shape, wandb
         self._texts = {"config": f"```yaml\n{to_yaml(config)}```"} | dict(texts or {})
-        self.folder = working_copy(path, ranks)
+        self.folder, self._local = working_copy(path), not storage.is_remote(path)
+        self._lease_seconds = lease_seconds
         self._lock: Lock | None = None
         self._log: IO[str] | None = None
         self._wandb: Any = None
         self._bar: tqdm | None = None
-        ranks.together(self._look)  # all have looked before rank 0 makes the lock
+        # All have looked before rank 0 makes the lock.
+        ranks.together(self._look if self._local else self._look_there)
         try:
             ranks.together(self._keep_others_out)
+            if not self._local:
+                # Not before: another process of this machine may be training in the working copy.
+                download(path, ranks)
+                ranks.together(self._look)
         except UserError:
             self.close()
             raise
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder of checkpoints, remote where the run is."""
+        return storage.join(str(self.folder) if self._local else self.path, "checkpoints")
+
+    @property
+    def scratch(self) -> Path:
+        """Where files of a remote run's checkpoints lie before they are uploaded."""
+        return self.folder.with_name(f"{self.folder.name}.checkpoints")
+
+    @property
+    def lost(self) -> bool:
+        """Whether rank 0, which is asked, knows that another process has taken the run over."""
+        return self._lock is not None and self._lock.lost
+
+    def fence(self) -> None:
+        """Return when this process alone may write to the run; asked of rank 0.
+
+        Raises CheckpointError: another has taken it over; DataError: the store does not answer.
+        """
+        if self._lock is not None:
+            self._lock.fence()
+
+    def _look_there(self) -> None:
+        if self.main and not self._resume:
+            _refuse_run(self.path, self.path)
 
     def _look(self) -> None:
         if self._resume:
@@ -74,8 +109,9 @@ class Run:
 
     def _keep_others_out(self) -> None:
         if self.main:
-            self._lock = Lock(self.folder / LOCK, self.path)
-            self._look()  # once more: another process may have come and gone since
+            self._lock = Lock(self.folder, self.path, self.say, self._lease_seconds)
+            if self._local:
+                self._look()  # once more: another process may have come and gone since
 
     def open(self) -> None:
         """Begin to write, when nothing that can be checked is left to fail."""
@@ -161,9 +197,10 @@ class Run:
         return self._bar
 
     def sync(self) -> None:
-        """Upload a remote run's new files; nothing to do for a local one."""
-        if self.main and storage.is_remote(self.path):
+        """Upload a remote run's new files; nothing to do for a local one. Raises `fence`'s."""
+        if self.main and not self._local and self._log is not None:
             self._tensorboard.flush()
+            self.fence()
             storage.publish_folder(self.folder, self.path)
 
     def say(self, line: str) -> None:
@@ -178,19 +215,24 @@ class Run:
             self._tensorboard.close()
             if self._wandb is not None:
                 self._wandb.finish()
-            self.sync()
+            with suppress(UserError):  # the error that ends the run is on its way
+                self.sync()
             self._log.close()
         if self._lock is not None:
             self._lock.release(used=self._log is not None)
 
 
-def working_copy(path: str, ranks: Ranks) -> Path:
-    """Local folder of a run; a remote one is downloaded by each node's first rank."""
+def working_copy(path: str) -> Path:
+    """Local folder of a run; that of a remote one is filled by `download`."""
     if not storage.is_remote(path):
         return Path(storage.normal(path))
-    local = storage.cache_folder() / "runs" / hashlib.sha256(path.encode()).hexdigest()[:16]
+    return storage.cache_folder() / "runs" / hashlib.sha256(path.encode()).hexdigest()[:16]
+
+
+def download(path: str, ranks: Ranks) -> None:
+    """A remote run to its working copy on each node; all ranks."""
+    local = working_copy(path)
     ranks.together(lambda: _download(path, local) if ranks.local_rank == 0 else None)
-    return local
 
 
 def read_log(run: str | Path) -> list[dict[str, Any]]:
@@ -213,19 +255,22 @@ def _without_nan(value: float | list[float]) -> Any:
 
 def _download(path: str, local: Path) -> None:
     local.mkdir(parents=True, exist_ok=True)
-    for name in storage.file_names(path, storage.list_files(path)):
+    names = storage.file_names(path, storage.list_files(path))
+    # Checkpoints lie where they are: each rank reads what it needs of one.
+    for name in (name for name in names if name != LEASE and not name.startswith("checkpoints/")):
         target = storage.inside(local, name)
-        # Checkpoints never change once written, and their hashes are checked when they are read;
-        # any other file may have been written by another node since.
-        if not (name.startswith("checkpoints/") and target.exists()):
-            storage.write_bytes(str(target), storage.read_bytes(storage.join(path, name)))
+        storage.write_bytes(str(target), storage.read_bytes(storage.join(path, name)))
 
 
 def _refuse_used(path: str, folder: Path) -> None:
-    if (folder / "config.yaml").exists():
-        raise UserError(f"{path}: holds a run; go on with --resume auto, or choose another folder")
-    if folder.exists() and any(p.name != LOCK for p in folder.iterdir()):
+    _refuse_run(path, str(folder))
+    if folder.exists() and any(p.name not in (LOCK, LEASE) for p in folder.iterdir()):
         raise UserError(f"{path}: not empty and not a run; choose another folder")
+
+
+def _refuse_run(path: str, folder: str) -> None:
+    if storage.exists(storage.join(folder, "config.yaml")):
+        raise UserError(f"{path}: holds a run; go on with --resume auto, or choose another folder")
 
 
 def _refuse_other_shape(

@@ -5,7 +5,7 @@ import pytest
 
 from dalle_dist import storage
 from dalle_dist.distributed import process_group
-from dalle_dist.train.run import working_copy
+from dalle_dist.train.run import download, working_copy
 
 
 @pytest.fixture
@@ -44,7 +44,8 @@ def test_a_run_of_strange_keys_stays_in_its_working_copy(bucket, put, tmp_path, 
     victim.write_text("mine")
     for key in ("log.jsonl", "checkpoints/", str(victim), "../escaped"):
         put(f"run/{key}")
-    copy = working_copy(f"{bucket}/run", process_group.init())
+    copy = working_copy(f"{bucket}/run")
+    download(f"{bucket}/run", process_group.init())
     assert _files(copy) == {"log.jsonl"} and victim.read_text() == "mine"
     assert not list(tmp_path.rglob("escaped"))
     assert "left out 2 objects" in capsys.readouterr().err

@@ -16,7 +16,6 @@ import tiny_run
 from test_train_dvae import arguments as stage1_arguments
 from test_train_dvae import write_images
 
-from dalle_dist import storage
 from dalle_dist.checkpoint.release import load_release
 from dalle_dist.cli import main
 from dalle_dist.config import Config
@@ -24,6 +23,7 @@ from dalle_dist.data.shards import ShardSet, ShardWriter
 from dalle_dist.distributed import process_group
 from dalle_dist.errors import UserError
 from dalle_dist.image_tokenizer.dvae import DVAETokenizer
+from dalle_dist.storage.lease import Record
 from dalle_dist.testing import run_distributed
 from dalle_dist.text_tokenizer.bpe import train_tokenizer
 from dalle_dist.train.lock import Lock
@@ -152,22 +152,35 @@ def test_a_warm_up_longer_than_the_run_is_refused_and_one_of_its_length_is_not(s
     stage.works(f"{name}=2", steps)
 
 
-def test_a_file_system_without_locks_is_told_as_that_and_leaves_nothing(stage):
-    line = stage.refused(no_locks=errno.ENOLCK)
-    assert "this file system keeps no locks (flock: not here)" in line
-    assert "another process is training" not in line
-    assert "DALLE_DIST_NO_LOCK=1" in line
+def test_a_file_system_without_locks_is_trained_on_under_a_lease(stage):
+    stage.works(no_locks=errno.ENOLCK)
+    file = max((stage.run / ".lease").iterdir(), key=lambda path: int(path.name))
+    assert Record.of(file.read_bytes()).released
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP])
 def test_locks_are_missing_in_other_words_too(tmp_path, monkeypatch, number):
     monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(number, "not here")))
-    with pytest.raises(UserError, match="RUN: this file system keeps no locks"):
-        Lock(tmp_path / "a" / "b" / ".lock", "RUN")
+    first = Lock(tmp_path / "a" / "b", "RUN", print, 1.0)
+    with pytest.raises(UserError, match="RUN: another process is training in this run"):
+        Lock(tmp_path / "a" / "b", "RUN", print, 1.0)
+    first.release(used=False)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("DALLE_DIST_NO_LOCK", "1")
-    Lock(tmp_path / "a" / "b" / ".lock", "RUN").release(used=False)
+    Lock(tmp_path / "a" / "b", "RUN").release(used=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_without_conditions_is_refused_unless_the_user_says_so(tmp_path, monkeypatch):
+    run = f"memory:/{tmp_path}/run"
+    with pytest.raises(UserError, match=r"no conditional writes .*set DALLE_DIST_NO_LOCK=1"):
+        Lock(tmp_path / "copy", run)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("DALLE_DIST_NO_LOCK", "1")
+    lock = Lock(tmp_path / "copy", run)
+    lock.fence()
+    assert not lock.lost
+    lock.release(used=False)
 
 
 def test_a_file_system_without_locks_is_trained_on_by_the_users_word(stage):
@@ -320,9 +333,8 @@ def _write_captions(folder: Path, captions: list[str]) -> None:
 
 
 def test_a_remote_runs_working_copy_lies_in_the_cache_that_all_files_share(monkeypatch, tmp_path):
-    monkeypatch.setattr(storage, "list_files", lambda path: [])
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DALLE_DIST_CACHE", "")
     monkeypatch.chdir(tmp_path)
-    copy = working_copy("s3://bucket/run", process_group.init())
+    copy = working_copy("s3://bucket/run")
     assert copy.parent == tmp_path / ".cache/dalle-dist/runs"
