@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
+Architecture = Literal["paper", "rudalle", "dalle-pytorch", "mindalle"]
 BetweenNodes = Literal["zero", "dense", "powersgd"]
 CommDtype = Literal["fp32", "bf16", "fp16", "1-6-9"]
 ErrorDtype = Literal["fp32", "1-6-9"]

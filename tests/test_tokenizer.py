@@ -118,8 +118,8 @@ def test_a_caption_without_spaces_costs_no_more_than_what_is_kept_of_it():
     sentence = "一只猫坐在红色的垫子上旁边有一条狗"
     tokenizer = train_tokenizer([sentence, "red heart"] * 50, 400)
     merged = []
-    merge = tokenizer._merge
-    tokenizer._merge = lambda word, *rest: merged.append(len(word)) or merge(word, *rest)
+    merge = tokenizer._merges.merge
+    tokenizer._merges.merge = lambda word, *rest: merged.append(len(word)) or merge(word, *rest)
     ids, cut = tokenizer.encode_padded(sentence * 500, 256, dropout=0.1, seed=1)
     assert len(ids) == 256 and cut
     assert sum(merged) <= 257 * tokenizer._longest

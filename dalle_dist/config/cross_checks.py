@@ -35,7 +35,7 @@ def check_together(config: Config) -> None:
 
 def _transformer(shape: TransformerConfig) -> None:
     _require(
-        shape.heads * HEAD_DIM == shape.width,
+        shape.heads * HEAD_DIM == shape.width or shape.architecture != "paper",
         f"transformer.width: {shape.width} is not transformer.heads x {HEAD_DIM} "
         f"= {shape.heads * HEAD_DIM}",
     )

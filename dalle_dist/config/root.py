@@ -15,6 +15,7 @@ from dalle_dist.config.sections import (
     DataConfig,
     DVAEConfig,
     ImageTokenizerConfig,
+    InteropConfig,
     ParallelConfig,
     PathsConfig,
     SamplingConfig,
@@ -42,6 +43,7 @@ class Config:
     dvae: DVAEConfig = field(default_factory=DVAEConfig)
     dvae_train: DVAETrainConfig = field(default_factory=DVAETrainConfig)
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    interop: InteropConfig = field(default_factory=InteropConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     clip: CLIPConfig = field(default_factory=CLIPConfig)

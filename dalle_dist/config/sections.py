@@ -6,8 +6,10 @@ Sources are sections of the paper (arXiv 2102.12092); "ours" is a choice of this
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from dalle_dist.choices import (
+    Architecture,
     BetweenNodes,
     CommDtype,
     ErrorDtype,
@@ -84,7 +86,11 @@ class DataConfig:
 class TokenizerConfig:
     """The text tokenizer."""
 
-    kind: str = option("bpe", "which text tokenizer; bpe = byte-level BPE, trained here")
+    kind: str = option(
+        "bpe",
+        "which text tokenizer; bpe = byte-level BPE, trained here; hugging-face, yttm and rudalle "
+        "come with imported models",
+    )
     vocab_size: int = option(
         16_384,
         "classes of text tokens, the special ones included",
@@ -105,7 +111,10 @@ class TokenizerConfig:
 class ImageTokenizerConfig:
     """What turns images into image tokens for stage 2, and image tokens back into images."""
 
-    kind: str = option("dvae", "which image tokenizer; dvae = the one that stage 1 trains")
+    kind: str = option(
+        "dvae",
+        "which image tokenizer; dvae = that of stage 1; others come with imported models",
+    )
     path: str = option(
         "",
         "release folder of the image tokenizer; empty = paths.dvae_run/release",
@@ -165,18 +174,27 @@ class DVAEConfig:
 class TransformerConfig:
     """Network of stage 2, the sparse transformer."""
 
+    architecture: Architecture = option(
+        "paper",
+        "whose network; paper = the one of this package, others are those of imported models, "
+        "which interop.options describes further",
+    )
     layers: int = option(
         64, "layers, of two resblocks each", unit="layers", source="paper 2.3", at_least=1
     )
     width: int = option(
         3_968,
-        f"size of the residual stream; must be heads x {HEAD_DIM}",
+        f"size of the residual stream; must be heads x {HEAD_DIM} in the architecture paper",
         unit="channels",
         source="paper Table 1",
-        at_least=HEAD_DIM,
+        at_least=1,
     )
     heads: int = option(
-        62, f"attention heads of size {HEAD_DIM}", unit="heads", source="paper 2.3", at_least=1
+        62,
+        f"attention heads, of size {HEAD_DIM} in the architecture paper",
+        unit="heads",
+        source="paper 2.3",
+        at_least=1,
     )
     text_tokens: int = option(
         256, "positions of the text", unit="tokens", source="paper 2.2", at_least=1
@@ -226,6 +244,17 @@ class TransformerConfig:
     def tokens(self) -> int:
         """Positions of the sequence: text then image."""
         return self.text_tokens + self.image_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class InteropConfig:
+    """What an imported model has beyond the section `transformer`."""
+
+    options: dict[str, Any] = option(
+        {},
+        "the hyper-parameters of the imported model's own program that transformer has no keys "
+        "for; empty in the architecture paper",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,3 +162,8 @@ class DVAE(nn.Module):
 def configured_dvae(config: Config) -> DVAE:
     """The dVAE that a whole config describes, with its first weights."""
     return DVAE(config.dvae)
+
+
+def decayed(model: nn.Module) -> list[str]:
+    """Names of the parameters with weight decay: all, as AdamW does if nothing is said (A.2)."""
+    return [name for name, _ in model.named_parameters()]

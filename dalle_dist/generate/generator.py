@@ -33,7 +33,7 @@ from dalle_dist.generate.sampling_options import Sampling, SamplingOptions
 from dalle_dist.generate.windowed import best_window
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 from dalle_dist.text_tokenizer.protocol import TextTokenizer
-from dalle_dist.transformer.model import Transformer
+from dalle_dist.transformer.protocol import TextImageTransformer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -73,7 +73,7 @@ class Generator:
 
     def __init__(
         self,
-        model: Transformer,
+        model: TextImageTransformer,
         tokenizer: TextTokenizer,
         image_tokenizer: ImageTokenizer,
         config: Config,
@@ -84,6 +84,11 @@ class Generator:
         self.config, self.fingerprint, self.precision = config, fingerprint, precision
         # What the paper keeps in fp32 in training stays so: embeddings, unembeddings, the stream.
         model.blocks.to(DTYPES[precision])
+
+    @property
+    def transformer(self) -> TextImageTransformer:
+        """The model, frozen."""
+        return self.model
 
     @classmethod
     def load(
@@ -241,6 +246,15 @@ class Generator:
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def load(
+    release: str | os.PathLike[str],
+    device: torch.device | str = "auto",
+    precision: GeneratePrecision = "fp32",
+) -> Generator:
+    """A model ready to sample, from a release folder, local or remote; as `Generator.load`."""
+    return Generator.load(release, device, precision)
 
 
 def check_numbers(**numbers_given: Any) -> None:

@@ -15,12 +15,12 @@ from dalle_dist.generate.sampler import sample_codes, warn_if_never_empty
 from dalle_dist.generate.sampling_options import Sampling
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 from dalle_dist.text_tokenizer.protocol import TextTokenizer
-from dalle_dist.transformer.model import Transformer
+from dalle_dist.transformer.protocol import TextImageTransformer
 
 
 @torch.no_grad()
 def sample_grid(
-    model: Transformer,
+    model: TextImageTransformer,
     image_tokenizer: ImageTokenizer,
     tokenizer: TextTokenizer,
     config: Config,

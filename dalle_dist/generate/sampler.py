@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +22,14 @@ from dalle_dist.generate.noise import gumbel
 from dalle_dist.generate.sampling_options import Sampling
 from dalle_dist.text_tokenizer.protocol import PAD
 from dalle_dist.transformer import checks
-from dalle_dist.transformer.blocks import Cache
-from dalle_dist.transformer.model import Transformer
+from dalle_dist.transformer.protocol import TextImageTransformer
 
 FREE = -1  # in kept codes: a token that is to be sampled
 
 
 @torch.no_grad()
 def sample_codes(
-    model: Transformer,
+    model: TextImageTransformer,
     text_BT: Tensor,
     seeds: Sequence[int],
     sampling: Sampling | None = None,
@@ -75,7 +75,7 @@ class Draw:
 
     def __init__(
         self,
-        model: Transformer,
+        model: TextImageTransformer,
         text_BT: Tensor,
         seeds: Sequence[int],
         sampling: Sampling,
@@ -91,7 +91,7 @@ class Draw:
         weights = [sampling.guidance_at(position, self.tokens) for position in range(self.tokens)]
         self.guidance_N = torch.tensor(weights, device=device)
 
-    def prefill(self, window: int | None = None) -> list[Cache]:
+    def prefill(self, window: int | None = None) -> list[Any]:
         """Caches for the samples, followed by as many of the empty caption if there is guidance."""
         rows_Bn = torch.cat([self.text_BT, self.kept_BN[:, : self.prefix]], dim=1)
         if self.sampling.guided:
@@ -102,8 +102,8 @@ class Draw:
         text_CT, prefix_Cn = rows_Cn.split([self.text_BT.shape[1], self.prefix], dim=1)
         return self.model.prefill(text_CT, samples_C.tolist(), prefix_Cn, window)
 
-    def logits(self, held_BN: Tensor, caches: list[Cache], at: int | Tensor) -> Tensor:
-        """logits_BNK of `Transformer.step`, guided if so wished."""
+    def logits(self, held_BN: Tensor, caches: list[Any], at: int | Tensor) -> Tensor:
+        """logits_BNK of `TextImageTransformer.step`, guided if so wished."""
         if not self.sampling.guided:
             return self.model.step(held_BN, caches, at)
         both = at.repeat(2) if isinstance(at, Tensor) and at.ndim else at
@@ -160,7 +160,7 @@ def _signed(seed: int) -> int:
 
 
 def _check(
-    model: Transformer,
+    model: TextImageTransformer,
     text_BT: Tensor,
     seeds: Sequence[int],
     kept_codes: Tensor | None,

@@ -13,7 +13,6 @@ from dalle_kernels.sparse_attention import DecodeCache
 from torch import Tensor
 
 from dalle_dist.generate.sampler import FREE, Draw, choose
-from dalle_dist.transformer.blocks import Cache
 
 
 def sample_sequence(draw: Draw) -> Tensor:
@@ -28,7 +27,7 @@ def sample_sequence(draw: Draw) -> Tensor:
     return state.codes_BN
 
 
-def _takes_tensors(cache: Cache) -> bool:
+def _takes_tensors(cache: object) -> bool:
     return isinstance(cache, DecodeCache) and cache.takes_tensors()
 
 
@@ -54,7 +53,7 @@ class State:
         self.draw, self.caches = draw, draw.prefill()
         self.codes_BN = draw.kept_BN.clone()
         self.at = torch.tensor(draw.prefix, device=draw.seed_B.device)
-        start_B = torch.full_like(draw.seed_B, draw.model.image_embedding.start)
+        start_B = torch.full_like(draw.seed_B, draw.model.start)
         self.held_B = self.codes_BN[:, draw.prefix - 1].clone() if draw.prefix else start_B
         self.sample_B = torch.arange(len(start_B), device=start_B.device)
 

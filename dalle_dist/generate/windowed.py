@@ -63,7 +63,7 @@ class _State:
         codes = draw.model.config.transformer.codebook_size
         spare = torch.full((samples, 2 * window), FREE, device=device)
         self.kept_BX = torch.cat([draw.kept_BN, spare], dim=1)
-        start_B1 = torch.full_like(spare[:, :1], draw.model.image_embedding.start)
+        start_B1 = torch.full_like(spare[:, :1], draw.model.start)
         self.seen_BX = torch.cat([start_B1, self.kept_BX.clamp(min=0)], dim=1)
         self.first_B = torch.full((samples,), draw.prefix, device=device)
         self.ahead_W = torch.arange(window, device=device)

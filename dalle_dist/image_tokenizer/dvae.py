@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from dalle_dist import storage
 from dalle_dist.checkpoint.formats import (
     SUFFIX,
     State,
+    Tensors,
     fill,
     fingerprint,
     load_tensors,
@@ -51,10 +52,29 @@ class DVAETokenizer:
         state, notes = load_tensors(path), read_notes(path)
         if SHAPE not in notes:
             raise CheckpointError(f"{path}: does not say the shape of its dVAE")
-        config = DVAEConfig(**json.loads(notes[SHAPE]))
+        found = cls.of(json.loads(notes[SHAPE]), state, path)
+        found.model.to(device)
+        return found
+
+    @classmethod
+    def of(cls, shape: dict[str, Any], state: State, path: str = "the state") -> DVAETokenizer:
+        """Of weights in memory; `shape` are the fields of DVAEConfig.
+
+        Raises CheckpointError, naming `path`: they do not fit.
+        """
         with torch.device("meta"):
-            model = DVAE(config)
-        return cls(fill(model, state, path).to(device), fingerprint(state))
+            model = DVAE(DVAEConfig(**shape))
+        return cls(fill(model, state, path), fingerprint(state))
+
+    @classmethod
+    def save(cls, folder: str, shape: dict[str, Any], state: State) -> str:
+        """Write the file of a release folder; returns the weights' fingerprint."""
+        return save_dvae(folder, DVAEConfig(**shape), state)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The fields of its DVAEConfig, as `of` and `save` take them."""
+        return dataclasses.asdict(self.config)
 
     @property
     def image_size(self) -> int:
@@ -85,11 +105,10 @@ class DVAETokenizer:
         return next(self.model.parameters()).device
 
 
-def save_dvae(folder: str, config: DVAEConfig, state: State) -> str:
+def save_dvae(folder: str, config: DVAEConfig, state: Tensors) -> str:
     """Write the file of a release folder; returns the weights' fingerprint."""
     notes = {SHAPE: json.dumps(dataclasses.asdict(config))}
-    save_tensors(storage.join(folder, FILE), state, notes)
-    return fingerprint(state)
+    return save_tensors(storage.join(folder, FILE), state, notes)
 
 
 def _hint(folder: str) -> str:

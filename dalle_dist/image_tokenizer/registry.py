@@ -12,7 +12,11 @@ from dalle_dist.errors import ConfigError
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 
 # For `pkgutil.resolve_name`: imported when first asked for.
-KINDS = {"dvae": "dalle_dist.image_tokenizer.dvae:DVAETokenizer"}
+KINDS = {
+    "dvae": "dalle_dist.image_tokenizer.dvae:DVAETokenizer",
+    "dalle-pytorch": "dalle_dist.interop.dalle_pytorch.vae:DiscreteVAETokenizer",
+    "vqgan": "dalle_dist.interop.vqgan_tokenizer:VQGANTokenizer",
+}
 
 
 def image_tokenizer_class(kind: str) -> type[ImageTokenizer]:

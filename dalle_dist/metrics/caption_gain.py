@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dalle_dist.transformer.model import Transformer
+from dalle_dist.transformer.protocol import TextImageTransformer
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,12 @@ def caption_cycle(count: int, seed: int) -> Tensor:
 
 
 def caption_losses(
-    model: Transformer, text_BT: Tensor, codes_BN: Tensor, *, seed: int = 0, batch_size: int = 64
+    model: TextImageTransformer,
+    text_BT: Tensor,
+    codes_BN: Tensor,
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
 ) -> CaptionLosses:
     """Image loss over a held-out set, with each image's caption and with another's."""
     other_BT = text_BT[caption_cycle(len(text_BT), seed)]
@@ -40,7 +45,9 @@ def caption_losses(
 
 
 @torch.no_grad()
-def _image_loss(model: Transformer, text_BT: Tensor, codes_BN: Tensor, batch_size: int) -> float:
+def _image_loss(
+    model: TextImageTransformer, text_BT: Tensor, codes_BN: Tensor, batch_size: int
+) -> float:
     total, count = 0.0, 0.0
     for text, codes in zip(text_BT.split(batch_size), codes_BN.split(batch_size), strict=True):
         loss = model(text, codes)

@@ -16,7 +16,7 @@ from dalle_dist.config import Config
 from dalle_dist.generate.sampler import FREE
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 from dalle_dist.metrics.identification import identify, sample_images
-from dalle_dist.transformer.model import Transformer
+from dalle_dist.transformer.protocol import TextImageTransformer
 
 
 def rows_kept(config: Config) -> int:
@@ -25,7 +25,7 @@ def rows_kept(config: Config) -> int:
 
 
 def complete_images(
-    model: Transformer,
+    model: TextImageTransformer,
     image_tokenizer: ImageTokenizer,
     text_BT: Tensor,
     codes_BN: Tensor,

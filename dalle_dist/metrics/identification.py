@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dalle_dist.generate.sampler import sample_codes
 from dalle_dist.image_tokenizer.protocol import ImageTokenizer
-from dalle_dist.transformer.model import Transformer
+from dalle_dist.transformer.protocol import TextImageTransformer
 
 
 def identify(generated_BCHW: Tensor, true_BCHW: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def summary(ranks_B: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def sample_images(
-    model: Transformer,
+    model: TextImageTransformer,
     image_tokenizer: ImageTokenizer,
     text_BT: Tensor,
     seeds: Sequence[int],

@@ -25,7 +25,8 @@ from dalle_dist.metrics.caption_gain import caption_cycle
 from dalle_dist.metrics.completion import complete_images, completion_ranks, rows_kept
 from dalle_dist.metrics.held_out import MOST, held_out_losses
 from dalle_dist.metrics.identification import identify, sample_images, summary
-from dalle_dist.transformer.model import Transformer
+from dalle_dist.transformer.protocol import TextImageTransformer
+from dalle_dist.transformer.registry import build_transformer
 
 MOST_IDENTIFIED = 64  # held-out captions of one evaluation that an image is sampled for
 
@@ -46,10 +47,10 @@ class Evaluation:
     image_tokenizer: ImageTokenizer
 
     @contextmanager
-    def sampling_model(self) -> Iterator[Transformer | None]:
+    def sampling_model(self) -> Iterator[TextImageTransformer | None]:
         """On rank 0 the model with the present weights, None elsewhere; a collective call."""
-        with self.engine.sampling_model(lambda: Transformer(self.config)) as model:
-            yield cast("Transformer | None", model)
+        with self.engine.sampling_model(lambda: build_transformer(self.config)) as model:
+            yield cast("TextImageTransformer | None", model)
 
     @cached_property
     def losses(self) -> tuple[float, float]:
@@ -102,7 +103,7 @@ def completion(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _sampled(
-    evaluation: Evaluation, ranks_of: Callable[[Evaluation, Transformer], Tensor]
+    evaluation: Evaluation, ranks_of: Callable[[Evaluation, TextImageTransformer], Tensor]
 ) -> dict[str, float]:
     """`summary` of what rank 0 finds, on all ranks."""
     found: dict[str, float] = {}
@@ -112,13 +113,13 @@ def _sampled(
     return evaluation.ranks.broadcast(found)
 
 
-def _identification_ranks(evaluation: Evaluation, model: Transformer) -> Tensor:
+def _identification_ranks(evaluation: Evaluation, model: TextImageTransformer) -> Tensor:
     text_BT, codes_BN, seeds = _identified(evaluation)
     generated_BCHW = sample_images(model, evaluation.image_tokenizer, text_BT, seeds)
     return identify(generated_BCHW, evaluation.image_tokenizer.decode(codes_BN).cpu())
 
 
-def _completion_ranks(evaluation: Evaluation, model: Transformer) -> Tensor:
+def _completion_ranks(evaluation: Evaluation, model: TextImageTransformer) -> Tensor:
     text_BT, codes_BN, seeds = _identified(evaluation)
     tokenizer, rows = evaluation.image_tokenizer, rows_kept(evaluation.config)
     completed_BCHW = complete_images(model, tokenizer, text_BT, codes_BN, seeds, rows)

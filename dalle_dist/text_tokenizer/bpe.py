@@ -7,7 +7,6 @@ sample's tokens must depend on (seed, epoch, sample) alone.
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import random
 import sys
@@ -18,6 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from dalle_dist import storage
 from dalle_dist.errors import DataError
+from dalle_dist.text_tokenizer.merges import Merges
 from dalle_dist.text_tokenizer.protocol import PAD, START, TextTokenizer
 
 SPECIAL = ["<pad>", "<start>"]
@@ -95,11 +95,14 @@ class Tokenizer(TextTokenizer):
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
         tree = json.loads(tokenizer.to_str())["model"]
-        merges = (m.split(" ") if isinstance(m, str) else m for m in tree["merges"])
-        self._ranks: dict[tuple[str | None, str | None], int] = {
-            (left, right): rank for rank, (left, right) in enumerate(merges, 1)
-        }
         self._ids: dict[str, int] = tree["vocab"]
+        merges = (m.split(" ") if isinstance(m, str) else m for m in tree["merges"])
+        self._merges = Merges(
+            {
+                (self._ids[left], self._ids[right]): (rank, self._ids[left + right])
+                for rank, (left, right) in enumerate(merges, 1)
+            }
+        )
         self._longest = max(map(len, self._ids))  # characters of a class, at most
         self._words: dict[str, tuple[str, ...]] = {}
 
@@ -154,7 +157,8 @@ class Tokenizer(TextTokenizer):
         for word in self._split(text):
             # The ids that are still wanted, and one more, spell no more of it than this.
             needed = (most - len(ids) + 1) * self._longest
-            ids += [self._ids[piece] for piece in self._merge(word[:needed], dropout, generator)]
+            letters = [self._ids[letter] for letter in word[:needed]]
+            ids += self._merges.merge(letters, dropout, generator)
             if len(ids) > most:
                 break
         return ids
@@ -173,41 +177,3 @@ class Tokenizer(TextTokenizer):
             if len(self._words) < CACHED_CAPTIONS:
                 self._words[text] = words
         return words
-
-    def _merge(self, word: str, dropout: float, generator: random.Random) -> list[str]:
-        """BPE-dropout (Provilkov et al. 2020): lowest rank first among the pairs not dropped.
-
-        The pairs wait in a heap. One that is dropped comes back after the next merge, so that it
-        is dropped or not anew each time, as in the paper; n characters take about n log n steps.
-        """
-        pieces: list[str | None] = list(word)
-        after = list(range(1, len(word) + 1))  # of each piece, where the next one starts
-        before = list(range(-1, len(word) - 1))
-        waiting = [
-            (rank, i) for i in range(len(word) - 1) if (rank := self._rank(pieces, i, i + 1))
-        ]
-        heapq.heapify(waiting)
-        dropped: list[tuple[int, int]] = []
-        while waiting:
-            rank, i = heapq.heappop(waiting)
-            right = after[i]
-            if right == len(word) or self._rank(pieces, i, right) != rank:
-                continue  # one of the two has merged with another piece since
-            if generator.random() < dropout:
-                dropped.append((rank, i))
-                continue
-            pieces[i], pieces[right] = f"{pieces[i]}{pieces[right]}", None
-            after[i] = after[right]
-            if after[i] < len(word):
-                before[after[i]] = i
-            for left, other in ((before[i], i), (i, after[i])):
-                if left >= 0 and other < len(word) and (new := self._rank(pieces, left, other)):
-                    heapq.heappush(waiting, (new, left))
-            for pair in dropped:
-                heapq.heappush(waiting, pair)
-            dropped.clear()
-        return [piece for piece in pieces if piece is not None]
-
-    def _rank(self, pieces: list[str | None], left: int, right: int) -> int:
-        """Of two pieces; 0: they do not merge."""
-        return self._ranks.get((pieces[left], pieces[right]), 0)

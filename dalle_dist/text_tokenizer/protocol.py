@@ -13,7 +13,10 @@ PAD, START = 0, 1
 
 
 class TextTokenizer(Protocol):
-    """Ids are below `vocab_size`; PAD and START never come out of `encode`."""
+    """Ids are below `vocab_size`; PAD never comes out of `encode`.
+
+    Nor does START, but of kinds that come with imported models, which give 1 to a token.
+    """
 
     @classmethod
     def load(cls, path: str) -> TextTokenizer:

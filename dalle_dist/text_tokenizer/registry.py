@@ -8,7 +8,12 @@ from dalle_dist.errors import ConfigError
 from dalle_dist.text_tokenizer.protocol import TextTokenizer
 
 # For `pkgutil.resolve_name`: imported when first asked for.
-KINDS = {"bpe": "dalle_dist.text_tokenizer.bpe:Tokenizer"}
+KINDS = {
+    "bpe": "dalle_dist.text_tokenizer.bpe:Tokenizer",
+    "hugging-face": "dalle_dist.text_tokenizer.hugging_face:HuggingFaceTokenizer",
+    "yttm": "dalle_dist.text_tokenizer.yttm:YTTMTokenizer",
+    "rudalle": "dalle_dist.text_tokenizer.yttm:RuDALLETokenizer",
+}
 
 
 def load_text_tokenizer(kind: str, path: str) -> TextTokenizer:

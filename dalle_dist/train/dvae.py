@@ -22,6 +22,7 @@ from dalle_dist.data.labelled_grid import grid, to_image
 from dalle_dist.data.loader import Samples
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.dvae.loss_model import LossDVAE, gumbel_noise, start_at_data
+from dalle_dist.dvae.model import decayed
 from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.engine.deepspeed.settings import deepspeed_config
 from dalle_dist.engine.interface import Engine
@@ -161,9 +162,7 @@ class DVAEStage(Stage):
 
 def dvae_engine(model: LossDVAE, settings: StageConfig, ranks: Ranks, seed: int = 0) -> Engine:
     """Put the dVAE under DeepSpeed; arguments and errors are those of `build_engine`."""
-    # All of them: as AdamW does if nothing is said (paper A.2).
-    decayed = [name for name, _ in model.named_parameters()]
-    engine = build_engine(model, settings, ranks, seed=seed, decayed=decayed)
+    engine = build_engine(model, settings, ranks, seed=seed, decayed=decayed(model))
     if engine.zero_stage == 0:
         # Convolutions else reorder their weights at each use. Not before: DeepSpeed's first
         # broadcast takes contiguous ones. ZeRO keeps weights flat, in shards.

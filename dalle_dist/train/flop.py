@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalle_dist.config import CLIPConfig, Config, DVAEConfig
 from dalle_dist.dvae.model import CHANNELS, DVAE
 from dalle_dist.transformer.blocks import resblock_map
-from dalle_dist.transformer.layout import layer_masks
-from dalle_dist.transformer.model import Transformer
+from dalle_dist.transformer.registry import build_transformer
 
 PASSES = 3  # forward, and backward as two of them
 
@@ -39,10 +38,11 @@ def transformer_flop(config: Config) -> float:
     Embeddings and unembeddings are left out.
     """
     with torch.device("meta"):
-        matrices = resblock_map(Transformer(config)).matrices.values()
+        model = build_transformer(config)
+    matrices = resblock_map(model).matrices.values()
     weights = sum(math.prod(shape) for shape in matrices)
     # Queries with keys, then weights with values: each a product and a sum per pair and channel.
-    attention = sum(4 * mask_pairs * config.transformer.width for mask_pairs in _pairs(config))
+    attention = 4 * model.attention_size()
     return float(PASSES * (2 * weights * config.transformer.tokens + attention))
 
 
@@ -64,10 +64,3 @@ def clip_flop(config: CLIPConfig) -> float:
 def _encoder(positions: int, layers: int, width: int, pairs: int) -> int:
     """FLOP of one forward pass: 12 width**2 weights a layer at each position, and attention."""
     return layers * (2 * 12 * width**2 * positions + 4 * pairs * width)
-
-
-def _pairs(config: Config) -> list[int]:
-    """(query, key) pairs that each layer's mask allows."""
-    masks = layer_masks(config.transformer)
-    counted = {mask: int(mask.dense().sum()) for mask in set(masks)}
-    return [counted[mask] for mask in masks]

@@ -38,7 +38,7 @@ from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
 from dalle_dist.transformer.layout import counted_text_targets
 from dalle_dist.transformer.loss import weighted
-from dalle_dist.transformer.loss_model import LossTransformer
+from dalle_dist.transformer.loss_model import loss_transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -106,7 +106,7 @@ class TransformerStage(Stage):
     def build_engine(self, ranks: Ranks) -> Engine:
         config = self.config
         return build_engine(
-            LossTransformer(config),
+            loss_transformer(config),
             self.settings,
             ranks,
             parallel=config.parallel,

@@ -153,6 +153,15 @@ def resblock_map(model: nn.Module) -> Resblocks:
     )
 
 
+def decayed(model: nn.Module) -> list[str]:
+    """Names of the parameters with weight decay: the matrices of resblocks.
+
+    The paper gives the decay and not its targets (B.2); gains, biases and embeddings are left
+    alone, as is the custom.
+    """
+    return list(resblock_map(model).matrices)
+
+
 def attach_scales(model: nn.Module, scales: BlockScales, dtype: torch.dtype) -> None:
     """Let every resblock compute in `dtype` and scale its gradients; one scale for each."""
     for index, (_, block) in enumerate(resblocks(model)):

@@ -1,4 +1,4 @@
-"""The transformer with its loss as one tensor: what the engine trains.
+"""A transformer with its loss as one tensor: what the engine trains.
 
 Shape suffixes: B batch, T text positions, N image tokens.
 """
@@ -8,12 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dalle_dist.config import Config
+from dalle_dist.errors import ConfigError
 from dalle_dist.transformer.loss import cross_entropy_sum
 from dalle_dist.transformer.model import Transformer
+from dalle_dist.transformer.protocol import TextImageTransformer
+from dalle_dist.transformer.registry import transformer_class
 
 
-class LossTransformer(Transformer):
-    """The transformer whose forward pass gives text sum, text count, image sum, image count.
+class WithLoss(TextImageTransformer):
+    """A transformer whose forward pass gives text sum, text count, image sum, image count.
 
     DeepSpeed hooks its gradient work onto the tensors that a forward pass returns and does not look
     into a dataclass: with one, bf16 under ZeRO-1 counts earlier micro-batches twice.
@@ -26,3 +30,21 @@ class LossTransformer(Transformer):
         with torch.autocast(text_BT.device.type, enabled=False):
             text, image = self.predictions(text_BT, codes_BN, seen_BN)
             return torch.stack([*cross_entropy_sum(*text), *cross_entropy_sum(*image)])
+
+
+class LossTransformer(WithLoss, Transformer):
+    """The paper's."""
+
+
+def loss_transformer(config: Config) -> TextImageTransformer:
+    """The config's transformer with its loss; its parameters have the names they have without.
+
+    Raises ConfigError: fp16 of an imported model, whose blocks have no gradient scales.
+    """
+    found = transformer_class(config)
+    if found is Transformer:
+        return LossTransformer(config)
+    if config.train.precision == "fp16":
+        raise ConfigError("train.precision: fp16 is for transformer.architecture=paper; use bf16")
+    kind = type(f"Loss{found.__name__}", (WithLoss, found), {})
+    return kind(config)

@@ -18,11 +18,11 @@ from dalle_dist.transformer import checks
 from dalle_dist.transformer.blocks import Cache, Layer, init_layer
 from dalle_dist.transformer.embeddings import ImageEmbedding, LayerNorm, TextEmbedding, Unembedding
 from dalle_dist.transformer.layout import counted_text_targets, layer_masks, text_inputs
-from dalle_dist.transformer.loss import Loss, cross_entropy_sum
+from dalle_dist.transformer.protocol import Predictions, TextImageTransformer
 
 
-class Transformer(nn.Module):
-    """Text and image tokens to the loss of predicting each from those before it.
+class Transformer(TextImageTransformer):
+    """The paper's model.
 
     `blocks` holds the layers; its matrices are the parameters that the paper counts (12.09e9).
     """
@@ -42,29 +42,12 @@ class Transformer(nn.Module):
         self.norm = LayerNorm(shape.width)
         self.text_unembedding = Unembedding(shape.width, config.tokenizer.vocab_size)
         self.image_unembedding = Unembedding(shape.width, config.transformer.codebook_size)
+        self.start = self.image_embedding.start
         self._init()
-
-    def forward(self, text_BT: Tensor, codes_BN: Tensor) -> Loss:
-        """Captions (ids, PAD after the text) and codes, int64, to the sums of both losses.
-
-        Raises:
-            ValueError: another shape or dtype. Values are not looked at, which would hold up
-                training; `logits` and `prefill` do.
-        """
-        text, image = self.predictions(text_BT, codes_BN)
-        return Loss(*cross_entropy_sum(*text), *cross_entropy_sum(*image))
 
     def predictions(
         self, text_BT: Tensor, codes_BN: Tensor, seen_BN: Tensor | None = None
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(logits_MV, targets_M) of the text, then of the image; arguments as those of `forward`.
-
-        M are the targets that count: pads after a caption's first do not.
-
-        Args:
-            seen_BN: what stands at the positions of the codes when later ones are predicted; None:
-                the codes themselves.
-        """
+    ) -> Predictions:
         x_BSW = self._stream(text_BT, codes_BN if seen_BN is None else seen_BN)
         text_BTW, image_BNW = x_BSW.split([text_BT.shape[1], codes_BN.shape[1]], dim=1)
         counted_BT = counted_text_targets(text_BT)
@@ -80,21 +63,6 @@ class Transformer(nn.Module):
         prefix_CN: Tensor | None = None,
         window: int | None = None,
     ) -> list[Cache]:
-        """Run captions through all layers; the caches then take the image tokens that follow.
-
-        `samples` images are drawn from each caption; those of a caption are neighbours along the
-        B of `step`.
-
-        Args:
-            prefix_CN: the first codes of each caption's images, int64, run as one block; `step`
-                goes on at the position after them, with the last of them as its input.
-            window: tokens that `step` takes at once, each sample at a position of its own; None:
-                one token of all samples, at one position.
-
-        Raises:
-            ValueError: another shape or dtype than the model's captions, an id that is not in its
-                vocabulary, or not one number of samples for each caption.
-        """
         checks.text_fits(text_CT, self.config)
         checks.ids_fit("text", text_CT, self.config.tokenizer.vocab_size)
         masks = layer_masks(self.config.transformer)
@@ -110,31 +78,22 @@ class Transformer(nn.Module):
         return caches
 
     def step(self, held_BN: Tensor, caches: list[Cache], at: int | Tensor) -> Tensor:
-        """fp32 logits_BNK of the next image tokens, whose inputs are `held_BN`.
-
-        The input of position 0 is `image_embedding.start`, of later ones the code before theirs.
-
-        Args:
-            held_BN: int64, N the window that the caches were made for, or 1.
-            at: without a window the position of all, also as a tensor (`DecodeCache.extend`);
-                with one the first position of each sample, int64 [B].
-        """
         x_BNW, branch_BNW = self.image_embedding(held_BN, first=at), None
         for layer, cache in zip(self.blocks, caches, strict=True):
             x_BNW, branch_BNW = layer.step(x_BNW, branch_BNW, cache, at)  # type: ignore[operator]
         return self.image_unembedding(self.norm.after(x_BNW, branch_BNW)[1])
 
     def logits(self, text_BT: Tensor, codes_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """All of (text_BTV, image_BNK), for tests and analysis.
-
-        Raises:
-            ValueError: another shape or dtype, or an id that is not in its vocabulary.
-        """
         checks.ids_fit("text", text_BT, self.config.tokenizer.vocab_size)
         checks.ids_fit("codes", codes_BN, self.config.transformer.codebook_size)
         x_BSW = self._stream(text_BT, codes_BN)
         text_BTW, image_BNW = x_BSW.split([text_BT.shape[1], codes_BN.shape[1]], dim=1)
         return self.text_unembedding(text_BTW), self.image_unembedding(image_BNW)
+
+    def attention_size(self) -> int:
+        shape = self.config.transformer
+        pairs = {mask: int(mask.dense().sum()) for mask in set(layer_masks(shape))}
+        return shape.width * sum(pairs[mask] for mask in layer_masks(shape))
 
     def _stream(self, text_BT: Tensor, codes_BN: Tensor) -> Tensor:
         checks.text_fits(text_BT, self.config)

@@ -52,8 +52,8 @@ def test_encode_train_generate_and_report_with_tokenizers_of_another_kind(argume
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("image_tokenizer.kind=vqgan", "image_tokenizer.kind: 'vqgan' is not one of dvae, bright"),
-        ("tokenizer.kind=words", "tokenizer.kind: 'words' is not one of bpe, letters"),
+        ("image_tokenizer.kind=wavelets", "image_tokenizer.kind: 'wavelets' is not one of dvae, "),
+        ("tokenizer.kind=words", "tokenizer.kind: 'words' is not one of bpe, "),
         ("transformer.codebook_size=8", "transformer.codebook_size: 8, but the image tokenizer in"),
     ],
 )

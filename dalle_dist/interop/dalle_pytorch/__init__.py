@@ -1,0 +1,1 @@
+"""DALLE-pytorch (lucidrains/DALLE-pytorch): `dalle.pt` and `vae.pt`, read and written."""
