@@ -1,9 +1,8 @@
 """dalle-dist: train DALL-E from a laptop's CPU to a cluster, with the same commands.
 
-Generator.load(folder)   generates images for prompts from a release folder
-load(folder)             all of a release folder: config, tokenizer, image tokenizer, transformer
-load_config(preset)      a checked Config from a preset or a YAML file
-load_image_tokenizer("dvae", folder)   the image tokenizer of a release folder alone
+load(release)                  a Generator: the model of a release folder, ready to sample
+ImageTokenizer.load(release)   images to codes and back
+load_config(preset)            a checked Config from a preset or a YAML file
 """
 
 from __future__ import annotations
@@ -13,12 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dalle_dist.checkpoint.release import load_release as load
+    from dalle_dist.checkpoint.any_image_tokenizer import ImageTokenizer
     from dalle_dist.config import Config
     from dalle_dist.config import load as load_config
     from dalle_dist.dvae.model import DVAE
-    from dalle_dist.generate.generator import GeneratedImage, Generator
-    from dalle_dist.image_tokenizer.registry import load_image_tokenizer
+    from dalle_dist.generate.generator import GeneratedImage, Generator, load
     from dalle_dist.text_tokenizer.bpe import Tokenizer
     from dalle_dist.transformer.model import Transformer
 
@@ -28,12 +26,12 @@ __all__ = [
     "Config",
     "GeneratedImage",
     "Generator",
+    "ImageTokenizer",
     "Tokenizer",
     "Transformer",
     "__version__",
     "load",
     "load_config",
-    "load_image_tokenizer",
 ]
 
 # Where each name lives. They are fetched when first asked for: the command line imports this
@@ -45,9 +43,9 @@ _HOMES = {
     "Generator": "generate.generator.Generator",
     "Tokenizer": "text_tokenizer.bpe.Tokenizer",
     "Transformer": "transformer.model.Transformer",
-    "load": "checkpoint.release.load_release",
+    "ImageTokenizer": "checkpoint.any_image_tokenizer.ImageTokenizer",
+    "load": "generate.generator.load",
     "load_config": "config.load",
-    "load_image_tokenizer": "image_tokenizer.registry.load_image_tokenizer",
 }
 
 

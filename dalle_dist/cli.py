@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dalle_dist import __version__
 from dalle_dist.config import Config, load, preset_names, to_yaml
+from dalle_dist.conversion.verbs import add_convert
 from dalle_dist.data.verbs import add_data
 from dalle_dist.distributed.launchers import read_environment
 from dalle_dist.errors import ConfigError, OtherRankError, UserError
@@ -143,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_serve(verbs)
     add_evaluate(verbs)
     add_overlap(verbs)
-    _add_convert(verbs)
+    add_convert(verbs)
     _add_plot(verbs)
     _add_slurm(verbs)
     return parser
@@ -221,14 +222,6 @@ def _count(text: str) -> int:
     return int(number)
 
 
-def _add_convert(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser("convert", help="a checkpoint of any stage to a release folder")
-    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, or one of its checkpoints")
-    verb.add_argument("out", metavar="OUT")
-    verb.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    verb.set_defaults(handler=_convert)
-
-
 def _add_plot(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("plot", help="what a run logged for each resblock, as an image")
     verb.add_argument(
@@ -294,12 +287,6 @@ def _config(options: argparse.Namespace) -> None:
     from dalle_dist.config.docs import explain
 
     print(explain(options.explain))
-
-
-def _convert(options: argparse.Namespace) -> None:
-    from dalle_dist.checkpoint.convert import convert
-
-    convert(options.checkpoint, options.out, options.weights)
 
 
 def _plot(options: argparse.Namespace) -> None:

@@ -98,6 +98,10 @@ TRIES = [
     (r"(train\.caption_dropout|sampling\.guidance)=.*", r"dalle-dist config cc3m \g<0>"),
     (r"train\.zero_stage=\d", r"dalle-dist train emoji $SMALL paths.run=runs/stage \g<0>"),
     (r"dalle-dist convert RUN OUT", r"dalle-dist convert runs/demo converted"),
+    (
+        r"train\.init=RELEASE",
+        r"dalle-dist train emoji $SMALL paths.run=runs/tuned train.init=runs/demo/release",
+    ),
     (r"train\.precision=fp16", r"dalle-dist train emoji $SMALL paths.run=runs/fp16 \g<0>"),
     (r"(dalle-dist plot scales) RUN", r"\1 runs/fp16"),
     (r"train\.moments=16-bit", r"dalle-dist train emoji $SMALL paths.run=runs/moments \g<0>"),

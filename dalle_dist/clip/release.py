@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from dalle_dist import storage
-from dalle_dist.checkpoint.formats import State, fingerprint, save_tensors
+from dalle_dist.checkpoint.formats import State, save_tensors
 from dalle_dist.checkpoint.release import CONFIG, TOKENIZER_FILE
 from dalle_dist.clip.model import LARGEST_LOGIT_SCALE, MEAN, STD, hugging_face_config
 from dalle_dist.config import Config, to_yaml
@@ -40,9 +40,9 @@ def save_clip_release(folder: str, config: Config, state: State) -> str:
     }
     for name, text in files.items():
         storage.write_bytes(storage.join(folder, name), text.encode())
-    save_tensors(storage.join(folder, WEIGHTS), state, {"format": "pt"})
+    digest = save_tensors(storage.join(folder, WEIGHTS), state, {"format": "pt"})
     storage.write_bytes(storage.join(folder, CONFIG), to_yaml(config).encode())
-    return fingerprint(state)
+    return digest
 
 
 def _preprocessor(config: Config) -> dict[str, Any]:
