@@ -102,10 +102,12 @@ DATA_LIBRARIES = (
 def dalle_pytorch(config: Config, attention: tuple[str, ...]) -> nn.Module | None:
     """DALLE-pytorch's model of the same shape, or None where it is not installed.
 
-    Its tokenizers and VQGAN are not used: where their packages are absent (youtokentome does not
-    install any more), stand-ins satisfy its imports.
+    None too for images whose side is no power of two, which it does not take. Its tokenizers and
+    VQGAN are not used: where their packages are absent (youtokentome does not install any more),
+    stand-ins satisfy its imports.
     """
-    if importlib.util.find_spec("dalle_pytorch") is None:
+    side = config.dvae.image_size
+    if importlib.util.find_spec("dalle_pytorch") is None or side & (side - 1):
         return None
     absent = {name: mock.MagicMock() for name in DATA_LIBRARIES if not _importable(name)}
     with mock.patch.dict(sys.modules, absent):

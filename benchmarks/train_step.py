@@ -66,7 +66,7 @@ def cases(model: Transformer, text_BT: Tensor, codes_BN: Tensor) -> dict[str, Ca
     for name, attention in (("DALLE-pytorch full", ("full",)), ("DALLE-pytorch axial", AXIAL)):
         theirs = rivals.dalle_pytorch(model.config, attention)
         if theirs is None:
-            print("DALLE-pytorch is not installed here: not measured")
+            print("DALLE-pytorch is not installed here, or takes no such images: not measured")
             break
         found[name] = _dalle_pytorch_step(theirs, text_BT, codes_BN)
     return found

@@ -34,6 +34,7 @@ MAY_BE_ZERO = {
         ),
         ("sampling", {"sampling", "one image", "step", "step time", "time"}),
         ("generate", {"one caption", "time", "peak memory beyond the model's"}),
+        ("checkpoint", {"pause", "whole save", "load", "size"}),
         ("powersgd_math", {"layer shards", "ours, layer", "share of a step's FLOP"}),
         ("precision_cost", {"training step", "step time"}),
         ("dvae_step", {"training step", "speed"}),
@@ -41,6 +42,10 @@ MAY_BE_ZERO = {
         (
             "data",
             {"tokens", "tokens from S3", "images", "8 loader processes", "build, 64x64"},
+        ),
+        (
+            "checkpoint_convert",
+            {"to safetensors", "memory / fp32 weights", "its time / ours", "its memory / ours"},
         ),
         ("busy_machine", {"quiet", "beside one busy process"}),
         ("precision", {"held-out loss", "held-out loss / fp32's", "steps skipped"}),
