@@ -74,10 +74,10 @@ demo-image-to-image:
 TEST_PROCESSES := 2
 PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-test: $(VENV)/triton
+test: $(VENV)/triton $(VENV)/peers
 	$(PYTEST) -m "not slow and not gpu"
 
-test-slow: $(VENV)/triton
+test-slow: $(VENV)/triton $(VENV)/peers
 	$(PYTEST) -m "slow and not gpu"
 
 # As on a processor whose square root of vectors is one unit off in the last place.
@@ -119,6 +119,8 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.powersgd_network --threads=1
 	$(BIN)/python -m benchmarks.fid --threads=1
 	$(BIN)/python -m benchmarks.data --threads=1
+	$(BIN)/torchrun --nproc-per-node 2 -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks.checkpoint_convert
 	$(BIN)/python -m benchmarks.busy_machine
 
 # torch goes first: DeepSpeed's set-up imports it, and must not bring another one of its own.
@@ -126,6 +128,12 @@ $(VENV)/ready: setup.py kernels/setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel torch
 	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e kernels -e '.[test,clip]'
+	touch $@
+
+# What imported models are compared with. Their own requirements do not install any more; the tests
+# stand in for those that they do not use.
+$(VENV)/peers: $(VENV)/ready
+	$(BIN)/pip install --quiet --no-deps DALL-E==0.1 dalle-pytorch==1.6.6
 	touch $@
 
 # The kernels' tests interpret and compile them without a GPU; the demo does without these 290 MB.

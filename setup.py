@@ -43,10 +43,14 @@ setup(
         "tokenizers",
         "tqdm",
         "webdataset",
+        "xxhash",
     ],
     extras_require={
         "test": [
+            "attrs",
+            "axial-positional-embedding",
             "codespell",
+            "einops",
             "hypothesis",
             "moto[s3,server]",
             "mypy",
@@ -54,6 +58,8 @@ setup(
             "py3langid",
             "pytest",
             "pytest-xdist",
+            "regex",
+            "rotary-embedding-torch",
             "ruff",
             "scipy",
             "selenium",

@@ -29,6 +29,7 @@ FLOORS = [
     ["engine"],
     ["testing"],
     ["checkpoint"],
+    ["interop"],
     ["clip"],
     ["generate"],
     ["serve"],
@@ -38,6 +39,7 @@ FLOORS = [
     ["report"],
     ["evaluate"],
     ["overlap"],
+    ["conversion"],
     ["cli"],
     ["__main__"],
 ]
