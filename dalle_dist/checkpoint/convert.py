@@ -16,11 +16,13 @@ from dalle_dist.checkpoint.read import TensorSource
 from dalle_dist.checkpoint.release import CONFIG
 from dalle_dist.config import from_dict
 from dalle_dist.distributed.process_group import Ranks
+from dalle_dist.engine.interface import WEIGHTS
 from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.stages import STAGES
 
 _NONE = "no whole checkpoint here (a run, checkpoints/ or step-...)"
-KINDS = {"ema": "average", "raw": "weights"}
+AVERAGE = "average"  # kind of the moving average
+KINDS = {"ema": AVERAGE, "raw": WEIGHTS}
 
 
 def convert(

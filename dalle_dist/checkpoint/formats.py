@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -163,6 +163,13 @@ def tensor_files(path: Path | str) -> list[str]:
         raise CheckpointError(f"{path}{INDEX}: not an index of safetensors ({error})") from None
     folder = path.rpartition("/")[0]
     return [storage.join(folder, name) for name in sorted(names)]
+
+
+def shapes_in(files: Iterable[str]) -> Shapes:
+    """What safetensors files hold; no tensor is read. Raises CheckpointError."""
+    headers = [read_header(storage.fetch(file))[0] for file in files]
+    slots = {name: slot for header in headers for name, slot in header.items()}
+    return {name: (slot.dtype, slot.shape) for name, slot in sorted(slots.items())}
 
 
 def load_tensors(path: Path | str) -> State:

@@ -17,6 +17,7 @@ from dalle_kernels.minifloat import pack, unpack
 from torch import Tensor
 
 from dalle_dist import storage
+from dalle_dist.checkpoint.formats import shapes_in
 from dalle_dist.checkpoint.manifest import Manifest
 from dalle_dist.checkpoint.tensor_file import Slot, read_elements, read_header
 from dalle_dist.errors import CheckpointError
@@ -65,11 +66,11 @@ class TensorSource:
     @classmethod
     def of_files(cls, files: Sequence[str]) -> TensorSource:
         """Whole tensors in safetensors files, as in a release. Raises CheckpointError."""
-        sources = {}
-        for file in files:
-            slots, _ = read_header(storage.fetch(file))
-            for name, slot in slots.items():
-                sources[name] = [Source(0, torch.Size(slot.shape).numel(), file, name)]
+        sources = {
+            name: [Source(0, torch.Size(shape).numel(), file, name)]
+            for file in files
+            for name, (_, shape) in shapes_in([file]).items()
+        }
         return cls("weights", sources)
 
     @cached_property

@@ -16,10 +16,10 @@ from dalle_dist.checkpoint.formats import (
     State,
     fingerprint,
     load_tensors,
+    shapes_in,
     shapes_of,
     tensor_files,
 )
-from dalle_dist.checkpoint.tensor_file import read_header
 from dalle_dist.conversion.source import (
     CheckpointSource,
     PeerSource,
@@ -27,11 +27,11 @@ from dalle_dist.conversion.source import (
     find_source,
 )
 from dalle_dist.errors import CheckpointError
-from dalle_dist.interop.files import expanded
+from dalle_dist.interop.files import PICKLED, expanded
 from dalle_dist.interop.pickles import read_pickle, read_state
 from dalle_dist.stages import STAGES
 
-PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+PICKLES = (*PICKLED, ".pkl")
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -42,7 +42,7 @@ def inspect(paths: Sequence[str]) -> Iterator[str]:
     """
     if len(paths) == 1 and paths[0].endswith(".safetensors"):
         yield f"{paths[0]}: safetensors"
-        yield from _table(_shapes_in([paths[0]]))
+        yield from _table(shapes_in([paths[0]]))
         return
     source = find_source(paths)
     yield str(source)
@@ -74,7 +74,7 @@ def _release(source: ReleaseSource) -> Iterator[str]:
     for name in storage.list_files(source.path):
         yield f"  {name}"
     files = tensor_files(storage.join(source.path, STAGES[source.stage].weights))
-    yield from _table(_shapes_in(files))
+    yield from _table(shapes_in(files))
 
 
 def _peer(source: PeerSource) -> Iterator[str]:
@@ -103,14 +103,6 @@ def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-
-
-def _shapes_in(files: Sequence[str]) -> Shapes:
-    found: Shapes = {}
-    for file in files:
-        slots, _ = read_header(storage.fetch(file))
-        found |= {name: (slot.dtype, slot.shape) for name, slot in slots.items()}
-    return dict(sorted(found.items()))
 
 
 def _table(shapes: Shapes) -> Iterator[str]:

@@ -18,8 +18,9 @@ from dalle_dist.config import Config
 from dalle_dist.conversion.deepspeed_weights import deepspeed_weights
 from dalle_dist.dvae.model import configured_dvae
 from dalle_dist.errors import CheckpointError
+from dalle_dist.interop import importing
 from dalle_dist.interop.imported import Imported
-from dalle_dist.interop.importing import apart, captions, draw, model_of, tokenizer_class
+from dalle_dist.interop.importing import apart, captions, draw
 from dalle_dist.interop.pickles import read_pickle, read_state
 from dalle_dist.stages import STAGES
 from dalle_dist.transformer.registry import build_transformer
@@ -105,20 +106,7 @@ def _exported(
                 yield found[1], read_pickle(storage.fetch(file))["param"]
 
 
-@torch.no_grad()
 def imported_parity(one: Imported, other: Imported) -> dict[str, float]:
     """As `release_parity`, of two models of other programs."""
-    found = {}
-    if one.state is not None:
-        text_BT = captions(one.config)
-        shape = one.config.transformer
-        codes_BN = draw(shape.codebook_size, (2, shape.image_tokens))
-        pairs = zip(*(model_of(m).logits(text_BT, codes_BN) for m in (one, other)), strict=True)
-        names = ("text logits", "image logits")
-        found = {name: apart(*pair) for name, pair in zip(names, pairs, strict=True)}
-    tokenizers = [
-        tokenizer_class(m).of(m.image_tokenizer.shape, m.image_tokenizer.state)
-        for m in (one, other)
-    ]
-    codes_BN = draw(tokenizers[0].codebook_size, (1, tokenizers[0].grid ** 2))
-    return found | {"images": apart(*(tokenizer.decode(codes_BN) for tokenizer in tokenizers))}
+    theirs = importing.outputs(other)
+    return {name: apart(values, theirs[name]) for name, values in importing.outputs(one).items()}

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dalle_dist import storage
 from dalle_dist.checkpoint.convert import weights_of, write_stage_release
 from dalle_dist.checkpoint.export.registry import EXPORTS, export_function
@@ -18,11 +16,11 @@ from dalle_dist.checkpoint.formats import (
     LazyTensors,
     read_notes,
     save_tensors,
+    shapes_in,
     tensor_files,
 )
 from dalle_dist.checkpoint.read import TensorSource
 from dalle_dist.checkpoint.release import CONFIG, TOKENIZER_FILE
-from dalle_dist.checkpoint.tensor_file import read_header
 from dalle_dist.conversion.parity import (
     LARGEST_MODEL,
     export_parity,
@@ -38,6 +36,7 @@ from dalle_dist.conversion.source import (
     find_source,
 )
 from dalle_dist.errors import CheckpointError, ConfigError
+from dalle_dist.generate.generator import DTYPES
 from dalle_dist.image_tokenizer.dvae import DVAETokenizer
 from dalle_dist.image_tokenizer.registry import image_tokenizer_class
 from dalle_dist.interop.imported import Imported, ImportedTokenizer
@@ -46,7 +45,6 @@ from dalle_dist.interop.registry import PEERS, peer
 from dalle_dist.interop.saved_tokenizer import SavedTokenizer
 from dalle_dist.stages import STAGES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GOALS = ("release", *EXPORTS, *PEERS)
 
 
@@ -196,11 +194,10 @@ def _import(source: PeerSource, options: Options) -> Imported:
 
 def _read(files: Sequence[str], dtype: str | None) -> LazyTensors:
     """The tensors of safetensors files, one by one."""
-    source, shapes = TensorSource.of_files(files), {}
-    for file in files:
-        for name, slot in read_header(storage.fetch(file))[0].items():
-            shapes[name] = (slot.dtype if dtype is None else DTYPES[dtype], slot.shape)
-    return LazyTensors(shapes, source.read)
+    shapes = shapes_in(files)
+    if dtype is not None:
+        shapes = {name: (DTYPES[dtype], shape) for name, (_, shape) in shapes.items()}
+    return LazyTensors(shapes, TensorSource.of_files(files).read)
 
 
 def _rewrite(source: ReleaseSource, files: Sequence[str], out: str, state: LazyTensors) -> str:

@@ -22,6 +22,7 @@ from dalle_dist.checkpoint.release import (
 from dalle_dist.config import Config, to_yaml
 from dalle_dist.errors import CheckpointError, DataError
 from dalle_dist.image_tokenizer.dvae import DVAETokenizer
+from dalle_dist.image_tokenizer.protocol import ImageTokenizer
 from dalle_dist.image_tokenizer.registry import image_tokenizer_class
 from dalle_dist.interop.imported import Imported
 from dalle_dist.interop.saved_tokenizer import SavedTokenizer
@@ -62,21 +63,32 @@ def parity(imported: Imported, folder: str) -> dict[str, float]:
     Of the text and image logits of fixed captions and codes, and of the images that the image
     tokenizer makes of those codes; 0 where the folder holds what was read.
     """
-    tokenizer = tokenizer_class(imported).of(
-        imported.image_tokenizer.shape, imported.image_tokenizer.state
-    )
-    codes_BN = draw(tokenizer.codebook_size, (2, tokenizer.grid**2))
     if imported.state is None:
-        written = load_release_image_tokenizer(folder)
-        return {"images": apart(tokenizer.decode(codes_BN), written.decode(codes_BN))}
-    release, text_BT = load_release(folder), captions(imported.config)
-    ours, theirs = model_of(imported).logits(text_BT, codes_BN), release.transformer
-    text_BTV, image_BNK = theirs.logits(text_BT, codes_BN)
-    return {
-        "text logits": apart(ours[0], text_BTV),
-        "image logits": apart(ours[1], image_BNK),
-        "images": apart(tokenizer.decode(codes_BN), release.image_tokenizer.decode(codes_BN)),
-    }
+        written = _made(None, load_release_image_tokenizer(folder), imported.config)
+    else:
+        release = load_release(folder)
+        written = _made(release.transformer, release.image_tokenizer, imported.config)
+    return {name: apart(values, written[name]) for name, values in outputs(imported).items()}
+
+
+@torch.no_grad()
+def outputs(imported: Imported) -> dict[str, Tensor]:
+    """Logits of fixed captions and codes, and the images of those codes."""
+    parts = imported.image_tokenizer
+    tokenizer = tokenizer_class(imported).of(parts.shape, parts.state)
+    model = None if imported.state is None else model_of(imported)
+    return _made(model, tokenizer, imported.config)
+
+
+def _made(
+    model: TextImageTransformer | None, tokenizer: ImageTokenizer, config: Config
+) -> dict[str, Tensor]:
+    codes_BN = draw(tokenizer.codebook_size, (2, tokenizer.grid**2))
+    images = {"images": tokenizer.decode(codes_BN)}
+    if model is None:
+        return images
+    text_BTV, image_BNK = model.logits(captions(config), codes_BN)
+    return {"text logits": text_BTV, "image logits": image_BNK} | images
 
 
 def model_of(imported: Imported) -> TextImageTransformer:

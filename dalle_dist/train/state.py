@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dalle_dist import __version__
-from dalle_dist.checkpoint.convert import read_training, release_weights
+from dalle_dist.checkpoint.convert import AVERAGE, read_training, release_weights
 from dalle_dist.checkpoint.manifest import Manifest, read_manifest
 from dalle_dist.checkpoint.read import TensorSource
 from dalle_dist.checkpoint.save import Saver
@@ -29,7 +29,6 @@ from dalle_dist.gradients.piece import Piece, ReadPieces, assemble, name_and_sta
 from dalle_dist.optim.ema import EMA
 from dalle_dist.train.data import Progress
 
-AVERAGE = "average"
 T = TypeVar("T")
 
 
