@@ -32,13 +32,8 @@ from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import CheckpointError
 from dalle_dist.storage.lease import LeaseLost
 
-PHASES = ("prepared", "written", "reported", "manifest", "renamed", "latest", "pruned")
 _SAVERS = itertools.count()
 Kinds = Mapping[str, Sequence[Any]]  # of gradients.piece.Piece
-
-
-def phase(name: str) -> None:
-    """Called when a phase of a save is over. Does nothing: tests end processes here."""
 
 
 class Staging:
@@ -222,7 +217,7 @@ class Saver:
                 "it does not see the folder that rank 0 made: all ranks must share the run's "
                 "folder, or the run must lie in a store (s3://...)"
             )
-        phase("prepared")
+        store.phase("prepared")
         save = secrets.token_hex(4) if remote else ""
         entries = {}
         for kind, pieces in sorted(copies.items()):
@@ -233,14 +228,14 @@ class Saver:
                     storage.publish(partial / name, storage.join(target, name))
         if remote:
             partial.rmdir()
-        phase("written")
+        store.phase("written")
         return entries
 
     def _conclude(self, partial: Path, target: str, manifest: Manifest) -> None:
         """Rank 0, when all have written: the manifest, the rename, and what need not be kept."""
         ranks = [f"{self._number}/rank-{rank}" for rank in range(self._ranks.world)]
         outcomes = self._board.await_all(ranks)
-        phase("reported")
+        store.phase("reported")
         failure = next((text for text, _ in outcomes if text), "")
         if not failure:
             files = {name: FileEntry(**e) for _, part in outcomes for name, e in part.items()}
@@ -268,7 +263,7 @@ class Saver:
                 f"{target}: saved, but tidying up after it failed ({self._reason(error)}); see to "
                 "it, then --resume auto goes on from this checkpoint"
             )
-        phase("pruned")
+        store.phase("pruned")
         return ""
 
 

@@ -28,6 +28,13 @@ _REPLACED = ".old.tmp"  # after the name of a checkpoint of the same step
 _STEP = re.compile(r"step-(\d{8,})")
 
 
+PHASES = ("prepared", "written", "reported", "manifest", "renamed", "latest", "pruned")
+
+
+def phase(name: str) -> None:
+    """Called when a phase of a save is over. Does nothing: tests end processes here."""
+
+
 def step_folder(folder: str, step: int) -> str:
     """Where the checkpoint of a step lies in a folder of checkpoints."""
     return storage.join(folder, f"step-{step:08d}")
@@ -143,8 +150,6 @@ def publish(
     Raises:
         CheckpointError: another process published one of this step meanwhile.
     """
-    from dalle_dist.checkpoint.save import phase
-
     if storage.is_remote(target):
         _publish_there(target, manifest, fence)
         phase("renamed")
@@ -167,8 +172,6 @@ def publish(
 
 def point_at(target: str, fence: Callable[[], None] = lambda: None) -> None:
     """Have `latest` name a checkpoint that counts, for people. `fence`: as of `publish`."""
-    from dalle_dist.checkpoint.save import phase
-
     folder, _, name = target.rpartition("/")
     fence()
     storage.write_bytes(storage.join(folder, LATEST), f"{name}\n".encode())

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from dalle_dist.checkpoint import save
+from dalle_dist.checkpoint import store
 from dalle_dist.config import load
 from dalle_dist.train.transformer import train
 
@@ -30,5 +30,5 @@ def phase(name):
 
 
 if __name__ == "__main__":
-    save.phase = phase
+    store.phase = phase
     train(load(CONFIG, []), "auto")

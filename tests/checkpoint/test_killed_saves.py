@@ -10,7 +10,6 @@ import pytest
 
 from dalle_dist.checkpoint import store
 from dalle_dist.checkpoint.release import load_release
-from dalle_dist.checkpoint.save import PHASES
 from tests import tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +54,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save", [1, 3])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", store.PHASES)
 def test_killed_after_each_phase(undisturbed, tmp_path, phase, save):
     """Of the trial save at the start, and of the second in the course (step 4)."""
     run, config = configured(tmp_path)

@@ -123,7 +123,7 @@ def test_what_a_save_was_to_replace_is_put_back_when_it_was_killed(tmp_path, ran
         if name == "replaced":
             raise Killed
 
-    monkeypatch.setattr(save, "phase", phase)
+    monkeypatch.setattr(store, "phase", phase)
     partial = tmp_path / "step-00000002.new.tmp"
     partial.mkdir()
     with pytest.raises(Killed):
@@ -132,7 +132,7 @@ def test_what_a_save_was_to_replace_is_put_back_when_it_was_killed(tmp_path, ran
     assert store.newest(str(tmp_path), ranks) == str(path)
     monkeypatch.undo()
     with pytest.raises(Killed):
-        monkeypatch.setattr(save, "phase", phase)
+        monkeypatch.setattr(store, "phase", phase)
         store.publish(partial, str(path), read_manifest(str(path)))
     monkeypatch.undo()
     write(tmp_path, 3, ranks)
@@ -165,14 +165,14 @@ def test_the_copy_is_of_the_moment_of_the_call(tmp_path, ranks):
         while name == "prepared" and not changed:
             pass
 
-    save.phase = phase
+    store.phase = phase
     try:
         saver.save(manifest(1), live)
         live["weights"][0].values.fill_(-1)
         changed.append(True)
         saver.wait()
     finally:
-        save.phase = lambda name: None
+        store.phase = lambda name: None
     path = f"{tmp_path}/step-00000001"
     source = TensorSource.of_checkpoint(path, read_manifest(path), "weights")
     assert source.tensor("w", (8,)).tolist() == list(range(8))
