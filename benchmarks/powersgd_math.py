@@ -1,8 +1,10 @@
-"""Cost of PowerSGD's arithmetic on one GPU's part of a 12B resblock, against torch's hook.
+"""Cost of PowerSGD's arithmetic on one GPU's part of the 12B model's layers, against torch's hook.
 
 A group of one process, so that all-reduces cost next to nothing; all else that both do in training
 is in. torch's hook at its defaults (warm start, error feedback), and with two of its options. Rank
-112 per shard; shards of 496x3968 (q, k, v, out) and 1984x3968 (MLP).
+112 per shard; shards of 496x3968 (q, k, v, out) and 1984x3968 (MLP), which lie layer after layer in
+one buffer, as under ZeRO-3 and in the hook's bucket. torch does not look for what is not finite: so
+neither do we in the row to compare; a row with it stands beside.
 """
 
 from __future__ import annotations
@@ -23,13 +25,22 @@ from benchmarks import common
 from benchmarks.common import Measured
 from dalle_dist.config import Config, load
 from dalle_dist.distributed import process_group
+from dalle_dist.gradients.batches import Batcher
+from dalle_dist.gradients.finite import broken_gradients
 from dalle_dist.gradients.piece import Piece
 from dalle_dist.gradients.powersgd.algorithm import PowerSGD
-from dalle_dist.gradients.powersgd.orthogonal import gaussian_RN, orthonormal_BMR
+from dalle_dist.gradients.powersgd.factored import FactoredMean
+from dalle_dist.gradients.powersgd.options import PowerSGDOptions
+from dalle_dist.gradients.powersgd.orthogonal import (
+    gaussian_RN,
+    householder_BMR,
+    orthonormal_BMR,
+)
 
-LOCAL_WORLD_SIZE, RANK = 8, 112
-HOOKS: dict[str, dict[str, bool] | None] = {
-    "ours": None,
+LOCAL_WORLD_SIZE, RANK, LAYERS = 8, 112, 4
+SHARDS = 6  # of a layer
+OURS = {"ours": False, "ours, with its finite check": True}
+HOOKS: dict[str, dict[str, bool]] = {
     "torch hook": {},
     "torch hook, shapes batched": {"batch_tensors_with_same_shape": True},
     "torch hook, Q drawn anew": {"warm_start": False},
@@ -63,21 +74,18 @@ def main() -> None:
     ranks = process_group.init()
     config = load("12b", ["name=smoke"] if options.smoke else [])
     width, rank = (256, 8) if options.smoke else (config.transformer.width, RANK)
-    rows: list[Measured] = []
-    for name, shapes in blocks(width).items():
-        times = in_turn(shapes, rank, options.rounds, options.threads)
-        rows += figures(name, times)
-    rows += whole_layer(rows)
+    times = in_turn(layers(width), rank, options.rounds, options.threads)
+    rows = figures(times)
     rows += orthogonalisation(width // 2, rank, ranks.device, options.rounds)
     rows.append(Measured("12B on paper", "share of a step's FLOP", "%", [100 * share(config)]))
     common.report("powersgd_math", config, rows, options, ranks.device)
     process_group.shutdown()
 
 
-def blocks(width: int) -> dict[str, list[tuple[int, int]]]:
-    """Shards of an attention and of an MLP resblock, cut along dim 0; `down` lies as [4d, d]."""
+def layers(width: int) -> list[tuple[int, int]]:
+    """Shards of attention's and of the MLP's matrices, cut along dim 0; `down` lies as [4d, d]."""
     rows = width // LOCAL_WORLD_SIZE
-    return {"attention": [(rows, width)] * 4, "MLP": [(4 * rows, width)] * 2}
+    return ([(rows, width)] * 4 + [(4 * rows, width)] * 2) * LAYERS
 
 
 def in_turn(
@@ -90,7 +98,7 @@ def in_turn(
     """
     context = multiprocessing.get_context("spawn")
     ends, processes = {}, []
-    for name in HOOKS:
+    for name in (*OURS, *HOOKS):
         ends[name], other = context.Pipe()
         arguments = (other, name, shapes, rank, threads)
         processes.append(context.Process(target=_case, args=arguments, daemon=True))
@@ -98,7 +106,7 @@ def in_turn(
     for end in ends.values():
         if refusal := end.recv():
             raise SystemExit(refusal)
-    times: dict[str, list[float]] = {name: [] for name in HOOKS}
+    times: dict[str, list[float]] = {name: [] for name in ends}
     for timed in range(rounds + 1):
         for name, end in ends.items():
             end.send(True)
@@ -117,14 +125,13 @@ def _case(
 ) -> None:
     torch.set_num_threads(threads)
     device = process_group.init().device
-    options = HOOKS[name]
     try:
-        if options is None:
+        if name in OURS:
             check_ours(shapes, rank, device)
-            run = ours(shapes, rank, device)[0]
+            run = ours(shapes, rank, device, OURS[name])[0]
         else:
-            check_theirs(shapes, rank, device, **options)
-            run = theirs(shapes, rank, device, **options)[0]
+            check_theirs(shapes, rank, device, **HOOKS[name])
+            run = theirs(shapes, rank, device, **HOOKS[name])[0]
     except SystemExit as refusal:
         end.send(str(refusal))
         return
@@ -136,14 +143,23 @@ def _case(
 
 
 def ours(
-    shapes: list[tuple[int, int]], rank: int, device: torch.device
+    shapes: list[tuple[int, int]], rank: int, device: torch.device, check: bool = True
 ) -> tuple[Callable[[], None], list[Tensor], PowerSGD]:
-    sgd = PowerSGD(dist.group.WORLD, blocks=1, rank=rank, device=device)
+    count = -(-len(shapes) // SHARDS)
+    sgd = PowerSGD(dist.group.WORLD, blocks=count, rank=rank, device=device)
     values = Bucket(gradient(shapes, device), shapes).gradients()
-    shards = [Piece(f"w{i}", 0, value, block=0) for i, value in enumerate(values)]
+    shards = [
+        Piece(f"layers.{i // SHARDS}.{'abcdef'[i % SHARDS]}", 0, value, block=i // SHARDS)
+        for i, value in enumerate(values)
+    ]
+    batcher = Batcher(count, device)
 
     def run() -> None:
-        sgd.reduce(shards)
+        batches = batcher(shards)
+        broken_K1 = broken_gradients(batches if check else [], count, device)
+        sent = sgd.send(batches, [], broken_K1)
+        nonfinite, _ = sent.agree()
+        sgd.finish(sent, nonfinite, skip=False, measure=False)
         _synchronise(device)
 
     return run, values, sgd
@@ -176,8 +192,9 @@ def check_ours(shapes: list[tuple[int, int]], rank: int, device: torch.device) -
     run, values, sgd = ours(shapes, rank, device)
     given = [value.clone() for value in values]
     run()
-    errors = [sgd.errors()[f"w{i}@0"] for i in range(len(shapes))]
-    q = gaussian_RN(0, "w0@0", rank, shapes[0][1]).to(device).double().T
+    names = [f"layers.{i // SHARDS}.{'abcdef'[i % SHARDS]}@0" for i in range(len(shapes))]
+    errors = [sgd.errors()[name] for name in names]
+    q = gaussian_RN(0, names[0], rank, shapes[0][1]).to(device).double().T
     basis, _ = torch.linalg.qr(given[0].double() @ q)
     _require("our output", values[0], basis @ (basis.T @ given[0].double()))
     for value, error, whole in zip(values, errors, given, strict=True):
@@ -195,59 +212,84 @@ def check_theirs(
         _require("torch's output + error", value + error, whole)
 
 
-def figures(block: str, times: dict[str, list[float]]) -> list[Measured]:
+def figures(times: dict[str, list[float]]) -> list[Measured]:
     rows = [
-        Measured(name, f"{block} shards", "ms", [1e3 * t for t in took])
+        Measured(name, "layer shards", "ms", [1e3 * t / LAYERS for t in took])
         for name, took in times.items()
     ]
-    for name, took in times.items():
-        if name != "ours":
-            pairs = zip(times["ours"], took, strict=True)
-            rows.append(Measured(f"/ {name}", f"ours, {block}", "x", [o / t for o, t in pairs]))
+    for name in HOOKS:
+        for mine in OURS:
+            pairs = zip(times[mine], times[name], strict=True)
+            rows.append(Measured(f"/ {name}", f"{mine}, layer", "x", [o / t for o, t in pairs]))
     return rows
 
 
-def whole_layer(rows: list[Measured]) -> list[Measured]:
-    """Attention + MLP, round by round."""
-    parts: dict[str, list[list[float]]] = {}
-    for row in rows:
-        if row.unit == "ms":
-            parts.setdefault(row.case, []).append([value / 1e3 for value in row.values])
-    return figures(
-        "layer", {name: [sum(r) for r in zip(*took, strict=True)] for name, took in parts.items()}
-    )
-
-
 def orthogonalisation(rows: int, rank: int, device: torch.device, rounds: int) -> list[Measured]:
-    """QR as we take it (on CPUs in panels), of the whole, and CholeskyQR2; how orthonormal."""
+    """Our basis, ours where that fails, and CholeskyQR2 in fp32: time, and how orthonormal."""
     torch.manual_seed(0)
-    p_BMR = torch.randn(1, rows, rank).to(device)
+    p_BMR = torch.randn(LAYERS, rows, rank).to(device)
     turned = torch.linalg.qr(torch.randn(rank, rank))[0]
     graded = p_BMR @ (torch.logspace(0, -5, rank)[:, None] * turned).to(device)
     bases: dict[str, Callable[[Tensor], Tensor]] = {
-        "ours": lambda p: orthonormal_BMR(p.clone()),
-        "torch.linalg.qr": lambda p: torch.linalg.qr(p)[0],
-        "CholeskyQR2": cholesky_qr2,
+        "ours": lambda p: orthonormal_BMR(p)[0],
+        "ours, Householder": householder_BMR,
+        "CholeskyQR2 in fp32": cholesky_qr2,
     }
     times = common.interleaved(
         {name: lambda f=f: (f(p_BMR), _synchronise(device)) for name, f in bases.items()}, rounds
     )
     found = [
-        Measured(name, f"QR of {rows}x{rank}", "ms", [1e3 * t for t in took])
+        Measured(name, f"QR of {LAYERS} x {rows}x{rank}", "ms", [1e3 * t for t in took])
         for name, took in times.items()
     ]
     for name, basis in bases.items():
         for kind, given in (("Gaussian", p_BMR), ("condition 1e5", graded)):
-            q = basis(given)[0].double()
-            worst = float((q.T @ q - torch.eye(rank).to(q)).abs().max().nan_to_num(math.inf))
-            found.append(Measured(name, f"max |PtP - I|, {kind}", "", [worst]))
-    return found
+            found.append(Measured(name, f"max |PtP - I|, {kind}", "", [worst(basis(given))]))
+    return [*found, *in_training(rank, device)]
+
+
+def in_training(rank: int, device: torch.device, steps: int = 20) -> list[Measured]:
+    """Over steps with error feedback: how orthonormal bases are, how many Cholesky does not give.
+
+    Gradients of a decaying spectrum that change little from step to step.
+    """
+    rows = []
+    for warm in (False, True):
+        torch.manual_seed(0)
+        options = PowerSGDOptions(warm_start=warm)
+        sgd = PowerSGD(dist.group.WORLD, blocks=1, rank=rank, device=device, options=options)
+        batcher, left = Batcher(1, device), torch.randn(4 * rank, 4 * rank)
+        left *= torch.logspace(0, -4, 4 * rank)
+        right, bases, failed = torch.randn(4 * rank, 8 * rank), [], 0.0
+        for _ in range(steps):
+            noise = 1e-3 * torch.randn(4 * rank, 8 * rank)
+            sent = sgd.send(
+                batcher([Piece("w", 0, (left @ right + noise).to(device), 0)]), [],
+                torch.zeros(2, dtype=torch.float64, device=device),
+            )  # fmt: skip
+            assert isinstance(sent.mean, FactoredMean)
+            failed += float(sent.mean.unsound())
+            nonfinite, _ = sent.agree()
+            bases.append(worst(sent.mean.factors[0].basis_BMR))
+            sgd.finish(sent, nonfinite, skip=False, measure=False)
+        case = "ours, warm start" if warm else "ours"
+        rows.append(Measured(case, f"max |PtP - I|, {steps} steps", "", bases))
+        rows.append(Measured(case, f"by Householder, {steps} steps", "", [failed]))
+    return rows
+
+
+def worst(basis_BMR: Tensor) -> float:
+    """Largest element of |P^T P - I|."""
+    basis_BMR = basis_BMR.double()
+    gram = basis_BMR.mT @ basis_BMR
+    found = (gram - torch.eye(gram.shape[-1]).to(gram)).abs().max()
+    return float(found.nan_to_num(math.inf))
 
 
 def cholesky_qr2(p_BMR: Tensor) -> Tensor:
-    """Twice P := P R^-1, R from the Gram matrix; breaks down above condition 1e3 or so in fp32."""
+    """Breaks down above condition 1e3 or so."""
     for _ in range(2):
-        factor, _ = torch.linalg.cholesky_ex(p_BMR.transpose(1, 2) @ p_BMR)
+        factor, _ = torch.linalg.cholesky_ex(p_BMR.mT @ p_BMR)
         p_BMR = torch.linalg.solve_triangular(factor.mT, p_BMR, upper=True, left=False)
     return p_BMR
 
@@ -258,10 +300,10 @@ def share(config: Config) -> float:
     The step: one sample per GPU, weights of the resblocks alone.
     """
     shape = config.transformer
-    shards = [s for block in blocks(shape.width).values() for s in block]
+    shards = layers(shape.width)[:SHARDS]
     products = sum(3 * 2 * rows * columns * RANK for rows, columns in shards)
-    # Householder: 2 m r^2 for the triangle, as much for the basis.
-    factors = sum(4 * rows * RANK**2 for rows, _ in shards)
+    # Twice a Gram matrix of 2 m r^2 and a triangular solve of m r^2.
+    factors = sum(2 * 3 * rows * RANK**2 for rows, _ in shards)
     step = FLOP * 12 * shape.width**2 * shape.tokens
     return (products + factors) / step
 

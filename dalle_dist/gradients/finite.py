@@ -1,4 +1,7 @@
-"""Which resblocks have something that is not finite, on any rank: one answer for all ranks."""
+"""Which resblocks have something that is not finite, on any rank: one answer for all ranks.
+
+Shape suffix: K1 resblocks and, as the last, what is in none.
+"""
 
 from __future__ import annotations
 
@@ -8,59 +11,45 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dalle_dist.gradients.piece import Block, Piece
+from dalle_dist.gradients.batches import Batch
+from dalle_dist.gradients.piece import Block
 
-# Squares of larger values, summed over 2**31 of them, could overflow fp32.
+# Norm of a gradient; with larger ones squares of sums and products of them could overflow fp32.
 LARGEST = 2.0**48
 
 
-def nonfinite_blocks(
-    pieces: Sequence[Piece],
-    blocks: int,
-    device: torch.device,
-    group: dist.ProcessGroup | None = None,
-) -> frozenset[Block]:
-    """Resblocks with a NaN, an infinity or an absolute value above LARGEST; None: outside of them.
+def broken_gradients(batches: Sequence[Batch], blocks: int, device: torch.device) -> Tensor:
+    """Of each resblock, how many pieces have a NaN, an infinity or a norm above LARGEST [K1].
 
-    A collective call; the same answer on all ranks of `group` (default: the world).
+    On this rank alone and on its device, in fp64.
     """
-    broken = torch.zeros(0, dtype=torch.bool, device=device)
-    if pieces:
-        peaks = torch.stack(torch._foreach_norm([piece.values for piece in pieces], torch.inf))
-        broken = ~(peaks.float() <= LARGEST)
-    return agree([piece.block for piece in pieces], broken, blocks, device, group)
+    return count_flags(batches, [~(b.norms() <= LARGEST) for b in batches], blocks, device)
+
+
+def count_flags(
+    batches: Sequence[Batch], flags: Sequence[Tensor], blocks: int, device: torch.device
+) -> Tensor:
+    """How many flags are set in each resblock, fp64 [K1]; `flags` has one [B] for each batch."""
+    counts_K1 = torch.zeros(blocks + 1, dtype=torch.float64, device=device)
+    if batches:
+        slots = torch.cat([batch.kind.slot_B for batch in batches])
+        counts_K1.index_add_(0, slots, torch.cat(list(flags)).double())
+    return counts_K1
 
 
 def agree(
-    owners: Sequence[Block],
-    broken: Tensor,
-    blocks: int,
-    device: torch.device,
-    group: dist.ProcessGroup | None = None,
-) -> frozenset[Block]:
-    """The resblocks for which a flag is set on any rank of the group.
+    flags_K1: Tensor, sums: Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> tuple[frozenset[Block], list[float]]:
+    """(resblocks with a flag on any rank, `sums` summed over the ranks); None: outside of them.
+
+    One all-reduce over `group` (default: the world), and one copy to the host.
 
     Args:
-        owners: the resblock of each flag.
-        broken: bool, one flag for each of `owners`.
-        blocks: number of resblocks.
-
-    Raises:
-        ValueError: a resblock that is not in 0 to `blocks` - 1.
+        flags_K1: counts; both are fp64, on the device.
     """
-    flags = torch.zeros(blocks + 1, dtype=torch.int32, device=device)
-    if owners:
-        slots = torch.tensor([_slot(block, blocks) for block in owners], device=device)
-        flags.scatter_reduce_(0, slots, broken.int(), "amax")
-    dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
-    found = flags.nonzero().flatten().tolist()
-    return frozenset(None if slot == blocks else slot for slot in found)
-
-
-def _slot(block: Block, blocks: int) -> int:
-    """Outside of all resblocks is the last slot."""
-    if block is None:
-        return blocks
-    if not 0 <= block < blocks:
-        raise ValueError(f"block: {block} is not in 0 to {blocks - 1}")
-    return block
+    numbers = flags_K1 if sums is None else torch.cat([flags_K1, sums])
+    dist.all_reduce(numbers, group=group)
+    found, blocks = numbers.tolist(), len(flags_K1) - 1
+    slots = (slot for slot, count in enumerate(found[: blocks + 1]) if count)
+    nonfinite = frozenset(None if slot == blocks else slot for slot in slots)
+    return nonfinite, found[blocks + 1 :]

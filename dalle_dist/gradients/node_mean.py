@@ -7,8 +7,7 @@ row, and all that is no matrix of a resblock, is averaged as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,27 +16,14 @@ from torch import Tensor
 
 from dalle_dist.distributed.groups import Groups
 from dalle_dist.distributed.process_group import Ranks
+from dalle_dist.gradients.batches import Batch
 from dalle_dist.gradients.piece import Block, Piece, ReadPieces, name_and_start
-from dalle_dist.gradients.powersgd.algorithm import Outcome, PowerSGD, PowerSGDOptions
+from dalle_dist.gradients.powersgd.algorithm import Outcome, PowerSGD, Sent
 from dalle_dist.gradients.powersgd.matrices import MatrixShards
+from dalle_dist.gradients.powersgd.options import PowerSGDOptions
 from dalle_dist.gradients.powersgd.rank import check_ranks, pays, table
 from dalle_dist.gradients.resblocks import Resblocks
 from dalle_dist.gradients.scaling import Telemetry
-
-
-@dataclass(frozen=True)
-class Averaged:
-    """What one `NodeMean.average` did.
-
-    nonfinite   resblocks with something not finite, before or after sending
-    compressed  the shards that went through PowerSGD
-    telemetry   what was measured, else empty
-    """
-
-    nonfinite: frozenset[Block]
-    compressed: Sequence[Piece]
-    telemetry: Telemetry
-
 
 ERROR, Q = "error", "q"  # kinds of tensors in checkpoints
 
@@ -86,32 +72,33 @@ class NodeMean:
             compress=groups.nodes > 1,
         )
 
-    def average(
-        self, gradients: Sequence[Piece], nonfinite: frozenset[Block], measure: bool = False
-    ) -> Averaged:
-        """Means over the nodes, in place; a collective call.
+    def cut(self, gradient: Piece) -> Iterator[Piece]:
+        """What is averaged by itself of a gradient."""
+        return self._shards.cut(gradient)
 
-        Gradients of the resblocks in `nonfinite`, the same on all ranks, are left out and become
-        zero, as are those of resblocks for which something not finite was sent.
+    def send(self, batches: Sequence[Batch], broken_K1: Tensor) -> Sent:
+        """Average over the nodes what `cut` gave; no gradient changes for good before `finish`.
+
+        A collective call that waits for nothing but the other nodes.
+
+        Args:
+            broken_K1: flags of this rank's gradients (`finite.broken_gradients`).
         """
-        shards, compressed = self._cut(gradients)
         if self._powersgd.step == 0:
-            self._explain(shards)
-        chosen = {id(shard) for shard in compressed}
-        dense = [shard for shard in shards if id(shard) not in chosen]
-        outcome = self._powersgd.reduce(compressed, dense, nonfinite=nonfinite, measure=measure)
-        measured = self._measured(outcome, compressed) if measure and self._rank else {}
-        return Averaged(outcome.nonfinite, compressed, measured)
+            self._explain(batches)
+        compressed = [batch for batch in batches if self._compresses(batch.kind.shape)]
+        dense = [batch for batch in batches if not self._compresses(batch.kind.shape)]
+        return self._powersgd.send(compressed, dense, broken_K1)
 
-    def _cut(self, pieces: Sequence[Piece]) -> tuple[list[Piece], list[Piece]]:
-        """(all shards, those that are compressed)."""
-        shards = [shard for piece in pieces for shard in self._shards.cut(piece)]
-        matrices = (shard for shard in shards if shard.values.ndim == 2)
-        return shards, [shard for shard in matrices if pays(shard.values.shape, self._rank)]
+    def finish(
+        self, sent: Sent, nonfinite: frozenset[Block], skip: bool, measure: bool = False
+    ) -> Telemetry:
+        """Means in place of the gradients, as `PowerSGD.finish` puts them; what was measured."""
+        outcome = self._powersgd.finish(sent, nonfinite, skip=skip, measure=measure)
+        return self._measured(outcome, sent) if measure and self._rank and not skip else {}
 
-    def undo(self, averaged: Averaged) -> None:
-        """The step is skipped: what the last `average` gave comes with the next one."""
-        self._powersgd.undo(averaged.compressed)
+    def _compresses(self, shape: Sequence[int]) -> bool:
+        return len(shape) == 2 and pays(tuple(shape), self._rank)
 
     def errors(self) -> dict[str, Tensor]:
         """What compression has left out so far on this rank, by Piece.key."""
@@ -138,7 +125,8 @@ class NodeMean:
         An error belongs to its element, wherever that lies now. A warm Q belongs to a shard, and is
         a new Gaussian where the shards are others.
         """
-        _, compressed = self._cut(weights)
+        shards = (shard for piece in weights for shard in self.cut(piece))
+        compressed = [shard for shard in shards if self._compresses(shard.values.shape)]
         errors = {shard.key: torch.zeros(shard.values.shape) for shard in compressed}
         read(ERROR, [Piece(s.name, s.start, errors[s.key].view(-1)) for s in compressed])
         qs: dict[str, Tensor] = {}
@@ -150,26 +138,29 @@ class NodeMean:
         loaded = {"errors": {} if unused else errors, "q_by_key": qs}
         self._powersgd.load_state_dict({**numbers, **loaded})
 
-    def _explain(self, shards: Iterable[Piece]) -> None:
+    def _explain(self, batches: Sequence[Batch]) -> None:
         if self._rank and self._nodes > 1 and self._ranks.rank == 0:
-            shapes = {s.key: tuple(s.values.shape) for s in shards if s.values.ndim == 2}
+            matrices = [batch.kind for batch in batches if len(batch.kind.shape) == 2]
+            shapes = {key: tuple(kind.shape) for kind in matrices for key in kind.keys}
             print(table(shapes, self._rank), flush=True)
 
-    def _measured(self, outcome: Outcome, compressed: Sequence[Piece]) -> Telemetry:
+    def _measured(self, outcome: Outcome, sent: Sent) -> Telemetry:
         """`compression_error`: ||what is left|| / ||gradient + error|| of each matrix.
 
         NaN where nothing was compressed: the resblock is not finite, or the step is sent whole.
         """
         index = {name: number for number, name in enumerate(self._shards.shapes)}
         count = len(index)
-        left, sent = [0.0] * count, [0.0] * count
-        for shard in compressed:
-            error = outcome.relative_errors.get(shard.key)
+        left, given = [0.0] * count, [0.0] * count
+        kinds = [batch.kind for batch in sent.compressed]
+        owned = [(k, n) for kind in kinds for k, n in zip(kind.keys, kind.names, strict=True)]
+        for key, name in owned:
+            error = outcome.relative_errors.get(key)
             if error is not None and error < 1:
-                kept = outcome.square_norms[shard.key]
-                sent[index[shard.name]] += kept
-                left[index[shard.name]] += kept * error**2 / (1 - error**2)
-        sums = self._ranks.sum([*left, *sent, outcome.sent_bytes, outcome.dense_bytes])
+                kept = outcome.square_norms[key]
+                given[index[name]] += kept
+                left[index[name]] += kept * error**2 / (1 - error**2)
+        sums = self._ranks.sum([*left, *given, outcome.sent_bytes, outcome.dense_bytes])
         pairs = zip(sums[:count], sums[count : 2 * count], strict=True)
         errors = [math.sqrt(a / (a + b)) if a + b else math.nan for a, b in pairs]
         return {

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dalle_dist.distributed.process_group import Ranks
-from dalle_dist.gradients.piece import Block, Piece
+from dalle_dist.gradients.batches import Batch
+from dalle_dist.gradients.piece import Block
 from dalle_dist.gradients.resblocks import Resblocks
 from dalle_dist.precision.scales import BlockScales
 
@@ -31,44 +31,40 @@ class BlockScaling:
         self._resblocks, self._ranks = resblocks, ranks
         self._other_overflows = 0  # steps in which what is in no resblock was not finite
 
-    def unscale(self, gradients: Sequence[Piece], nonfinite: frozenset[Block]) -> None:
-        """Sums over ranks in true units in place of scaled means over ranks; then new scales.
+    def unscale(self, batches: Sequence[Batch]) -> None:
+        """Sums over ranks in true units in place of scaled means over ranks, in place."""
+        world = torch.full((1,), float(self._ranks.world), device=self._ranks.device)
+        factor_K1 = torch.cat([world / self.scales.scale_K, world])
+        for batch in batches:
+            batch.scale(factor_K1)
 
-        Gradients of the resblocks in `nonfinite` are zero afterwards.
-        """
-        world = self._ranks.world
-        factor_K1 = [*(world / scale for scale in self.scales.values), float(world)]
-        if gradients:
-            torch._foreach_mul_(
-                [piece.values for piece in gradients],
-                [factor_K1[k] for k in self._index(gradients)],
-            )
-        for piece in gradients:
-            if piece.block in nonfinite:
-                piece.values.zero_()
+    def update(self, nonfinite: frozenset[Block]) -> None:
+        """New scales, after a step in which these resblocks were not finite on some rank."""
         self.scales.update([block in nonfinite for block in range(len(self.scales))])
         self._other_overflows += None in nonfinite
 
-    def underflow(self, gradients: Sequence[Piece]) -> list[float]:
+    def underflow(self, batches: Sequence[Batch]) -> list[float]:
         """Of each resblock, the share of its matrices' gradient entries that are zero.
 
         Asked before `unscale`; a collective call that passes over all gradients.
         """
         zeros, sizes = [0.0] * len(self.scales), [0.0] * len(self.scales)
-        for piece in gradients:
-            if piece.block is not None and piece.name in self._resblocks.matrices:
-                zeros[piece.block] += float((piece.values == 0).sum())
-                sizes[piece.block] += piece.values.numel()
+        for batch in batches:
+            kind = batch.kind
+            counts = batch.zeros().tolist()
+            for name, block, zero in zip(kind.names, kind.blocks, counts, strict=True):
+                if block is not None and name in self._resblocks.matrices:
+                    zeros[block] += zero
+                    sizes[block] += kind.shape.numel()
         sums = self._ranks.sum(zeros + sizes)
         halves = zip(sums[: len(zeros)], sums[len(zeros) :], strict=True)
         return [zero / max(size, 1) for zero, size in halves]
 
-    def norms(self, gradients: Sequence[Piece], copies: int) -> list[float]:
+    def norms(self, batches: Sequence[Batch], copies: int) -> list[float]:
         """Norm of each resblock's gradient; `copies` of each piece exist among the ranks."""
         squares_K1 = torch.zeros(len(self.scales) + 1, device=self._ranks.device)
-        if gradients:
-            norms = torch.stack(torch._foreach_norm([piece.values for piece in gradients]))
-            squares_K1.index_add_(0, self._on_device(gradients), norms.float().square())
+        for batch in batches:
+            squares_K1.index_add_(0, batch.kind.slot_B, batch.norms().float().square())
         return [(total / copies) ** 0.5 for total in self._ranks.sum(squares_K1.tolist())[:-1]]
 
     def telemetry(self) -> Telemetry:
@@ -85,10 +81,3 @@ class BlockScaling:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scales.load_state_dict(state)
         self._other_overflows = state["other_overflows"]
-
-    def _index(self, gradients: Sequence[Piece]) -> list[int]:
-        others = len(self.scales)
-        return [others if piece.block is None else piece.block for piece in gradients]
-
-    def _on_device(self, gradients: Sequence[Piece]) -> Tensor:
-        return torch.tensor(self._index(gradients), device=self._ranks.device)

@@ -6,13 +6,17 @@ the optimizer step when something is not finite.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from dalle_dist.choices import Skip
 from dalle_dist.distributed.process_group import Ranks
-from dalle_dist.gradients.finite import nonfinite_blocks
+from dalle_dist.gradients.batches import Batch, Batcher
+from dalle_dist.gradients.finite import agree, broken_gradients
 from dalle_dist.gradients.node_mean import NodeMean
 from dalle_dist.gradients.piece import Block, Piece, ReadPieces
 from dalle_dist.gradients.resblocks import Resblocks
@@ -37,6 +41,7 @@ class GradientTransform:
     Args:
         skip: "step": a resblock whose gradient is not finite costs the whole optimizer step
             (paper 2.4); "block": it costs that resblock's part of it.
+        apart: nodes train apart, and what is not finite on one must be known to all.
     """
 
     def __init__(
@@ -46,66 +51,74 @@ class GradientTransform:
         skip: Skip = "step",
         scaling: BlockScaling | None = None,
         node_mean: NodeMean | None = None,
+        apart: bool = False,
     ) -> None:
         self.scaling, self.node_mean = scaling, node_mean
         self.skipped = 0  # steps so far
-        self._resblocks, self._ranks, self._skip = resblocks, ranks, skip
+        self._resblocks, self._ranks, self._skip, self._apart = resblocks, ranks, skip, apart
         self._measured: Telemetry = {}
+        cut = {} if node_mean is None else {"cut": node_mean.cut}
+        self._batcher = Batcher(resblocks.count, ranks.device, **cut)
 
     @property
     def active(self) -> bool:
-        """Whether there is anything to do; False for bf16 and fp32 without means between nodes.
+        """Whether there is anything to do; False for bf16 and fp32 by ZeRO over all ranks.
 
-        Then `skip` has no effect: DeepSpeed's gradients go to the optimizer as they are, and a
-        loss or norm that is not finite ends the run (`train/loop.py`).
+        Then DeepSpeed's gradients go to the optimizer as they are; what is not finite in them ends
+        the run (`train/loop.py`), unless a sum given to `apply` tells of it.
         """
-        return self.scaling is not None or self.node_mean is not None
+        return self._apart or self.scaling is not None or self.node_mean is not None
 
-    def apply(self, gradients: Sequence[Piece], copies: int, measure: bool) -> SkipDecision:
-        """Turn the gradients into those that the optimizer gets, in place; a collective call.
-
-        Args:
-            copies: how many ranks own each piece.
-            measure: renew what `telemetry` tells, at some cost.
-        """
-        measured: Telemetry = {}
-        nonfinite = nonfinite_blocks(gradients, self._resblocks.count, self._ranks.device)
-        if self.scaling is not None:
-            if measure:
-                measured["underflow"] = self.scaling.underflow(gradients)
-            self.scaling.unscale(gradients, nonfinite)
-        # A step that will be skipped is not sent, and no error buffer changes.
-        if not self._skips(nonfinite):
-            nonfinite |= self._average(gradients, nonfinite, measure, measured)
-            if self.scaling is not None and measure:
-                measured["block_norm"] = self.scaling.norms(gradients, copies)
-        if measure:
-            self._measured = measured
-        return self._decide(gradients, nonfinite)
-
-    def _average(
+    def apply(
         self,
         gradients: Sequence[Piece],
-        nonfinite: frozenset[Block],
+        copies: int,
         measure: bool,
-        measured: Telemetry,
-    ) -> frozenset[Block]:
-        """Means between nodes; the resblocks for which that failed."""
-        if self.node_mean is None:
-            return frozenset()
-        averaged = self.node_mean.average(gradients, nonfinite, measure)
-        measured |= averaged.telemetry
-        if self._skips(averaged.nonfinite):
-            self.node_mean.undo(averaged)
-        return averaged.nonfinite
+        sums: Tensor | None = None,
+    ) -> tuple[SkipDecision, list[float]]:
+        """Turn the gradients into those that the optimizer gets, in place; a collective call.
 
-    def _decide(self, gradients: Sequence[Piece], nonfinite: frozenset[Block]) -> SkipDecision:
-        if self._skips(nonfinite):
+        Beside means between nodes there is one all-reduce, and one copy to the host: of what is not
+        finite on any rank and of `sums`. Unless the step is measured nothing else is waited for.
+
+        Args:
+            gradients: what this rank owns; left alone, and not needed, where nothing is `active`.
+            copies: how many ranks own each piece.
+            measure: renew what `telemetry` tells, at some cost.
+            sums: numbers of the caller, fp64 on the device, to be summed over all ranks. Where a
+                sum is not finite, the step is skipped.
+
+        Returns:
+            The decision, and the sums.
+        """
+        batches = self._batcher(gradients) if self.active else []
+        measured: Telemetry = {}
+        broken_K1 = broken_gradients(batches, self._resblocks.count, self._ranks.device)
+        if self.scaling is not None:
+            if measure:
+                measured["underflow"] = self.scaling.underflow(batches)
+            self.scaling.unscale(batches)
+        sent = None if self.node_mean is None else self.node_mean.send(batches, broken_K1)
+        nonfinite, summed = agree(broken_K1, sums) if sent is None else sent.agree(sums)
+        decision = self._decide(nonfinite, summed)
+        if self.node_mean is not None and sent is not None:
+            measured |= self.node_mean.finish(sent, nonfinite, decision.skip, measure)
+        else:
+            _zero(batches, nonfinite, decision.skip)
+        if self.scaling is not None:
+            self.scaling.update(nonfinite)
+            if measure and not decision.skip:
+                measured["block_norm"] = self.scaling.norms(batches, copies)
+        if measure:
+            self._measured = measured
+        return decision, summed
+
+    def _decide(self, nonfinite: frozenset[Block], sums: Sequence[float]) -> SkipDecision:
+        outside, whole = None in nonfinite, self._skip == "step"
+        if outside or (whole and nonfinite) or not all(map(math.isfinite, sums)):
             self.skipped += 1
-            for piece in gradients:
-                piece.values.zero_()
             return SkipDecision(skip=True)
-        blocks = self._resblocks.of.items()
+        blocks = self._resblocks.of.items() if nonfinite else ()
         return SkipDecision(frozen=frozenset(name for name, block in blocks if block in nonfinite))
 
     def telemetry(self) -> Telemetry:
@@ -148,5 +161,10 @@ class GradientTransform:
         if self.node_mean is not None and "powersgd" in numbers:
             self.node_mean.load_state(numbers["powersgd"], weights, read)
 
-    def _skips(self, nonfinite: frozenset[Block]) -> bool:
-        return None in nonfinite or (self._skip == "step" and bool(nonfinite))
+
+def _zero(batches: Sequence[Batch], nonfinite: frozenset[Block], skip: bool) -> None:
+    if not (skip or nonfinite):
+        return
+    for batch in batches:
+        for rows in batch.chunks if skip else batch.sound_and_other(nonfinite)[1]:
+            batch.zero(rows)

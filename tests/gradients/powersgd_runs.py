@@ -8,7 +8,8 @@ import torch.distributed as dist
 from powersgd_oracle import BLOCKS, COMPRESSED, DENSE, RANK, shards
 
 from dalle_dist.distributed.groups import node_groups
-from dalle_dist.gradients.powersgd.algorithm import PowerSGD, PowerSGDOptions
+from dalle_dist.gradients.powersgd.algorithm import PowerSGD
+from dalle_dist.gradients.powersgd.options import PowerSGDOptions
 
 CLUSTERS = [(4, 2), (3, 1), (4, 1)]
 needs_minifloat = pytest.mark.skipif(

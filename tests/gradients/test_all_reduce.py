@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from powersgd_oracle import on_ranks
 
+from dalle_dist.gradients import int8
 from dalle_dist.gradients.all_reduce import bytes_per_value, launch_mean
-from dalle_dist.gradients.powersgd.factors import columns_like_gaussian
+from dalle_dist.gradients.powersgd.factored import columns_like_gaussian
 
 needs_minifloat = pytest.mark.skipif(
     importlib.util.find_spec("dalle_kernels.minifloat") is None,
@@ -15,6 +16,7 @@ needs_minifloat = pytest.mark.skipif(
 )
 CODED = pytest.param("1-6-9", 2.0**-10, 15.984375, marks=needs_minifloat)
 # Name, half a unit in the last place, largest value.
+INT8 = ("int8", 1 / 254, 0)  # of its largest value, which is none of its own
 ROUNDED = [("bf16", 2.0**-9, torch.finfo(torch.bfloat16).max), ("fp16", 2.0**-11, 65504.0), CODED]
 
 
@@ -31,7 +33,7 @@ def _means(ranks, wire, scale, length):
 
 @pytest.mark.parametrize("length", [1, 7, 64])
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize(("wire", "ulp", "_"), [("fp32", 2.0**-24, 0), *ROUNDED])
+@pytest.mark.parametrize(("wire", "ulp", "_"), [("fp32", 2.0**-24, 0), INT8, *ROUNDED])
 def test_mean_is_that_of_the_scaled_values_and_the_same_on_all_ranks(world, length, wire, ulp, _):
     found = on_ranks(_means, world, wire, 0.25, length)
     for means, exact in found:
@@ -57,8 +59,20 @@ def test_what_is_not_finite_is_bounded(wire, _, largest):
         assert abs(mean[5] - 1) < 0.01
 
 
-def test_only_fp32_takes_four_bytes():
-    assert [bytes_per_value(w) for w in ("fp32", "bf16", "fp16", "1-6-9")] == [4, 2, 2, 2]
+def test_int8_has_a_scale_for_every_1024_values():
+    values = torch.cat([torch.linspace(-3, 2, 1024), 1e-6 * torch.randn(1024), torch.zeros(1024)])
+    codes = int8.encode(values)
+    assert codes.dtype == torch.uint8 and codes.numel() == 3 * 1028
+    found = int8.decode(codes)
+    for chunk, of_it in zip(values.split(1024), found.split(1024), strict=True):
+        largest = chunk.abs().max()
+        assert (chunk - of_it).abs().max() <= largest / 253
+        assert torch.isclose(of_it.abs().max(), largest)
+
+
+def test_bytes_of_a_value():
+    names = ("fp32", "bf16", "fp16", "1-6-9", "int8")
+    assert [bytes_per_value(name) for name in names] == [4, 2, 2, 2, 1]
 
 
 def test_a_warm_query_has_the_size_of_a_gaussian_however_small_the_gradient():

@@ -4,15 +4,12 @@ import math
 
 import pytest
 import torch
-from powersgd_oracle import BLOCKS, COMPRESSED, DENSE, mean_gradient, on_ranks, shards
+from powersgd_oracle import COMPRESSED, DENSE, mean_gradient, on_ranks, shards
 from powersgd_runs import ERROR_DTYPES, build, check_close, needs_minifloat
 
 from dalle_dist.errors import ConfigError
-from dalle_dist.gradients.finite import agree, nonfinite_blocks
 from dalle_dist.gradients.piece import Piece
-from dalle_dist.gradients.powersgd import factors
-
-CPU = torch.device("cpu")
+from dalle_dist.gradients.powersgd import factored, whole
 
 
 def _different_q(ranks, what):
@@ -41,30 +38,31 @@ POISON = {
     "nan in a gain": ("0.gain", math.nan),
     "-inf in a tall matrix": ("1.tall", -math.inf),
     "overflow": ("1.up", 3e38),
-    "the caller's word": (None, 0.0),
 }
 
 
 def _poisoned(ranks, options, poison):
-    """Two good steps, one with `poison` on rank 2 alone, and one more good step."""
+    """Two good steps, one with `poison` on rank 2 alone, and one more good step.
+
+    Beside what came out and the errors afterwards: the errors that a resblock has whose step is
+    frozen. Rank 2 alone adds no gradient to them.
+    """
     sgd, groups = build(ranks, 2, **options)
     log = []
     for step in range(4):
         compressed = shards(COMPRESSED, step, groups.node, groups.shard_rank)
         dense = shards(DENSE, step, groups.node, groups.shard_rank)
         before = {k: e.clone() for k, e in sgd.errors().items()}
-        known = []
+        sums = {s.key: before[s.key] + s.values for s in compressed} if step else {}
         if poison is not None and step == 2 and ranks.rank == 2:
             name, value = POISON[poison]
-            known = [1] if name is None else []
             for shard in compressed + dense:
                 if shard.name == name:
                     shard.values.view(-1)[3] = value
-        nonfinite = nonfinite_blocks(compressed + dense, BLOCKS, CPU)
-        nonfinite |= agree(known, torch.ones(len(known), dtype=torch.bool), BLOCKS, CPU)
-        outcome = sgd.reduce(compressed, dense, nonfinite=nonfinite)
+        outcome = sgd.reduce(compressed, dense, measure=True)
         after = {k: e.clone() for k, e in sgd.errors().items()}
-        log.append((outcome, {s.name: s.values for s in compressed + dense}, before, after))
+        values = {s.name: s.values for s in compressed + dense}
+        log.append((outcome, values, before if ranks.rank == 2 else sums, after))
     return log
 
 
@@ -75,10 +73,10 @@ def test_what_is_not_finite_on_one_rank_is_bad_on_all_and_touches_one_block(pois
     clean = on_ranks(_poisoned, 4, options, None)
     found = on_ranks(_poisoned, 4, options, poison)
     name, _ = POISON[poison]
-    block = 1 if name is None else (COMPRESSED | DENSE)[name][0]
+    block = (COMPRESSED | DENSE)[name][0]
     of_block = {n for n, (b, _) in (COMPRESSED | DENSE).items() if b == block}
     for rank in range(4):
-        outcome, values, before, after = found[rank][2]
+        outcome, values, kept, after = found[rank][2]
         clean_outcome, clean_values, _, clean_after = clean[rank][2]
         assert outcome.nonfinite == {block} and clean_outcome.nonfinite == frozenset()
         for n in COMPRESSED | DENSE:
@@ -89,15 +87,24 @@ def test_what_is_not_finite_on_one_rank_is_bad_on_all_and_touches_one_block(pois
                 assert torch.equal(values[n], clean_values[n])
                 assert outcome.square_norms[key] == clean_outcome.square_norms[key] < math.inf
             if n in COMPRESSED:
-                kept = before if n in of_block else clean_after
-                assert torch.equal(after[key], kept[key])
+                assert torch.equal(after[key], (kept if n in of_block else clean_after)[key])
         assert found[rank][3][0].nonfinite == frozenset()
         assert all(v.isfinite().all() for v in found[rank][3][1].values())
 
 
-def _nan_in_block_1(launch):
-    """The only block of three shards."""
-    return lambda sums: launch([s * (math.nan if len(sums) == 3 else 1) for s in sums])
+def _nan_in_block_1(monkeypatch):
+    """In its bases, and in what is sent whole: it alone has shards of 12 rows and 40 columns."""
+    basis, launch = factored.orthonormal_BMR, whole.launch_mean
+
+    def broken_basis(p_BMR):
+        found, sound_B = basis(p_BMR)
+        return found * (math.nan if p_BMR.shape[1] == 12 else 1), sound_B
+
+    def broken_launch(values, group):
+        return launch(values * (math.nan if len(values) == 12 * 40 else 1), group)
+
+    monkeypatch.setattr(factored, "orthonormal_BMR", broken_basis)
+    monkeypatch.setattr(whole, "launch_mean", broken_launch)
 
 
 def _late_failure(ranks, poison, options):
@@ -106,7 +113,7 @@ def _late_failure(ranks, poison, options):
     The third step is one of factors, or a dense one.
     """
     sgd, groups = build(ranks, 1, **options)
-    right, whole = factors.orthonormal_BMR, sgd._launch_fp32
+    monkeypatch = pytest.MonkeyPatch()
     for step in range(3):
         given = shards(COMPRESSED, step, groups.node)
         sums = {s.key: s.values.clone() for s in given}
@@ -114,12 +121,11 @@ def _late_failure(ranks, poison, options):
             for key, total in sums.items():
                 total += sgd.errors()[key]
             if poison == "sent" and ranks.rank == 0:
-                factors.orthonormal_BMR = lambda p: right(p) * (math.nan if len(p) == 2 else 1)
-                sgd._launch_fp32 = _nan_in_block_1(whole)
+                _nan_in_block_1(monkeypatch)
             elif poison == "error" and ranks.rank == 0:
                 sgd.errors()["1.up@0"][0, 0] = math.inf
         outcome = sgd.reduce(given)
-    factors.orthonormal_BMR, sgd._launch_fp32 = right, whole
+    monkeypatch.undo()
     errors = {key: error.clone() for key, error in sgd.errors().items()}
     again = sgd.reduce(shards(COMPRESSED, 3, groups.node))
     return outcome.nonfinite, sums, errors, {s.name: s.values for s in given}, again.nonfinite
@@ -148,15 +154,43 @@ def test_a_failure_after_the_gradient_went_in_keeps_finite_buffers_and_zeroes_ot
             assert dense_every == 0 or not errors[key].any()
 
 
-def _undone(ranks, error_dtype):
+def _unsound(ranks, broken):
+    """Two steps; Cholesky may have given no basis of the shards of 12 rows, in the second."""
+    sgd, groups = build(ranks, 1)
+    basis = factored.orthonormal_BMR
+
+    def broken_basis(p_BMR):
+        found, sound_B = basis(p_BMR)
+        failed = broken and p_BMR.shape[1] == 12
+        return (found + 1, ~sound_B) if failed else (found, sound_B)
+
+    for step in range(2):
+        given = shards(COMPRESSED, step, groups.node)
+        with pytest.MonkeyPatch.context() as patch:
+            if step == 1:
+                patch.setattr(factored, "orthonormal_BMR", broken_basis)
+            assert not sgd.reduce(given).nonfinite
+    return {shard.name: shard.values for shard in given}, sgd.state_dict()["errors"]
+
+
+def test_where_cholesky_gives_no_basis_householder_does():
+    (wanted, errors), (found, other_errors) = (on_ranks(_unsound, 2, b)[1] for b in (False, True))
+    for name, value in wanted.items():
+        check_close(found[name], value, 1e-5)
+        check_close(other_errors[f"{name}@0"], errors[f"{name}@0"], 1e-5)
+    assert not torch.equal(found["1.up"], wanted["1.up"]) and torch.equal(
+        found["0.qkv"], wanted["0.qkv"]
+    )
+
+
+def _skipped(ranks, error_dtype):
     sgd, groups = build(ranks, 1, error_dtype=error_dtype)
     total = {}
     for step in range(3):
         given = shards(COMPRESSED, step, groups.node)
-        sgd.reduce(given)
+        sgd.reduce(given, skip=step == 1)
         if step == 1:
-            sgd.undo(given)
-            continue
+            assert not any(shard.values.any() for shard in given)
         for shard in given:
             total[shard.key] = total.get(shard.key, 0) + shard.values.double()
     state = sgd.state_dict()["errors"]
@@ -164,8 +198,8 @@ def _undone(ranks, error_dtype):
 
 
 @pytest.mark.parametrize("error_dtype", ERROR_DTYPES)
-def test_an_undone_reduce_comes_with_the_next(error_dtype):
-    totals = on_ranks(_undone, 3, error_dtype)[0]
+def test_what_a_skipped_step_does_not_take_comes_with_the_next(error_dtype):
+    totals = on_ranks(_skipped, 3, error_dtype)[0]
     for name in COMPRESSED:
         wanted = sum(mean_gradient(name, step, 3) for step in range(3))
         check_close(totals[f"{name}@0"], wanted, 1e-6 if error_dtype == "fp32" else 3e-3)
@@ -176,6 +210,7 @@ def test_an_undone_reduce_comes_with_the_next(error_dtype):
     [
         ({"comm_dtype": "int8"}, "comm_dtype: 'int8' is not one of fp32, bf16, fp16, 1-6-9"),
         ({"error_dtype": "bf16"}, "error_dtype: 'bf16' is not one of fp32, 1-6-9"),
+        ({"refresh_every": -1}, "refresh_every: -1 is negative"),
         ({"start_step": -1}, "start_step: -1 is negative"),
         ({"dense_every": -2}, "dense_every: -2 is negative"),
     ],

@@ -66,8 +66,8 @@ def test_outputs_are_those_of_the_slow_simulation(world, local_world_size):
 @pytest.mark.parametrize("error_dtype", ERROR_DTYPES)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"warm_start": True}, {"start_step": 2}, {"dense_every": 3}],
-    ids=["plain", "warm", "start", "dense"],
+    [{}, {"warm_start": True}, {"refresh_every": 2}, {"start_step": 2}, {"dense_every": 3}],
+    ids=["plain", "warm", "refresh", "start", "dense"],
 )
 def test_nothing_is_lost_it_only_comes_later(comm_dtype, error_dtype, options):
     """Sum of outputs + mean error = sum of true means, whatever P and Q became on the wire."""
@@ -130,22 +130,24 @@ def test_gradients_of_lower_rank_come_through_whole():
         assert outcome.relative_errors["w@0"] < 1e-5
 
 
-def _three_steps_of_one_gradient(ranks, warm_start):
-    sgd, _ = build(ranks, 1, warm_start=warm_start)
+def _three_steps_of_one_gradient(ranks, options):
+    sgd, _ = build(ranks, 1, **options)
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(40, 40, generator=generator))[0]
     given = torch.randn(24, 40, generator=generator) * 0.75 ** torch.arange(40.0) @ basis
     for _ in range(3):
         values = given.clone()
         sgd.reduce([Piece("w", 0, values, 0)])
-        sgd._state.errors["w@0"].zero()
+        sgd.errors()["w@0"].zero_()
     return float((values - given).norm() / given.norm())
 
 
-def test_a_warm_start_finds_the_large_directions():
+@pytest.mark.parametrize("options", [{"warm_start": True}, {"refresh_every": 2}])
+def test_a_warm_start_and_a_refresh_find_the_large_directions(options):
     """By power iteration: without new errors, the best rank-R approximation comes near."""
-    cold = on_ranks(_three_steps_of_one_gradient, 2, False)[0]
-    warm = on_ranks(_three_steps_of_one_gradient, 2, True)[0]
+    cold = on_ranks(_three_steps_of_one_gradient, 2, {"refresh_every": 3})[0]
+    warm = on_ranks(_three_steps_of_one_gradient, 2, options)[0]
+    assert cold == on_ranks(_three_steps_of_one_gradient, 2, {})[0], "no step of three is refreshed"
     assert warm < 0.9 * cold
 
 

@@ -33,6 +33,21 @@ def test_saved_on_three_nodes_it_goes_on_with_two_as_on_paper(warm_start):
     assert resumed[0][1]["step"] == 6
 
 
+def _in_two_parts(ranks, options):
+    """Digests of steps 3 and 4: of a run of five, and of one that goes on after three."""
+    whole, _, _ = run(ranks, 1, options, 5)
+    _, state, _ = run(ranks, 1, options, 3)
+    rest, _, _ = run(ranks, 1, options, 2, [state], 3)
+    return digest(whole[3:]), digest(rest)
+
+
+@pytest.mark.parametrize("options", [{}, {"warm_start": True}, {"refresh_every": 2}])
+def test_alone_it_goes_on_bit_for_bit(options):
+    """On several nodes their errors differ, and become the mean; refreshes fall after 2 and 4."""
+    whole, rest = on_ranks(_in_two_parts, 1, options)[0]
+    assert whole == rest
+
+
 def _state_before_use(ranks, state):
     sgd, _ = build(ranks, 1)
     sgd.load_state_dict(state)

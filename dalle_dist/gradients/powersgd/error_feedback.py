@@ -1,7 +1,9 @@
-"""Error feedback: what compression has left out so far, one buffer per shard (paper E.2).
+"""Error feedback: what compression has left out so far, one buffer per batch (paper E.2).
 
 The buffer doubles as the gradient buffer: `accumulate` adds the new gradient, `subtract_sent` takes
 away what has been sent. Kept in fp32, or as 1-6-9 codes at half the memory (the paper's way).
+
+Shapes: B shards of a batch, M rows and N columns of each.
 """
 
 from __future__ import annotations
@@ -13,83 +15,101 @@ from torch import Tensor
 
 from dalle_dist.choices import ErrorDtype
 from dalle_dist.gradients.all_reduce import decode, encode
+from dalle_dist.gradients.batches import Batch
 
 
 class ErrorBuffer(Protocol):
-    """From `accumulate` to `subtract_sent` or `on_overflow`, `values` belongs to the buffer."""
+    """From `accumulate` to `subtract_sent` or `keep`, the gradient belongs to the buffer."""
 
-    def accumulate(self, values: Tensor) -> Tensor:
-        """Gradient + error; the sum may live in `values` or in the buffer."""
+    def accumulate(self, batch: Batch, broken_K1: Tensor) -> None:
+        """Add the gradients of resblocks whose flag is 0; the sum lives there or here."""
 
-    def subtract_sent(self, values: Tensor, left: Tensor, right: Tensor) -> None:
-        """values := left @ right; error := sum - values."""
+    def sum(self, batch: Batch, rows: slice) -> Tensor:
+        """Gradient + error of these shards [b, M, N]; not to be written to."""
 
-    def on_overflow(self, values: Tensor) -> None:
-        """Nothing was sent: error := sum if that is finite, else 0 (paper E.2, step 12)."""
+    def subtract_sent(self, batch: Batch, rows: slice, left: Tensor, right: Tensor) -> None:
+        """gradient := left @ right; error := sum - gradient."""
 
-    def zero(self) -> None:
+    def keep(self, batch: Batch, rows: slice) -> None:
+        """Nothing was taken: error := sum if that is finite, else 0 (paper E.2, step 12)."""
+
+    def zero(self, rows: slice) -> None:
         """All was sent: error := 0."""
 
-    def read(self) -> Tensor:
-        """The error in fp32; not to be written to."""
+    def read(self, row: int) -> Tensor:
+        """The error of one shard in fp32; not to be written to."""
 
-    def write(self, error: Tensor) -> None:
-        """Replace the error."""
+    def write(self, row: int, error: Tensor) -> None:
+        """Replace the error of one shard."""
 
 
-def error_buffer(dtype: ErrorDtype, like: Tensor) -> ErrorBuffer:
-    """An empty buffer for shards like this one, kept as `dtype`."""
-    return _CodedBuffer(like) if dtype == "1-6-9" else _Fp32Buffer(like)
+def error_buffer(dtype: ErrorDtype, shape: tuple[int, ...], device: torch.device) -> ErrorBuffer:
+    """An empty buffer for shards of a shape [B, M, N], kept as `dtype`."""
+    kind = _CodedBuffer if dtype == "1-6-9" else _Fp32Buffer
+    return kind(shape, device)
 
 
 class _Fp32Buffer:
-    def __init__(self, like: Tensor) -> None:
-        self._error = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self._error_BMN = torch.zeros(shape, device=device)
 
-    def accumulate(self, values: Tensor) -> Tensor:
-        return self._error.add_(values)
+    def accumulate(self, batch: Batch, broken_K1: Tensor) -> None:
+        for rows in batch.chunks:
+            self._error_BMN[rows].add_(batch.take(rows, broken_K1))
 
-    def subtract_sent(self, values: Tensor, left: Tensor, right: Tensor) -> None:
-        torch.mm(left, right, out=values)
-        self._error.sub_(values)
+    def sum(self, batch: Batch, rows: slice) -> Tensor:
+        return self._error_BMN[rows]
 
-    def on_overflow(self, values: Tensor) -> None:
-        if not torch.isfinite(self._error).all():
-            self._error.zero_()
+    def subtract_sent(self, batch: Batch, rows: slice, left: Tensor, right: Tensor) -> None:
+        self._error_BMN[rows].sub_(batch.write_product(rows, left, right))
 
-    def zero(self) -> None:
-        self._error.zero_()
+    def keep(self, batch: Batch, rows: slice) -> None:
+        _zero_what_is_not_finite(self._error_BMN[rows])
 
-    def read(self) -> Tensor:
-        return self._error
+    def zero(self, rows: slice) -> None:
+        self._error_BMN[rows].zero_()
 
-    def write(self, error: Tensor) -> None:
-        self._error.copy_(error)
+    def read(self, row: int) -> Tensor:
+        return self._error_BMN[row]
+
+    def write(self, row: int, error: Tensor) -> None:
+        self._error_BMN[row].copy_(error)
 
 
 class _CodedBuffer:
-    def __init__(self, like: Tensor) -> None:
-        self._codes = torch.zeros(like.shape, dtype=torch.uint16, device=like.device)
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self._codes_BMN = torch.zeros(shape, dtype=torch.uint16, device=device)
 
-    def accumulate(self, values: Tensor) -> Tensor:
-        return values.add_(decode(self._codes))
+    def accumulate(self, batch: Batch, broken_K1: Tensor) -> None:
+        for rows in batch.chunks:
+            total = batch.take(rows, broken_K1).add_(decode(self._codes_BMN[rows]))
+            batch.write(rows, total)
 
-    def subtract_sent(self, values: Tensor, left: Tensor, right: Tensor) -> None:
-        sent = left @ right
-        self._codes = encode(values - sent)
-        values.copy_(sent)
+    def sum(self, batch: Batch, rows: slice) -> Tensor:
+        return batch.read(rows)
 
-    def on_overflow(self, values: Tensor) -> None:
-        if torch.isfinite(values).all():
-            self._codes = encode(values)
-        else:
-            self._codes.zero_()
+    def subtract_sent(self, batch: Batch, rows: slice, left: Tensor, right: Tensor) -> None:
+        sent = torch.bmm(left, right)
+        self._codes_BMN[rows] = encode(batch.read(rows) - sent)
+        batch.write(rows, sent)
 
-    def zero(self) -> None:
-        self._codes.zero_()
+    def keep(self, batch: Batch, rows: slice) -> None:
+        total = batch.read(rows).clone()
+        _zero_what_is_not_finite(total)
+        self._codes_BMN[rows] = encode(total)
 
-    def read(self) -> Tensor:
-        return decode(self._codes)
+    def zero(self, rows: slice) -> None:
+        self._codes_BMN[rows] = 0
 
-    def write(self, error: Tensor) -> None:
-        self._codes = encode(error.to(self._codes.device, torch.float32, copy=True))
+    def read(self, row: int) -> Tensor:
+        return decode(self._codes_BMN[row])
+
+    def write(self, row: int, error: Tensor) -> None:
+        codes = encode(error.to(self._codes_BMN.device, torch.float32, copy=True))
+        self._codes_BMN[row] = codes
+
+
+def _zero_what_is_not_finite(sum_BMN: Tensor) -> None:
+    """Shard by shard, without asking the device."""
+    finite_B = torch.isfinite(sum_BMN).flatten(1).all(1)
+    sum_BMN.masked_fill_(~finite_B[:, None, None], 0)

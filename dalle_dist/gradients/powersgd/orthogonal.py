@@ -10,9 +10,9 @@ import hashlib
 import torch
 from torch import Tensor
 
-# A panel of this many rows stays in a core's cache while LAPACK goes over it column by column.
-PANEL_ROWS = 512
 JITTER = 1e-6
+# If the second Gram matrix is as near to I as that, the second step leaves fp64's rounding alone.
+CLOSE = 0.1
 
 
 def gaussian_RN(seed: int, key: str, rank: int, columns: int) -> Tensor:
@@ -26,31 +26,38 @@ def gaussian_RN(seed: int, key: str, rank: int, columns: int) -> Tensor:
     return torch.randn(rank, columns, generator=generator)
 
 
-def orthonormal_BMR(p_BMR: Tensor, panel_rows: int = PANEL_ROWS) -> Tensor:
-    """An orthonormal basis of each p + 1e-6 I, by Householder QR in fp32 (paper E.2, step 5).
+def orthonormal_BMR(p_BMR: Tensor) -> tuple[Tensor, Tensor]:
+    """(orthonormal bases of each p + 1e-6 I, whether each is one [B]) (paper E.2, step 5).
 
-    The shift gives a column of zeros a direction. On CPUs tall matrices are factored in panels of
-    rows, and the panels' triangles once more; products of orthonormal factors are orthonormal, so
-    this is as stable as one QR of the whole and reads each column from cache. On a GPU the whole is
-    quicker (an H100: 0.7 ms instead of 2.2 for 1984 x 112). `p` is overwritten.
+    The shift gives a column of zeros a direction. By CholeskyQR2: twice P := P R^-1, where R^T R is
+    the Gram matrix P^T P, products of matrices that are batched on every device. Gram matrices
+    square the condition number, so they are kept in fp64: what is orthonormal to fp32's last digits
+    up to a condition of some 1e7. Beyond it is not a basis, which the second Gram matrix shows, as
+    the identity that it should be; then `householder_BMR` gives one. No answer of the device is
+    waited for. A matrix with a NaN or an infinity has no basis, and none is asked for.
     """
-    p_BMR.diagonal(dim1=-2, dim2=-1).add_(JITTER)
-    batch, rows, rank = p_BMR.shape
-    panels = 1 if p_BMR.is_cuda else _panels(rows, rank, panel_rows)
-    if panels == 1:
-        return torch.linalg.qr(p_BMR)[0]
-    height = -(-rows // panels)
-    # Rows of zeros fill the last panel up; no reflector touches them, so they stay zeros.
-    padded = torch.nn.functional.pad(p_BMR, (0, 0, 0, panels * height - rows))
-    bases, triangles = torch.linalg.qr(padded.view(batch, panels, height, rank))
-    top = torch.linalg.qr(triangles.reshape(batch, panels * rank, rank))[0]
-    basis = bases @ top.view(batch, panels, rank, rank)
-    return basis.view(batch, panels * height, rank)[:, :rows]
+    basis_BMR, triangle, gram = _cholesky_qr(_shifted(p_BMR.double()))
+    finite_B = torch.isfinite(gram.diagonal(dim1=1, dim2=2).sum(1))
+    sound_B = triangle == 0
+    basis_BMR, triangle, gram = _cholesky_qr(basis_BMR)
+    gram.diagonal(dim1=1, dim2=2).sub_(1)
+    sound_B &= (triangle == 0) & (gram.abs().amax((1, 2)) < CLOSE)
+    return basis_BMR.float(), sound_B | ~finite_B
 
 
-def _panels(rows: int, rank: int, panel_rows: int) -> int:
-    """As many panels as give each about `panel_rows` rows, and at least `rank` to the last too."""
-    for panels in range(round(rows / panel_rows), 1, -1):
-        if rows - (panels - 1) * -(-rows // panels) >= rank:
-            return panels
-    return 1
+def householder_BMR(p_BMR: Tensor) -> Tensor:
+    """The same bases for any condition, and far slower."""
+    return torch.linalg.qr(_shifted(p_BMR.clone()))[0]
+
+
+def _cholesky_qr(p_BMR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(P R^-1, not 0 where there is no R [B], P^T P)."""
+    gram_BRR = p_BMR.mT @ p_BMR
+    factor_BRR, info_B = torch.linalg.cholesky_ex(gram_BRR)
+    basis_BMR = torch.linalg.solve_triangular(factor_BRR.mT, p_BMR, upper=True, left=False)
+    return basis_BMR, info_B, gram_BRR
+
+
+def _shifted(p_BMR: Tensor) -> Tensor:
+    p_BMR.diagonal(dim1=1, dim2=2).add_(JITTER)
+    return p_BMR
