@@ -21,7 +21,7 @@ from dalle_kernels.sparse_attention import reference
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from benchmarks import attention_figures, attention_rivals, common, rivals
+from benchmarks import attention_figures, attention_packages, attention_rivals, common, rivals
 from benchmarks.attention_rivals import DENSE, FLEX_GPU
 from benchmarks.common import Measured
 from dalle_dist.config import HEAD_DIM, Config, TransformerConfig, from_dict
@@ -125,12 +125,14 @@ def op_figures(
     contenders += [attention_rivals.dense(*case, backend) for backend in DENSE]
     for name, how in FLEX_GPU.items():
         contenders += attention_rivals.flex(*case, name, how)
+    contenders += attention_packages.installed(*case)
     contenders = attention_figures.checked(contenders, qkv_BN3HD, grad_BNHD)
     forward = common.interleaved(
         {c.name: partial(_same, c.forward) for c in contenders}, options.rounds, clock
     )
+    trained = [c for c in contenders if c.has_backward]
     backward = common.interleaved(
-        {c.name: partial(_backward_of, c) for c in contenders}, options.rounds, clock
+        {c.name: partial(_backward_of, c) for c in trained}, options.rounds, clock
     )
     families = {c.name: c.family for c in contenders}
     floors = floor_seconds(qkv_BN3HD, mask)
@@ -138,7 +140,7 @@ def op_figures(
     rows += attention_figures.figures(mask.kind, "backward", backward, families, floors[1])
     both = {
         name: [a + b for a, b in zip(forward[name], backward[name], strict=True)]
-        for name in forward
+        for name in backward
     }
     dense = [name for name in both if families[name] == "SDPA causal"]
     return rows, attention_figures.quickest(both, dense).rpartition(" ")[2]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch._dynamo.config as dynamo_config
@@ -35,6 +35,7 @@ class Flex(NamedTuple):
     block: int
     mode: str = "default"
     table: bool = False
+    backend: Literal["AUTO", "FLASH"] = "AUTO"
 
 
 TUNED = "max-autotune-no-cudagraphs"  # tries tiles, warps, stages; on Hopper blocks of 64 need it
@@ -126,7 +127,7 @@ def flex(
     blocks = create_block_mask(allowed, None, None, len(order), len(order), device, how.block)
 
     def attend(*qkv: Tensor) -> Tensor:
-        return compiled(*qkv, block_mask=blocks)
+        return compiled(*qkv, block_mask=blocks, kernel_options={"BACKEND": how.backend})
 
     def moved(*qkv: Tensor) -> Tensor:
         return _Moved.apply(attend(*(_Moved.apply(x, order, raster) for x in qkv)), raster, order)

@@ -9,6 +9,7 @@ Shape suffixes: B samples, N image tokens, K codebook entries.
 from __future__ import annotations
 
 import torch
+from dalle_kernels.devices import launching
 from dalle_kernels.sparse_attention import DecodeCache
 from torch import Tensor
 
@@ -20,7 +21,8 @@ def sample_sequence(draw: Draw) -> Tensor:
     state = State(draw)
     positions = range(draw.prefix, draw.tokens)
     if len(positions) > 1 and all(map(_takes_tensors, state.caches)):
-        _replay(state, len(positions))
+        with launching(state.at):  # a graph is recorded on the current device
+            _replay(state, len(positions))
     else:
         for position in positions:
             state.step(position)

@@ -1,11 +1,13 @@
-"""Which devices run Triton kernels."""
+"""Which devices run Triton kernels, and launches on the device of their tensors."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 
 def triton_missing(device: torch.device) -> str | None:
@@ -21,3 +23,18 @@ def triton_missing(device: torch.device) -> str | None:
     if major < 8:
         return f"the GPU has compute capability {major}.{minor}, below 8.0"
     return None
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the GPU has; 1 where the kernels are interpreted."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launching(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever its tensors are on: makes it the tensor's.
+
+    Every launch of a kernel stands in such a block.
+    """
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -72,6 +72,15 @@ def test_chosen_tiles(width):
         )
 
 
+def test_scores_of_text_keys_by_keys_first(monkeypatch):
+    tiles = Tiles(16, 16, 16, 4, 1, keys_first=True)
+    monkeypatch.setattr(triton_attention, "backward_tiles", lambda *_: tiles)
+    for text, grid in ((18, 4), (5, 3)):
+        assert_as_exact_as_plain_torch(
+            AttentionMask("row", text, grid), torch.float16, batch=1, heads=2, width=32
+        )
+
+
 def test_qkv_that_is_a_view_of_something_wider(monkeypatch):
     small_tiles(monkeypatch)
     mask = AttentionMask("row", 5, 4)

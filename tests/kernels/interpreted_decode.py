@@ -3,6 +3,7 @@
 import pytest
 import torch
 from dalle_kernels.masks import MASKS, AttentionMask
+from dalle_kernels.sparse_attention import triton_decode
 from decoding import decode, nan_memory
 from toy_masks import RULES, registered
 
@@ -35,3 +36,26 @@ def test_a_new_mask_needs_no_new_kernel(monkeypatch, kind):
     mask = registered(monkeypatch, kind, 5, 4)
     stepped, exact, plain = decode(mask, [2, 1], torch.float32, "triton")
     assert (stepped - exact).abs().max() <= 2 * (plain - exact).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant", "samples", "heads", "dtype"),
+    [
+        ("row", "paper", [2, 1], 2, torch.float32),
+        ("column", "paper", [2], 1, torch.float32),
+        ("conv", "paper", [1], 1, torch.float32),
+        ("conv", "torus", [1], 1, torch.float16),
+    ],
+)
+def test_split_keys_give_what_whole_ones_do_and_equal_bits_again(
+    monkeypatch, kind, variant, samples, heads, dtype
+):
+    # Four tiles of text, the last one not full, and under "torus" three of image keys.
+    mask, found = AttentionMask(kind, 200, 3, variant, kernel=3), {}
+    for splits in (1, 2, 4):
+        monkeypatch.setattr(triton_decode, "decode_splits", lambda *_, splits=splits: splits)
+        found[splits], exact, plain = decode(mask, samples, dtype, "triton", heads)
+        allowed = (plain - exact).abs().max()
+        assert (found[splits] - exact).abs().max() <= 2 * allowed
+        assert (found[splits] - found[1]).abs().max() <= 2 * allowed
+    assert decode(mask, samples, dtype, "triton", heads)[0].equal(found[4])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from dalle_kernels.masks import MASKS, AttentionMask, variants
 from dalle_kernels.sparse_attention.decode import DecodeCache
+from dalle_kernels.sparse_attention.triton_config import decode_splits
 from decoding import decode, nan_memory
 
 uninitialised_memory_is_nan = pytest.fixture(autouse=True)(nan_memory)
@@ -45,6 +46,17 @@ def test_bytes_at_the_papers_shape(kind, variant, slots):
     cache.put_text(text, text)
     pair = 2 * heads * width * 2  # key and value, two bytes a number
     assert cache.nbytes == pair * captions * (256 + samples * slots)
+
+
+@pytest.mark.parametrize(
+    ("programs", "text_tiles", "splits"),
+    [
+        *[(62, 4, 4), (66, 4, 4), (67, 4, 2), (124, 4, 2), (133, 4, 1), (5_000, 4, 1), (2, 9, 4)],
+        *[(1, 3, 2), (1, 1, 1)],  # a split without text would have no finite maximum
+    ],
+)
+def test_few_programs_are_split_and_many_are_not(programs, text_tiles, splits):
+    assert decode_splits(programs, text_tiles, multiprocessors=132) == splits
 
 
 def test_arguments_that_do_not_fit_are_named():

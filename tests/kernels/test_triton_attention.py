@@ -30,7 +30,8 @@ def interpreted(file, marks="not slow"):
     ("file", "marks", "tests"),
     [
         ("interpreted_attention.py", "not slow", 16),
-        ("interpreted_decode.py", "not slow", 11),
+        ("interpreted_decode.py", "not slow", 15),
+        ("interpreted_traffic.py", "not slow", 13),
         pytest.param("interpreted_attention.py", "slow", 56, marks=pytest.mark.slow),
         pytest.param("interpreted_decode.py", "slow", 40, marks=pytest.mark.slow),
     ],

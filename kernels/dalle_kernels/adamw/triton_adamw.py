@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dalle_kernels.adamw.hyperparameters import Hyperparameters
+from dalle_kernels.devices import launching
 from dalle_kernels.minifloat.triton_minifloat import pack, unpack
 
 BLOCK = 1024
@@ -27,12 +28,13 @@ def update(
 ) -> None:
     """See `adamw_`."""
     numel = param.numel()
-    adamw_update[(triton.cdiv(numel, BLOCK),)](
-        param, grad, mean, variance, numel,
-        by.keep, by.size, by.root, by.beta1, 1 - by.beta1, by.beta2, 1 - by.beta2, by.eps,
-        by.variance_clip, CLIP=by.variance_clip > 0, PACKED=mean.dtype == torch.uint16,
-        BLOCK=BLOCK, **OPTIONS,
-    )  # fmt: skip
+    with launching(param):
+        adamw_update[(triton.cdiv(numel, BLOCK),)](
+            param, grad, mean, variance, numel,
+            by.keep, by.size, by.root, by.beta1, 1 - by.beta1, by.beta2, 1 - by.beta2, by.eps,
+            by.variance_clip, CLIP=by.variance_clip > 0, PACKED=mean.dtype == torch.uint16,
+            BLOCK=BLOCK, **OPTIONS,
+        )  # fmt: skip
 
 
 @triton.jit

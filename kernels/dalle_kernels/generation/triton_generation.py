@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dalle_kernels.devices import launching
+
 BLOCK = 1024  # codes of a program
 
 
@@ -20,10 +22,11 @@ def launch_add_norm(
     out_W = torch.empty(x_W.shape, dtype=weight_W.dtype, device=x_W.device)
     sum_W = x_W if branch_W is None else torch.empty_like(x_W)
     rows, block = x_W.numel() // width, triton.next_power_of_2(width)
-    add_norm_rows[(rows,)](
-        x_W, x_W if branch_W is None else branch_W, sum_W, weight_W, bias_W, out_W, eps,
-        ADD=branch_W is not None, WIDTH=width, BLOCK=block, num_warps=norm_warps(block),
-    )  # fmt: skip
+    with launching(x_W):
+        add_norm_rows[(rows,)](
+            x_W, x_W if branch_W is None else branch_W, sum_W, weight_W, bias_W, out_W, eps,
+            ADD=branch_W is not None, WIDTH=width, BLOCK=block, num_warps=norm_warps(block),
+        )  # fmt: skip
     return sum_W, out_W
 
 
@@ -37,9 +40,10 @@ def launch_gumbel(seed_M: Tensor, position_M: Tensor, codebook_size: int) -> Ten
     shape = (len(seed_M), codebook_size)
     out_MK = torch.empty(shape, dtype=torch.float32, device=seed_M.device)
     grid = (len(seed_M), triton.cdiv(codebook_size, BLOCK))
-    gumbel_noise[grid](
-        seed_M.contiguous(), position_M.contiguous(), out_MK, codebook_size, BLOCK=BLOCK
-    )
+    with launching(seed_M):
+        gumbel_noise[grid](
+            seed_M.contiguous(), position_M.contiguous(), out_MK, codebook_size, BLOCK=BLOCK
+        )
     return out_MK
 
 

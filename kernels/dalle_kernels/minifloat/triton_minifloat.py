@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dalle_kernels.devices import launching
 from dalle_kernels.minifloat.formats import Format
 
 BLOCK = 1024
@@ -78,5 +79,6 @@ def launch_unpack(bits: Tensor, fmt: Format) -> Tensor:
 def _launch(kernel: triton.JITFunction, given: Tensor, dtype: torch.dtype, fmt: Format) -> Tensor:
     out = torch.empty(given.shape, dtype=dtype, device=given.device)
     grid = (triton.cdiv(out.numel(), BLOCK),)
-    kernel[grid](given.contiguous(), out, out.numel(), MANTISSA=fmt.mantissa, BLOCK=BLOCK)
+    with launching(given):
+        kernel[grid](given.contiguous(), out, out.numel(), MANTISSA=fmt.mantissa, BLOCK=BLOCK)
     return out

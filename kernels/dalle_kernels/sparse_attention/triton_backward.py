@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dalle_kernels.devices import launching
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.sparse_attention.triton_config import Tiles
 from dalle_kernels.sparse_attention.triton_tiles import (
@@ -38,9 +39,10 @@ def backward(
     """The gradient of qkv, token-major and contiguous; grad_BNHD and out_BNHD are contiguous."""
     batch, tokens, _, heads, width = qkv_BN3HD.shape
     delta_BHN = torch.empty_like(lse_BHN)
-    attention_delta[(heads, triton.cdiv(tokens, 64), batch)](
-        grad_BNHD, out_BNHD, delta_BHN, tokens, D=width, BM=64, num_warps=4
-    )
+    with launching(qkv_BN3HD):
+        attention_delta[(heads, triton.cdiv(tokens, 64), batch)](
+            grad_BNHD, out_BNHD, delta_BHN, tokens, D=width, BM=64, num_warps=4
+        )
     dqkv_BN3HD = torch.empty_like(qkv_BN3HD, memory_format=torch.contiguous_format)
     text, image = mask.text, mask.image
     tiles = sum(
@@ -49,11 +51,13 @@ def backward(
             (text, config.BT), (image, config.BM), (image, config.BW), (text, config.BM)
         )
     )  # fmt: skip
-    attention_backward[(heads, tiles, batch)](
-        qkv_BN3HD, grad_BNHD, lse_BHN, delta_BHN, dqkv_BN3HD,
-        *qkv_BN3HD.stride()[:4], 1 / math.sqrt(width),
-        **mask_constants(mask), D=width, **config.constants(), **config.options(),
-    )  # fmt: skip
+    with launching(qkv_BN3HD):
+        attention_backward[(heads, tiles, batch)](
+            qkv_BN3HD, grad_BNHD, lse_BHN, delta_BHN, dqkv_BN3HD,
+            *qkv_BN3HD.stride()[:4], 1 / math.sqrt(width),
+            **mask_constants(mask), D=width, KEYS_FIRST=config.keys_first,
+            **config.constants(), **config.options(),
+        )  # fmt: skip
     return dqkv_BN3HD
 
 
@@ -72,8 +76,8 @@ def attention_delta(grad, out, delta, tokens, D: tl.constexpr, BM: tl.constexpr)
 def _weights(q, k, g, v, lse, delta, ok, scale):
     """(p, ds) of one [queries, keys] tile; ok None means that every pair counts."""
     log2e: tl.constexpr = 1.4426950408889634
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * log2e)
-    p = tl.exp2(s - lse[:, None])
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    p = tl.exp2(tl.fma(s, scale * log2e, -lse[:, None]))
     if ok is not None:
         p = tl.where(ok, p, 0.0)
     dp = tl.dot(g, tl.trans(v), input_precision="ieee")
@@ -85,6 +89,21 @@ def _add_dkv(dk, dv, q, k, g, v, lse, delta, ok, scale):
     p, ds = _weights(q, k, g, v, lse, delta, ok, scale)
     dv = tl.dot(tl.trans(p.to(g.dtype)), g, dv, input_precision="ieee")
     dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def _add_dkv_transposed(dk, dv, q, k, g, v, lse, delta, ok, scale):
+    """The same by [keys, queries] tiles, `ok` too: p and ds are operands as they are."""
+    log2e: tl.constexpr = 1.4426950408889634
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    p = tl.exp2(tl.fma(s, scale * log2e, -lse[None, :]))
+    if ok is not None:
+        p = tl.where(ok, p, 0.0)
+    dp = tl.dot(v, tl.trans(g), input_precision="ieee")
+    ds = p * (dp - delta[None, :])
+    dv = tl.dot(p.to(g.dtype), g, dv, input_precision="ieee")
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -106,6 +125,7 @@ def _text_keys(
     q_base, k_base, v_base, grad, lse, delta, dk_base, dv_base, stride, grad_stride, out_stride,
     scale, first, TEXT: tl.constexpr, IMAGE: tl.constexpr, D: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     key = first + tl.arange(0, BT)
     k = load_rows(k_base, key, key < TEXT, stride, D)
@@ -116,14 +136,22 @@ def _text_keys(
         q, g, m, d = _load_queries(
             q_base, grad, lse, delta, row, row < TEXT, stride, grad_stride, D
         )
-        ok = (row[:, None] >= key[None, :]) & (row < TEXT)[:, None]
-        dk, dv = _add_dkv(dk, dv, q, k, g, v, m, d, ok, scale)
+        if KEYS_FIRST:
+            ok = (row[None, :] >= key[:, None]) & (row < TEXT)[None, :]
+            dk, dv = _add_dkv_transposed(dk, dv, q, k, g, v, m, d, ok, scale)
+        else:
+            ok = (row[:, None] >= key[None, :]) & (row < TEXT)[:, None]
+            dk, dv = _add_dkv(dk, dv, q, k, g, v, m, d, ok, scale)
     for start in range(TEXT, TEXT + IMAGE, BM):
         row = start + tl.arange(0, BM)
         inside = row < TEXT + IMAGE
         q, g, m, d = _load_queries(q_base, grad, lse, delta, row, inside, stride, grad_stride, D)
-        ok = None if IMAGE % BM == 0 else inside[:, None]
-        dk, dv = _add_dkv(dk, dv, q, k, g, v, m, d, ok, scale)
+        if KEYS_FIRST:
+            ok = None if IMAGE % BM == 0 else inside[None, :]
+            dk, dv = _add_dkv_transposed(dk, dv, q, k, g, v, m, d, ok, scale)
+        else:
+            ok = None if IMAGE % BM == 0 else inside[:, None]
+            dk, dv = _add_dkv(dk, dv, q, k, g, v, m, d, ok, scale)
     store_rows(dk_base, key, key < TEXT, out_stride, dk * scale, D)
     store_rows(dv_base, key, key < TEXT, out_stride, dv, D)
 
@@ -209,7 +237,7 @@ def attention_backward(
     qkv, grad, lse, delta, dqkv, stride_b, stride_n, stride_c, stride_h, scale,
     TEXT: tl.constexpr, GRID: tl.constexpr, BY_COLUMN: tl.constexpr, WINDOW: tl.constexpr,
     SAME_ROW: tl.constexpr, RULE: tl.constexpr, RADIUS: tl.constexpr, D: tl.constexpr,
-    BM: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     IMAGE: tl.constexpr = GRID * GRID
     TEXT_KEYS: tl.constexpr = (TEXT + BT - 1) // BT
@@ -228,7 +256,7 @@ def attention_backward(
     if tile < TEXT_KEYS:
         _text_keys(
             q, k, v, grad, lse, delta, dk, dv, stride_n, g_stride, d_stride, scale, tile * BT,
-            TEXT, IMAGE, D, BM, BT,
+            TEXT, IMAGE, D, BM, BT, KEYS_FIRST,
         )  # fmt: skip
     elif tile < IMAGE_QUERIES:
         _image_queries(

@@ -19,7 +19,8 @@ class Tiles:
     """BM queries; BT text keys; BW image keys; warps and pipeline stages of one program.
 
     In the backward kernel BM is of queries in the dQ role; the dK, dV role walks BM queries per BT
-    or BW keys.
+    or BW keys. `keys_first`: it has the scores of text keys as [keys, queries], which spares Hopper
+    two transpositions in shared memory, and costs sm_80 spills.
     """
 
     BM: int
@@ -27,6 +28,7 @@ class Tiles:
     BW: int
     num_warps: int
     num_stages: int
+    keys_first: bool = False
 
     def constants(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if k.isupper()}
@@ -52,10 +54,24 @@ def backward_tiles(capability: tuple[int, int], width: int, dtype: torch.dtype) 
         return Tiles(BM=32, BT=32, BW=32, num_warps=4, num_stages=1)
     if width == 128:
         return Tiles(BM=32, BT=64, BW=32, num_warps=8, num_stages=1)
-    stages = 3 if capability >= (9, 0) else 2
-    return Tiles(BM=64, BT=64, BW=32, num_warps=4, num_stages=stages)
+    if capability >= (9, 0):
+        return Tiles(BM=64, BT=64, BW=32, num_warps=4, num_stages=3, keys_first=True)
+    return Tiles(BM=64, BT=64, BW=32, num_warps=4, num_stages=2)
 
 
 def decode_warps(width: int, dtype: torch.dtype) -> int:
     """Warps of one program of the decode kernel."""
     return 8 if dtype == torch.float32 and width == 128 else 4
+
+
+def decode_splits(programs: int, text_tiles: int, multiprocessors: int) -> int:
+    """Over how many programs the keys of each are split: 1, 2 or 4, and all get a tile of text.
+
+    As many as leave at most two programs for each multiprocessor. So the paper's 62 heads are split
+    for up to 32 samples of one caption, and above it nothing is paid for a merge. Not yet measured
+    on a GPU.
+    """
+    splits = 1
+    while splits < 4 and 2 * splits <= min(text_tiles, 2 * multiprocessors // programs):
+        splits *= 2
+    return splits

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dalle_kernels.devices import launching
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.sparse_attention.triton_config import Tiles
 from dalle_kernels.sparse_attention.triton_tiles import (
@@ -32,23 +33,25 @@ def forward(qkv_BN3HD: Tensor, mask: AttentionMask, config: Tiles) -> tuple[Tens
     out_BNHD = torch.empty_like(qkv_BN3HD[:, :, 0], memory_format=torch.contiguous_format)
     lse_BHN = qkv_BN3HD.new_empty(batch, heads, tokens, dtype=torch.float32)
     tiles = triton.cdiv(mask.image, config.BM) + triton.cdiv(mask.text, config.BM)
-    attention_forward[(heads, tiles, batch)](
-        qkv_BN3HD, out_BNHD, lse_BHN,
-        *qkv_BN3HD.stride()[:4], math.log2(math.e) / math.sqrt(width),
-        **mask_constants(mask), D=width, **config.constants(), **config.options(),
-    )  # fmt: skip
+    with launching(qkv_BN3HD):
+        attention_forward[(heads, tiles, batch)](
+            qkv_BN3HD, out_BNHD, lse_BHN,
+            *qkv_BN3HD.stride()[:4], math.log2(math.e) / math.sqrt(width),
+            **mask_constants(mask), D=width, **config.constants(), **config.options(),
+        )  # fmt: skip
     return out_BNHD, lse_BHN
 
 
 @triton.jit
 def _update(acc, top, total, q, k, v, ok, scale):
     """One tile of keys into the running softmax; ok None means that every key counts."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
     if ok is not None:
         s = tl.where(ok, s, float("-inf"))
-    new_top = tl.maximum(top, tl.max(s, 1))
+    # Rows are scaled for the maximum, single scores only in the sum that is their exponent.
+    new_top = tl.maximum(top, tl.max(s, 1) * scale)
     shrink = tl.exp2(top - new_top)
-    p = tl.exp2(s - new_top[:, None])
+    p = tl.exp2(tl.fma(s, scale, -new_top[:, None]))
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return acc, new_top, total * shrink + tl.sum(p, 1)
 
@@ -68,7 +71,7 @@ def _text_queries(
         v = load_rows(v_base, key, key < TEXT, stride, D)
         ok = row[:, None] >= key[None, :]
         acc, top, total = _update(acc, top, total, q, k, v, ok, scale)
-    store_rows(out, row, row < TEXT, out_stride, acc / total[:, None], D)
+    store_rows(out, row, row < TEXT, out_stride, acc * (1 / total)[:, None], D)
     tl.store(lse + row, top + tl.log2(total), row < TEXT)
 
 
@@ -117,5 +120,5 @@ def attention_forward(
         v = load_rows(v_base, column, key < IMAGE, stride_n, D)
         ok = visible(query[:, None], key[None, :], GRID, WINDOW, RULE, RADIUS)
         acc, top, total = _update(acc, top, total, q, k, v, ok, scale)
-    store_rows(out, row, query < IMAGE, heads * D, acc / total[:, None], D)
+    store_rows(out, row, query < IMAGE, heads * D, acc * (1 / total)[:, None], D)
     tl.store(lse + row, top + tl.log2(total), query < IMAGE)
