@@ -1,8 +1,10 @@
-"""Training over a slow network between two nodes: steps per second, bytes, loss; and rivals'.
+"""Training over a slow network between two nodes: time, bytes and loss; and rivals'.
 
 Two network namespaces stand for the nodes, `tc tbf` for the network, gloo for its library,
 captions and codes in token shards for the data. PowerSGD's rank leaves out what the paper's does
-(86%). Needs root and iproute2; elsewhere it says so and measures nothing. Some 20 minutes.
+(86%). Losses depend on no rate: each contender trains without a limit, once for each seed, and a
+few steps at each rate are timed. Needs root and iproute2; elsewhere it says so and measures
+nothing. Some 20 minutes.
 """
 
 from __future__ import annotations
@@ -12,62 +14,43 @@ import io
 import json
 import math
 import signal
-import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from threading import Event
 
 import numpy as np
 
 from benchmarks import common, slow_network
-from benchmarks.common import Measured
-from benchmarks.powersgd_rank import TORCH_START, Outcome
+from benchmarks.powersgd_figures import (
+    CONTENDERS,
+    DENSE,
+    TIMED_EVERY,
+    WARM_UP,
+    Contender,
+    Curves,
+    Timed,
+    figures,
+)  # fmt: skip
+from benchmarks.powersgd_rank import Outcome
 from dalle_dist.config import Config, from_dict, to_dict
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.text_tokenizer.bpe import train_tokenizer
 
-RATES = (1000, 100)  # Mbit/s; the first is where losses are compared, which no rate changes
-TRAINED = 40  # steps at the first rate; the mean loss of the ...
-LAST = 10  # ... last ones is compared
-WARM_UP = TORCH_START + 1  # steps that no rate counts; torch's first compressed one makes its Q
-LIMIT = 400.0  # seconds that one contender may take
+RATES = (1000, 100)  # Mbit/s
+TRAINED = 100  # steps that losses are compared after
+SEEDS = (0, 1, 2)  # of weights, of the order of samples, and of PowerSGD's first Q
+LIMIT = 1200.0  # seconds that all may take at one rate, or with one seed
 COLORS = ("red", "green", "blue", "black")
 THINGS = ("heart", "car", "house", "tree")
 NOISE = 0.1  # share of codes that the caption does not decide: the loss has a floor above 0
 
-Results = dict[tuple[int, str], list[Outcome]]  # by rate and contender; of each rank
-
-
-@dataclass(frozen=True)
-class Contender:
-    name: str
-    parallel: dict[str, Any] = field(default_factory=dict)
-    hook: str = ""  # of torch's DDP; empty: our engine
-    trained: bool = True  # whether its loss is compared, after more steps than it takes to time
-
-
-def ours(comm_dtype: str, trained: bool = True) -> Contender:
-    parallel = {"between_nodes": "powersgd", "comm_dtype": comm_dtype}
-    return Contender(f"ours, {comm_dtype}", parallel, trained=trained)
-
-
-DENSE = Contender("dense all-reduce", {"between_nodes": "dense"})
-CONTENDERS = (
-    DENSE,
-    Contender("dense ZeRO-2 over all", {"between_nodes": "zero"}, trained=False),
-    Contender("DDP, fp16", hook="fp16"),
-    Contender("DDP, torch's PowerSGD", hook="powerSGD"),
-    ours("fp32", trained=False),
-    ours("bf16"),
-    ours("1-6-9"),
-)
-
 
 def main() -> None:
-    options = common.arguments(__doc__, rounds=4)
+    options = common.arguments(__doc__, rounds=6)
     reason = slow_network.missing()
     if reason:
         print(f"powersgd_network: not measured: {reason}")
@@ -77,19 +60,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = network_config(options.smoke, Path(folder))
         write_inputs(config)
-        results = measure(config, options, Path(folder))
-    check(results)
-    common.report("powersgd_network", config, figures(results), options)
+        curves, timed = measure(config, options, Path(folder))
+    check(curves, timed)
+    common.report("powersgd_network", config, figures(curves, timed), options)
 
 
 def network_config(smoke: bool, folder: Path) -> Config:
-    """16 layers of width 512, 50 million values in matrices; few tokens: sending takes the time."""
+    """4 layers of width 192, 2 million values in matrices; few tokens: sending takes the time."""
     shape = {"width": 64, "heads": 1, "layers": 2} if smoke else {
-        "width": 512, "heads": 8, "layers": 16,
+        "width": 192, "heads": 3, "layers": 4,
     }  # fmt: skip
     return from_dict(
         {
-            "name": "smoke" if smoke else "d512-l16",
+            "name": "smoke" if smoke else "d192-l4",
             "paths": {"tokens": str(folder / "tokens"), "tokenizer": str(folder / "tokenizer")},
             "tokenizer": {"vocab_size": 300},
             "dvae": {"image_size": 32, "codebook_size": 16},
@@ -100,8 +83,8 @@ def network_config(smoke: bool, folder: Path) -> Config:
                 "precision": "fp32", "checkpoint_activations": False, "batch_size": 8,
                 "micro_batch": 4, "lr": 7e-4, "warmup": 10,
             },
-            # 48 of 512 sends 14.1% of a layer, as 112 of the paper's 496x3968 does.
-            "parallel": {"local_world_size": 1, "rank": 6 if smoke else 48, "rank_of": "shard"},
+            # 18 of 192 sends 14.1% of a layer, as 112 of the paper's 496x3968 does.
+            "parallel": {"local_world_size": 1, "rank": 6 if smoke else 18, "rank_of": "shard"},
         }
     )  # fmt: skip
 
@@ -129,96 +112,99 @@ def write_inputs(config: Config) -> None:
             writer.write(f"{number:06}", files)
 
 
-def measure(config: Config, options: argparse.Namespace, folder: Path) -> Results:
-    short = WARM_UP + options.rounds
-    results: Results = {}
-    for rate in RATES[:1] if options.smoke else RATES:
-        for contender in CONTENDERS:
-            long = contender.trained and rate == RATES[0] and not options.smoke
-            steps = max(short, TRAINED) if long else short
-            found = run(contender, config, rate, steps, max(1, options.threads // 2), folder)
-            results[rate, contender.name] = found
-            seconds = statistics.median(found[0].seconds[WARM_UP:])
-            print(f"{rate} Mbit/s, {contender.name}: {seconds:.3g} s per step", flush=True)
-    return results
+def measure(config: Config, options: argparse.Namespace, folder: Path) -> tuple[Curves, Timed]:
+    threads = max(1, options.threads // 2)
+    rates, seeds = (RATES[:1], SEEDS[:1]) if options.smoke else (RATES, SEEDS)
+    timed: Timed = {}
+    steps = WARM_UP + TIMED_EVERY * max(1, options.rounds // TIMED_EVERY)
+    often = [_more_often(contender) for contender in CONTENDERS]
+    for rate in rates:
+        print(f"{rate} Mbit/s", flush=True)
+        found = run(often, config, rate, steps, threads, folder)
+        timed |= {(rate, name): ranks for name, ranks in found.items()}
+    trained = 2 * TIMED_EVERY if options.smoke else TRAINED
+    return train(config, seeds, trained, threads, folder), timed
+
+
+def train(config: Config, seeds: Sequence[int], steps: int, threads: int, folder: Path) -> Curves:
+    """All seeds at a time: nothing is timed."""
+    curves: Curves = {}
+    stop = Event()
+
+    def of_seed(seed: int) -> Curves:
+        found = run(CONTENDERS, replace(config, seed=seed), None, steps, threads, folder, stop)
+        return {(name, seed): ranks for name, ranks in found.items()}
+
+    print(f"{steps} steps, with no limit", flush=True)
+    with ThreadPoolExecutor() as pool:
+        try:
+            for found in pool.map(of_seed, seeds):
+                curves |= found
+        except BaseException:
+            stop.set()
+            raise
+    return curves
+
+
+def _more_often(contender: Contender) -> Contender:
+    """Whose outer steps are seen in few steps."""
+    if contender.every == 1:
+        return contender
+    return replace(contender, parallel=contender.parallel | {"outer_every": TIMED_EVERY})
 
 
 def run(
-    contender: Contender, config: Config, rate: int, steps: int, threads: int, folder: Path
-) -> list[Outcome]:
-    tree = to_dict(config)
-    tree["parallel"] |= contender.parallel
-    job = {"config": tree, "hook": contender.hook, "steps": steps, "threads": threads}
-    job["out"] = str(folder / "rank{rank}.json")
-    (folder / "job.json").write_text(json.dumps(job))
-    command = [sys.executable, "-m", "benchmarks.powersgd_rank", str(folder / "job.json")]
+    contenders: Sequence[Contender],
+    config: Config,
+    rate: int | None,
+    steps: int,
+    threads: int,
+    folder: Path,
+    stop: Event | None = None,
+) -> dict[str, list[Outcome]]:
+    """Outcomes of all ranks, by contender."""
+    folder = Path(tempfile.mkdtemp(dir=folder))
+    tree, jobs = to_dict(config), []
+    for number, contender in enumerate(contenders):
+        of_it = tree | {"parallel": tree["parallel"] | contender.parallel}
+        job = {"config": of_it, "hook": contender.hook, "name": contender.name}
+        out = str(folder / f"{number}-rank{{rank}}.json")
+        jobs.append(job | {"steps": steps, "threads": threads, "out": out})
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "benchmarks.powersgd_rank", str(folder / "jobs.json")]
     local_world_size = config.parallel.local_world_size
     with slow_network.SlowNetwork(rate) as network:
-        network.run(command, local_world_size, LIMIT)
-    ranks = range(2 * local_world_size)
-    return [Outcome(**json.loads((folder / f"rank{r}.json").read_text())) for r in ranks]
+        network.run(command, local_world_size, LIMIT, stop)
+    return {
+        job["name"]: [
+            Outcome(**json.loads(Path(job["out"].format(rank=rank)).read_text()))
+            for rank in range(2 * local_world_size)
+        ]
+        for job in jobs
+    }
 
 
-def check(results: Results) -> None:
+def check(curves: Curves, timed: Timed) -> None:
     """Refuse to report contenders that do not train one model, or not the same one."""
-    start = results[RATES[0], DENSE.name][0].losses[0]
-    for (rate, name), ranks in results.items():
+    for (name, seed), ranks in curves.items():
+        _check_alike(f"{name}, seed {seed}", ranks, curves[DENSE.name, seed][0].losses[0])
+    for (rate, name), ranks in timed.items():
         where = f"{name} at {rate} Mbit/s"
-        first = ranks[0]
-        if any(rank.weights != first.weights or rank.losses != first.losses for rank in ranks):
-            raise SystemExit(f"{where}: the ranks' weights or losses differ")
-        if not all(math.isfinite(loss) for loss in first.losses):
-            raise SystemExit(f"{where}: a loss is not finite")
-        if not math.isclose(first.losses[0], start, rel_tol=1e-5):
-            raise SystemExit(f"{where}: the first loss is {first.losses[0]}, dense's is {start}")
-        other = results[RATES[0], name][0].losses[: len(first.losses)]
-        if not np.allclose(first.losses, other, rtol=1e-3):
+        _check_alike(where, ranks, timed[rate, DENSE.name][0].losses[0])
+        until = min(TIMED_EVERY, len(ranks[0].losses))  # later DiLoCo's outer steps are others
+        trained = curves[name, SEEDS[0]][0].losses[:until]
+        if not np.allclose(ranks[0].losses[:until], trained, rtol=1e-3):
             raise SystemExit(f"{where}: losses depend on the rate")
 
 
-def figures(results: Results) -> list[Measured]:
-    rows: list[Measured] = []
-    for rate in dict.fromkeys(rate for rate, _ in results):
-        rows += _at_rate(rate, {c.name: results[rate, c.name] for c in CONTENDERS})
-    trained = {c.name: results[RATES[0], c.name][0].losses for c in CONTENDERS if c.trained}
-    return rows + _losses(trained)
-
-
-def _at_rate(rate: int, found: Mapping[str, Sequence[Outcome]]) -> list[Measured]:
-    """Rates and megabytes of all, and what they are beside dense's."""
-    rows = []
-    dense = found[DENSE.name]
-    for name, ranks in found.items():
-        times = ranks[0].seconds[WARM_UP:]
-        rows.append(Measured(name, f"steps at {rate} Mbit/s", "1/s", [1 / t for t in times]))
-        speed = [statistics.median(dense[0].seconds[WARM_UP:]) / t for t in times]
-        rows.append(Measured(name, f"speed at {rate} Mbit/s", "x dense", speed))
-        processor = ranks[0].cpu_seconds[WARM_UP:]
-        rows.append(Measured(name, f"processor time at {rate} Mbit/s", "s", processor))
-    for name, ranks in found.items():
-        sent = _sent(ranks)
-        rows.append(Measured(name, f"sent per step at {rate} Mbit/s", "MB", sent))
-        share = statistics.median(sent) / statistics.median(_sent(dense))
-        rows.append(Measured(name, f"bytes at {rate} Mbit/s", "% of dense", [100 * share]))
-    return rows
-
-
-def _sent(ranks: Sequence[Outcome]) -> list[float]:
-    """Megabytes of each counted step in both directions together."""
-    ends = [ranks[0].sent_bytes[WARM_UP:], ranks[-1].sent_bytes[WARM_UP:]]
-    return [sum(pair) / 1e6 for pair in zip(*ends, strict=True)]
-
-
-def _losses(trained: Mapping[str, Sequence[float]]) -> list[Measured]:
-    dense = statistics.mean(trained[DENSE.name][-LAST:])
-    rows = []
-    for name, losses in trained.items():
-        last = losses[-LAST:]
-        metric = f"loss, steps {len(losses) - len(last) + 1} to {len(losses)}"
-        rows.append(Measured(name, metric, "nats", last))
-        excess = 100 * (statistics.mean(last) / dense - 1)
-        rows.append(Measured(name, "mean of them over dense's", "%", [excess]))
-    return rows
+def _check_alike(where: str, ranks: list[Outcome], start: float) -> None:
+    first = ranks[0]
+    if any(rank.weights != first.weights or rank.losses != first.losses for rank in ranks):
+        raise SystemExit(f"{where}: the ranks' weights or losses differ")
+    if not all(math.isfinite(loss) for loss in first.losses):
+        raise SystemExit(f"{where}: a loss is not finite")
+    if not math.isclose(first.losses[0], start, rel_tol=1e-5):
+        raise SystemExit(f"{where}: the first loss is {first.losses[0]}, dense's is {start}")
 
 
 if __name__ == "__main__":

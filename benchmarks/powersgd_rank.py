@@ -1,6 +1,6 @@
-"""One rank of one contender of powersgd_network.py: trains, and tells what each step took.
+"""One rank of powersgd_network.py: trains one contender after another, and tells what steps took.
 
-`python -m benchmarks.powersgd_rank JOB.json`, in the environment that a launcher would set. The
+`python -m benchmarks.powersgd_rank JOBS.json`, in the environment that a launcher would set. The
 same loader, loss, optimizer and schedule for all; what differs is who averages the gradients, and
 how.
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ from dalle_dist.transformer.loss_model import LossTransformer
 # torch's hook wants at least two steps without compression, while DDP rebuilds its buckets.
 TORCH_START = 2
 SINGLE_BUCKET_MB = 1 << 14
+HELD_OUT = 8  # batches that nobody has trained on, after the last step
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ class Outcome:
     seconds: list[float]
     cpu_seconds: list[float]  # of this process, gloo's threads among it
     sent_bytes: list[int]  # by this node's network interface, headers and all
-    losses: list[float]  # of the whole batch
-    weights: str  # digest of all parameters after the last step
+    losses: list[float]  # of the whole batch; where nodes train apart, each by its own weights
+    held_out: float  # mean loss of batches after the last step, by weights that all nodes share
+    weights: str  # digest of all of them
 
 
 class Trainer(Protocol):
@@ -66,6 +69,8 @@ class Trainer(Protocol):
     def backward(self, loss: Tensor) -> None: ...
 
     def step(self, lr: float) -> float: ...
+
+    def settle(self) -> None: ...
 
 
 class Replicated:
@@ -109,10 +114,23 @@ class Replicated:
         self._optimizer.zero_grad()
         return float(norm)
 
+    def settle(self) -> None:
+        """Ranks never differ."""
+
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
-    config, ranks = from_dict(job["config"]), process_group.init()
+    ranks = process_group.init()
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        outcome = run(job, ranks)
+        Path(job["out"].format(rank=ranks.rank)).write_text(json.dumps(asdict(outcome)))
+        if ranks.rank == 0:
+            seconds = statistics.median(outcome.seconds)
+            print(f"{job['name']}: {seconds:.3g} s, {outcome.held_out:.4g} nats", flush=True)
+    process_group.shutdown()
+
+
+def run(job: dict[str, Any], ranks: Ranks) -> Outcome:
+    config = from_dict(job["config"])
     torch.set_num_threads(job["threads"])
     torch.manual_seed(config.seed)
     model = LossTransformer(config)
@@ -123,41 +141,41 @@ def main() -> None:
         trainer = build_engine(
             model, config.train, ranks, parallel=config.parallel, seed=config.seed
         )
-    outcome = train(trainer, model, config, ranks, job["steps"])
-    Path(job["out"].format(rank=ranks.rank)).write_text(json.dumps(asdict(outcome)))
-    process_group.shutdown()
+    return train(trainer, model, config, ranks, job["steps"])
 
 
 def train(trainer: Trainer, model: nn.Module, config: Config, ranks: Ranks, steps: int) -> Outcome:
-    step, stream = stepper(trainer, config, ranks), token_batches(config, ranks)
+    loss_of, stream = losses_of(trainer, config, ranks), token_batches(config, ranks)
     schedule, losses = PlateauSchedule(config.train), []
     seconds, processor, sent = [], [], []
     for number in range(1, steps + 1):
         dist.barrier()
         before, busy, start = int(SENT_BYTES.read_text()), time.process_time(), time.perf_counter()
-        losses.append(step(next(stream), schedule.rate(number)))
+        loss = loss_of(next(stream))
+        trainer.backward(loss)
+        trainer.step(schedule.rate(number))
+        losses.append(ranks.sum([loss.item()])[0])
         seconds.append(time.perf_counter() - start)
         processor.append(time.process_time() - busy)
         dist.barrier()  # else the other node's last packets would count as the next step's
         sent.append(int(SENT_BYTES.read_text()) - before)
-    return Outcome(seconds, processor, sent, losses, digest(model))
+    trainer.settle()
+    with torch.no_grad():
+        held_out = [loss_of(next(stream)).item() for _ in range(HELD_OUT)]
+    mean = ranks.sum([statistics.mean(held_out)])[0]
+    return Outcome(seconds, processor, sent, losses, mean, digest(model))
 
 
-def stepper(
-    trainer: Trainer, config: Config, ranks: Ranks
-) -> Callable[[TokenSample, float], float]:
-    """One step by one micro-batch per rank; returns the loss of the whole batch."""
+def losses_of(trainer: Trainer, config: Config, ranks: Ranks) -> Callable[[TokenSample], Tensor]:
+    """This rank's share of a batch's loss, by one micro-batch per rank."""
     images = config.train.batch_size * config.transformer.image_tokens
 
-    def step(batch: TokenSample, lr: float) -> float:
+    def loss_of(batch: TokenSample) -> Tensor:
         texts = ranks.sum([float(counted_text_targets(batch.text).sum())])[0]
         text, _, image, *_ = trainer(batch.text, batch.codes)
-        loss = weighted(text / texts, image / images, config.train.text_loss)
-        trainer.backward(loss)
-        trainer.step(lr)
-        return ranks.sum([loss.item()])[0]
+        return weighted(text / texts, image / images, config.train.text_loss)
 
-    return step
+    return loss_of
 
 
 def token_batches(config: Config, ranks: Ranks) -> Iterator[TokenSample]:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 
 INTERFACE = "slow0"  # its name in both namespaces
@@ -36,13 +37,13 @@ def missing() -> str | None:
 class SlowNetwork:
     """Context manager: the namespaces, and nothing of them afterwards.
 
-    Both directions are limited apart, as in a full-duplex Ethernet.
+    Both directions are limited apart, as in a full-duplex Ethernet; None limits neither.
 
     Raises:
         subprocess.CalledProcessError: the kernel refuses something.
     """
 
-    def __init__(self, megabits: int) -> None:
+    def __init__(self, megabits: int | None) -> None:
         self._megabits = megabits
         stem = f"slow{os.getpid()}n{next(_numbers)}"
         self.nodes = (f"{stem}a", f"{stem}b")
@@ -71,11 +72,14 @@ class SlowNetwork:
     ) -> None:
         self._remove()
 
-    def run(self, command: Sequence[str], per_node: int, seconds: float) -> None:
+    def run(
+        self, command: Sequence[str], per_node: int, seconds: float, stop: Event | None = None
+    ) -> None:
         """`command` as a rank `per_node` times in each namespace, until all have ended.
 
         Raises:
-            RuntimeError: a rank fails, or they take longer than `seconds`; all are dead by then.
+            RuntimeError: a rank fails, they take longer than `seconds`, or `stop` is set from
+                another thread; all are dead by then.
         """
         world = 2 * per_node
         ranks = [self._start(command, rank, world) for rank in range(world)]
@@ -85,6 +89,8 @@ class SlowNetwork:
                 failed = [number for number, rank in enumerate(ranks) if rank.poll()]
                 if failed:
                     raise RuntimeError(f"rank {failed[0]} ended with {ranks[failed[0]].returncode}")
+                if stop is not None and stop.is_set():
+                    raise RuntimeError("stopped")
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"not done in {seconds:g} s")
                 time.sleep(0.05)
@@ -117,6 +123,8 @@ class SlowNetwork:
         _run("ip", "-n", node, "addr", "add", f"{address}/24", "dev", INTERFACE)
         for interface in ("lo", INTERFACE):
             _run("ip", "-n", node, "link", "set", interface, "up")
+        if self._megabits is None:
+            return
         _run(
             *("tc", "-n", node, "qdisc", "add", "dev", INTERFACE, "root", "tbf"),
             *("rate", f"{self._megabits}mbit", "burst", "256kb", "latency", "100ms"),

@@ -1,25 +1,31 @@
-"""All-reduce of a mean in a communication dtype: fp32, bf16, fp16 or 1-6-9 codes.
+"""All-reduce of a mean in a communication dtype: fp32, bf16, fp16, 1-6-9 or int8.
 
 | format | how | bytes that each of N ranks sends for n values |
 |---|---|---|
 | fp32 | all-reduce | 4 x 2n(N-1)/N |
 | bf16, fp16 | all-reduce that adds in this format | 2 x 2n(N-1)/N |
 | 1-6-9 | all-to-all of codes, mean in fp32, all-gather of its codes | 2 x 2n(N-1)/N |
+| int8 | as 1-6-9; codes of `gradients/int8.py` | 1.004 x 2n(N-1)/N |
 
-No library adds 1-6-9 codes; the two hops cost what an all-reduce of 16-bit values costs, for any N,
-and round twice, however many ranks there are. A bf16 or fp16 all-reduce rounds at each addition.
+No library adds such codes; the two hops of 1-6-9 cost what an all-reduce of 16-bit values costs,
+for any N, and round twice, however many ranks there are. A bf16 or fp16 all-reduce rounds at each
+addition.
 
-The 16-bit formats bound what they send: infinities become the largest value, NaN becomes 0. Whether
+All but fp32 bound what they send: infinities become the largest value, NaN becomes 0. Whether
 something was not finite must travel apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dalle_dist.gradients import int8
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,15 +41,24 @@ class Pending(Protocol):
 
 
 def bytes_per_value(dtype: str) -> int:
-    return 4 if dtype == "fp32" else 2
+    return {"fp32": 4, "int8": 1}.get(dtype, 2)
+
+
+@dataclass(frozen=True)
+class _Code:
+    """Of values that no library adds; `unit` of them are coded together."""
+
+    unit: int
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
 
 
 def launch_mean(
     values: Tensor, group: dist.ProcessGroup, dtype: str = "fp32", scale: float = 1.0
 ) -> Pending:
     """Start averaging `scale * values` (fp32 [n]) over `group`; `values` is modified in place."""
-    if dtype == "1-6-9":
-        return _CodedMean(values.mul_(scale), group)
+    if dtype in _CODES:
+        return _CodedMean(values.mul_(scale), group, _CODES[dtype])
     return _ReducedMean(values, group, _DTYPES[dtype], scale)
 
 
@@ -73,11 +88,11 @@ class _ReducedMean:
 class _CodedMean:
     """Rank k averages the k-th part of the vector for all."""
 
-    def __init__(self, values: Tensor, group: dist.ProcessGroup) -> None:
-        self._group, self._length = group, len(values)
-        part = -(-self._length // group.size())
+    def __init__(self, values: Tensor, group: dist.ProcessGroup, code: _Code) -> None:
+        self._group, self._length, self._code = group, len(values), code
+        part = -(-self._length // (group.size() * code.unit)) * code.unit
         values = torch.nn.functional.pad(values, (0, part * group.size() - self._length))
-        self._sent = encode(values)
+        self._sent = code.encode(values)
         self._parts = torch.empty_like(self._sent)
         self._all: Tensor | None = None
         self._work = dist.all_to_all_single(
@@ -88,8 +103,8 @@ class _CodedMean:
         if self._all is not None:
             return
         self._work.wait()
-        mean = decode(self._parts).view(self._group.size(), -1).mean(0)
-        self._sent, self._all = encode(mean), torch.empty_like(self._parts)
+        mean = self._code.decode(self._parts).view(self._group.size(), -1).mean(0)
+        self._sent, self._all = self._code.encode(mean), torch.empty_like(self._parts)
         self._work = dist.all_gather_into_tensor(
             _bytes(self._all), _bytes(self._sent), group=self._group, async_op=True
         )
@@ -98,7 +113,7 @@ class _CodedMean:
         self.advance()
         self._work.wait()
         assert self._all is not None
-        return decode(self._all)[: self._length]
+        return self._code.decode(self._all)[: self._length]
 
 
 def encode(values: Tensor) -> Tensor:
@@ -123,3 +138,10 @@ def _bounded(values: Tensor, limit: float) -> Tensor:
 
 def _bytes(codes: Tensor) -> Tensor:
     return codes.view(torch.uint8)
+
+
+def _encode_int8(values: Tensor) -> Tensor:
+    return int8.encode(_bounded(values, torch.finfo(torch.float32).max))
+
+
+_CODES = {"1-6-9": _Code(1, encode, decode), "int8": _Code(int8.CHUNK, _encode_int8, int8.decode)}
