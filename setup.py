@@ -21,13 +21,14 @@ setup(
     package_dir=DATA,
     package_data={
         "dalle_dist": ["py.typed"],
+        "dalle_dist.plan": ["*.yaml"],
         "dalle_dist.presets": ["*.yaml"],
         "dalle_dist.serve": ["page/*"],
         "dalle_dist.slurm": ["*.sbatch", "*.sh"],
     },
     install_requires=[
         "torch>=2.7",
-        "deepspeed>=0.17.5,!=0.17.6,!=0.18.0,!=0.18.1,!=0.18.2,!=0.18.3",
+        "deepspeed>=0.17.5,<=0.19.8,!=0.17.6,!=0.18.0,!=0.18.1,!=0.18.2,!=0.18.3",
         "dalle-kernels",
         "boto3",
         "emoji",

@@ -11,7 +11,9 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import ConfigError
@@ -19,10 +21,11 @@ from dalle_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's two process groups, and its ranks in them."""
+    """This rank's process groups, and its ranks in them."""
 
     shard: dist.ProcessGroup  # the ranks of this node
     replica: dist.ProcessGroup  # the ranks of equal `shard_rank` on every node
+    alone: dist.ProcessGroup  # this rank
     node: int  # rank within `replica`
     shard_rank: int  # rank within `shard`
     nodes: int
@@ -30,7 +33,7 @@ class Groups:
 
 
 def node_groups(ranks: Ranks, local_world_size: int | None = None) -> Groups:
-    """Make both kinds of groups; every rank of the world calls this.
+    """Make all kinds of groups; every rank of the world calls this.
 
     Ranks of one host name form a node, in any order of ranks. `local_world_size` overrides that:
     each run of as many consecutive ranks is then a node.
@@ -39,12 +42,30 @@ def node_groups(ranks: Ranks, local_world_size: int | None = None) -> Groups:
     divide the world.
     """
     nodes = members(ranks.gather(socket.gethostname()), local_world_size)
-    columns = [list(column) for column in zip(*nodes, strict=True)]
-    shard, _ = dist.new_subgroups_by_enumeration(nodes)
-    replica, _ = dist.new_subgroups_by_enumeration(columns)
     node = next(i for i, row in enumerate(nodes) if ranks.rank in row)
     shard_rank = nodes[node].index(ranks.rank)
-    return Groups(shard, replica, node, shard_rank, len(nodes), len(columns))
+    shard, replica, alone = (_by_nccl if ranks.device.type == "cuda" else _by_gloo)(nodes, ranks)
+    return Groups(shard, replica, alone, node, shard_rank, len(nodes), len(nodes[0]))
+
+
+def _by_nccl(nodes: list[list[int]], ranks: Ranks) -> tuple[dist.ProcessGroup, ...]:
+    """A mesh splits the world's communicator once for each of its dimensions, not for each group.
+
+    Of 128 nodes of 8 that is 3 calls of all ranks instead of 1,160.
+    """
+    names = ("node", "shard", "alone")
+    mesh = DeviceMesh("cuda", torch.tensor(nodes)[..., None], mesh_dim_names=names)
+    return mesh.get_group("shard"), mesh.get_group("node"), mesh.get_group("alone")
+
+
+def _by_gloo(nodes: list[list[int]], ranks: Ranks) -> tuple[dist.ProcessGroup, ...]:
+    """Only members meet: each rank makes the three groups that it is in."""
+    row = next(row for row in nodes if ranks.rank in row)
+    column = [other[row.index(ranks.rank)] for other in nodes]
+    return tuple(
+        dist.new_group(group, use_local_synchronization=True)
+        for group in (row, column, [ranks.rank])
+    )
 
 
 def members(hosts: Sequence[str], local_world_size: int | None = None) -> list[list[int]]:

@@ -31,7 +31,8 @@ class Restoring:
 class Engine(Protocol):
     """A model whose weights, gradients and moments may be sharded over ranks.
 
-    Per optimizer step: `accumulation` times a call of the engine and `backward`, then one `step`.
+    Per optimizer step: `accumulation` times a call of the engine and `backward`, then `reduce` and
+    `apply`, or both as `step`.
 
     module         the model, in training mode
     shapes         whole shape of each parameter, by name
@@ -42,6 +43,7 @@ class Engine(Protocol):
     nodes          how many hold replicas of the weights, each as a whole; 1: ZeRO shards over all
     optimizer      name of the optimizer
     optimizer_steps  steps that it has made, those that were skipped apart
+    settled        whether replicas have the same weights: False between DiLoCo's outer steps
     skipped        whether the last `step` left every weight and moment as it was
     """
 
@@ -58,6 +60,9 @@ class Engine(Protocol):
     def optimizer_steps(self) -> int: ...
 
     @property
+    def settled(self) -> bool: ...
+
+    @property
     def module(self) -> nn.Module: ...
 
     def __call__(self, *inputs: Any) -> Tensor:
@@ -69,11 +74,27 @@ class Engine(Protocol):
         The shares of all micro-batches of all ranks add up to the loss.
         """
 
-    def step(self, lr: float, measure: bool = False) -> float:
-        """Transform, clip and apply the gradients; returns their norm before clipping.
+    def reduce(self, sums: Tensor | None = None, measure: bool = False) -> list[float]:
+        """Transform the gradients; whether they are finite is agreed over all ranks.
 
-        `measure` renews what `telemetry` tells.
+        With it, in the same all-reduce, `sums`, fp64 [n] on the ranks' device, are summed over all
+        ranks, and come back as numbers: the one time in a step that the host waits for the device.
+        Where one of them is not finite, the step is skipped. `measure` renews what `telemetry`
+        tells.
         """
+
+    def apply(self, lr: float) -> Tensor:
+        """Clip and apply the gradients, after `reduce`; gives their norm before clipping.
+
+        A tensor of no dimension, for which the host need not wait. Where nodes train apart, it is
+        that of the node, and an outer step follows if one is due.
+        """
+
+    def settle(self) -> None:
+        """Have all replicas go on from the same weights, if they do not; a collective call."""
+
+    def step(self, lr: float, measure: bool = False) -> float:
+        """`reduce` and `apply`; the norm, waited for."""
 
     def gradients(self) -> list[Piece]:
         """The reduced fp32 gradients that this rank owns, as views, after the last `backward`."""

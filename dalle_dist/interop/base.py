@@ -78,7 +78,11 @@ class InteropTransformer(TextImageTransformer):
         return self.config.transformer.width
 
     def predictions(
-        self, text_BT: Tensor, codes_BN: Tensor, seen_BN: Tensor | None = None
+        self,
+        text_BT: Tensor,
+        codes_BN: Tensor,
+        seen_BN: Tensor | None = None,
+        counted_M: Tensor | None = None,  # which count is the architecture's own affair
     ) -> Predictions:
         checks.codes_fit(codes_BN, len(text_BT), self.config)
         x_BTW, x_BNW = self._outputs(text_BT, codes_BN if seen_BN is None else seen_BN)

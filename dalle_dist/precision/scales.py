@@ -72,7 +72,7 @@ class BlockScales:
 
     def _publish(self) -> None:
         one_K = torch.tensor(self._logs, dtype=torch.float64).exp2()
-        self.scale_K.copy_(self._replicas * one_K)
+        self.scale_K.copy_(self._replicas * one_K, non_blocking=True)
 
 
 class BlockScale:

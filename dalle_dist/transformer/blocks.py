@@ -21,6 +21,7 @@ from dalle_dist.precision.linear import ResblockLinear
 from dalle_dist.precision.scaled_branch import scaled_branch
 from dalle_dist.precision.scales import BlockScale, BlockScales
 from dalle_dist.transformer.embeddings import LayerNorm
+from dalle_dist.transformer.initial import Initial
 
 Cache = DecodeCache | BlockCache
 
@@ -118,18 +119,21 @@ class Layer(nn.Module):
         return x_BNW, self.mlp.inside(h_BNW)
 
 
-@torch.no_grad()
-def init_layer(layer: Layer, layers: int) -> None:
+def layer_initials(layer: Layer, layers: int) -> dict[str, Initial]:
     """Normal weights of deviation 0.5 / sqrt(fan-in), which is GPT-2's 0.02 at its width.
 
     Outputs into the stream are smaller by sqrt(2 x layers), so that depth does not add variance.
     """
-    for module in layer.modules():
+    found = {}
+    outputs = (layer.attention.out, layer.mlp.down)
+    for name, module in layer.named_modules():
         if isinstance(module, ResblockLinear):
-            nn.init.normal_(module.weight, std=0.5 * module.in_features**-0.5)
-            nn.init.zeros_(module.bias)
-    for output in (layer.attention.out, layer.mlp.down):
-        output.weight.mul_((2 * layers) ** -0.5)
+            shrunk = (2 * layers) ** -0.5 if module in outputs else 1.0
+            found[f"{name}.weight"] = Initial(std=0.5 * module.in_features**-0.5 * shrunk)
+            found[f"{name}.bias"] = Initial()
+        elif isinstance(module, LayerNorm):
+            found[f"{name}.weight"], found[f"{name}.bias"] = Initial(mean=1.0), Initial()
+    return found
 
 
 def resblocks(model: nn.Module) -> list[tuple[str, Resblock]]:

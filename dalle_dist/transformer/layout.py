@@ -52,3 +52,11 @@ def counted_text_targets(text_BT: Tensor) -> Tensor:
     is_text_BT = text_BT != PAD
     after_text_BT = torch.cat([torch.zeros_like(is_text_BT[:, :1]), is_text_BT[:, :-1]], dim=1)
     return is_text_BT | after_text_BT
+
+
+def counted_indices(text_BT: Tensor) -> Tensor:
+    """Those targets by their indices in the flattened captions, int64 [M].
+
+    Of captions on a GPU the host must wait for M; asked of those on the host, it need not.
+    """
+    return counted_text_targets(text_BT).flatten().nonzero().flatten()

@@ -40,5 +40,6 @@ def weighted(text: Number, image: Number, text_weight: float) -> Number:
 
 def cross_entropy_sum(logits_MV: Tensor, targets_M: Tensor) -> tuple[Tensor, Tensor]:
     """(sum over M targets, M) as fp32 scalars."""
-    count = torch.tensor(float(len(targets_M)), device=logits_MV.device)
+    # A kernel fills it; a copy from the host would wait for all kernels before it.
+    count = torch.full((), float(len(targets_M)), device=logits_MV.device)
     return F.cross_entropy(logits_MV, targets_M, reduction="sum"), count

@@ -24,11 +24,15 @@ class WithLoss(TextImageTransformer):
     """
 
     def forward(  # type: ignore[override]
-        self, text_BT: Tensor, codes_BN: Tensor, seen_BN: Tensor | None = None
+        self,
+        text_BT: Tensor,
+        codes_BN: Tensor,
+        seen_BN: Tensor | None = None,
+        counted_M: Tensor | None = None,
     ) -> Tensor:
         # The blocks know their dtypes; DeepSpeed's autocast is on where it reduces in fp16.
         with torch.autocast(text_BT.device.type, enabled=False):
-            text, image = self.predictions(text_BT, codes_BN, seen_BN)
+            text, image = self.predictions(text_BT, codes_BN, seen_BN, counted_M)
             return torch.stack([*cross_entropy_sum(*text), *cross_entropy_sum(*image)])
 
 
@@ -48,3 +52,13 @@ def loss_transformer(config: Config) -> TextImageTransformer:
         raise ConfigError("train.precision: fp16 is for transformer.architecture=paper; use bf16")
     kind = type(f"Loss{found.__name__}", (WithLoss, found), {})
     return kind(config)
+
+
+def unmade_transformer(config: Config) -> TextImageTransformer:
+    """`loss_transformer` on the meta device, where the engine can make its first weights.
+
+    Other architectures draw their own, and come with them on the host.
+    """
+    with torch.device("meta"):
+        model = loss_transformer(config)
+    return loss_transformer(config) if model.initials() is None else model

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle_dist.config import Config
 from dalle_dist.transformer import checks
-from dalle_dist.transformer.blocks import Cache, Layer, init_layer
+from dalle_dist.transformer.blocks import Cache, Layer, layer_initials
 from dalle_dist.transformer.embeddings import ImageEmbedding, LayerNorm, TextEmbedding, Unembedding
-from dalle_dist.transformer.layout import counted_text_targets, layer_masks, text_inputs
+from dalle_dist.transformer.initial import Initial, initialise
+from dalle_dist.transformer.layout import counted_indices, layer_masks, text_inputs
 from dalle_dist.transformer.protocol import Predictions, TextImageTransformer
 
 
@@ -25,6 +26,8 @@ class Transformer(TextImageTransformer):
     """The paper's model.
 
     `blocks` holds the layers; its matrices are the parameters that the paper counts (12.09e9).
+    First weights are a function of torch's global seed (`torch.manual_seed`) and their names; on
+    the meta device there are none.
     """
 
     def __init__(self, config: Config) -> None:
@@ -43,18 +46,25 @@ class Transformer(TextImageTransformer):
         self.text_unembedding = Unembedding(shape.width, config.tokenizer.vocab_size)
         self.image_unembedding = Unembedding(shape.width, config.transformer.codebook_size)
         self.start = self.image_embedding.start
-        self._init()
+        if not self.norm.weight.is_meta:
+            initialise(self, self.initials(), torch.initial_seed())
 
     def predictions(
-        self, text_BT: Tensor, codes_BN: Tensor, seen_BN: Tensor | None = None
+        self,
+        text_BT: Tensor,
+        codes_BN: Tensor,
+        seen_BN: Tensor | None = None,
+        counted_M: Tensor | None = None,
     ) -> Predictions:
         x_BSW = self._stream(text_BT, codes_BN if seen_BN is None else seen_BN)
         text_BTW, image_BNW = x_BSW.split([text_BT.shape[1], codes_BN.shape[1]], dim=1)
-        counted_BT = counted_text_targets(text_BT)
+        if counted_M is None:
+            counted_M = counted_indices(text_BT)
         # Only positions whose target counts are unembedded: most text positions hold pads.
-        text_MV = self.text_unembedding(text_BTW[counted_BT])
+        text_MV = self.text_unembedding(text_BTW.flatten(0, 1).index_select(0, counted_M))
         image_BNK = self.image_unembedding(image_BNW)
-        return (text_MV, text_BT[counted_BT]), (image_BNK.flatten(0, 1), codes_BN.flatten())
+        text = text_MV, text_BT.flatten().index_select(0, counted_M)
+        return text, (image_BNK.flatten(0, 1), codes_BN.flatten())
 
     def prefill(
         self,
@@ -102,7 +112,8 @@ class Transformer(TextImageTransformer):
         x_BSW = torch.cat([self.text_embedding(text_inputs(text_BT)), image_BNW], dim=1)
         for layer in self.blocks:
             if self.config.train.checkpoint_activations and self.training:
-                x_BSW = checkpoint(layer, x_BSW, use_reentrant=False)
+                # Nothing in a layer is random.
+                x_BSW = checkpoint(layer, x_BSW, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BSW = layer(x_BSW)
         return self.norm(x_BSW)
@@ -111,15 +122,20 @@ class Transformer(TextImageTransformer):
         start_B1 = torch.full_like(codes_BN[:, :1], self.image_embedding.start)
         return torch.cat([start_B1, codes_BN[:, :-1]], dim=1)
 
-    @torch.no_grad()
-    def _init(self) -> None:
-        std = 0.5 * self.config.transformer.width**-0.5
-        for embedding in (self.text_embedding, self.image_embedding):
-            for parameter in embedding.parameters():
-                nn.init.normal_(parameter, std=std)
-        for layer in self.blocks:
-            init_layer(layer, len(self.blocks))  # type: ignore[arg-type]
-        for unembedding in (self.text_unembedding, self.image_unembedding):
-            # Uniform predictions at the start: the first loss is ln of the vocabulary.
-            nn.init.zeros_(unembedding.weight)
-            nn.init.zeros_(unembedding.bias)
+    def initials(self) -> dict[str, Initial]:
+        """Embeddings of deviation 0.5 / sqrt(width), layers as `layer_initials` says.
+
+        Unembeddings start at zero: predictions are uniform, and the first loss is ln of the
+        vocabulary.
+        """
+        stem = Initial(std=0.5 * self.config.transformer.width**-0.5)
+        found = {"norm.weight": Initial(mean=1.0), "norm.bias": Initial()}
+        for embedding in ("text_embedding", "image_embedding"):
+            for name, _ in self.get_submodule(embedding).named_parameters(embedding):
+                found[name] = stem
+        for number, layer in enumerate(self.blocks):
+            inside = layer_initials(layer, len(self.blocks))  # type: ignore[arg-type]
+            found |= {f"blocks.{number}.{name}": initial for name, initial in inside.items()}
+        for unembedding in ("text_unembedding", "image_unembedding"):
+            found |= {f"{unembedding}.weight": Initial(), f"{unembedding}.bias": Initial()}
+        return found

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dalle_dist.config import Config
+from dalle_dist.transformer.initial import Initial
 from dalle_dist.transformer.loss import Loss, cross_entropy_sum
 
 Predictions = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -42,7 +43,11 @@ class TextImageTransformer(nn.Module, ABC):
 
     @abstractmethod
     def predictions(
-        self, text_BT: Tensor, codes_BN: Tensor, seen_BN: Tensor | None = None
+        self,
+        text_BT: Tensor,
+        codes_BN: Tensor,
+        seen_BN: Tensor | None = None,
+        counted_M: Tensor | None = None,
     ) -> Predictions:
         """(logits_MV, targets_M) of the text, then of the image; arguments as those of `forward`.
 
@@ -51,6 +56,8 @@ class TextImageTransformer(nn.Module, ABC):
         Args:
             seen_BN: what stands at the positions of the codes when later ones are predicted; None:
                 the codes themselves.
+            counted_M: `layout.counted_indices` of the captions, which spares the host a wait for
+                the device; None: looked for here.
         """
 
     @abstractmethod
@@ -97,6 +104,10 @@ class TextImageTransformer(nn.Module, ABC):
         Raises:
             ValueError: another shape or dtype, or an id that is not in its vocabulary.
         """
+
+    def initials(self) -> dict[str, Initial] | None:
+        """What each parameter starts from, by name; None: this architecture draws its own."""
+        return None
 
     @abstractmethod
     def attention_size(self) -> int:

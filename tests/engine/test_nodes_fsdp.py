@@ -12,7 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from dalle_dist.distributed.groups import node_groups
 from dalle_dist.gradients.node_mean import NodeMean
 from dalle_dist.gradients.piece import Piece, assemble
-from dalle_dist.gradients.powersgd.algorithm import PowerSGDOptions
+from dalle_dist.gradients.powersgd.options import PowerSGDOptions
+from dalle_dist.gradients.transform import GradientTransform, SkipDecision
 from dalle_dist.optim.adamw import AdamW
 from dalle_dist.optim.param_groups import param_groups
 from dalle_dist.testing import run_distributed
@@ -52,10 +53,11 @@ class ByFSDP2:
         self.config, self.accumulation = config_on(ranks, 3, "powersgd", *PLAIN, *OF_MACHINE), 1
         self.groups, self.module = node_groups(ranks, 2), model_of(self.config)
         self.resblocks = resblock_map(self.module)
-        self.node_mean = NodeMean(
+        mean = NodeMean(
             self.resblocks, self.groups, ranks, rank=8, cuts=2, seed=self.config.seed,
             options=PowerSGDOptions(),
         )  # fmt: skip
+        self.transform = GradientTransform(self.resblocks, ranks, node_mean=mean)
         named = dict(self.module.named_parameters())
         self.shapes = {name: tuple(named[name].shape) for name in children_first(self.module)}
         fully_shard(self.module, mesh=DeviceMesh.from_group(self.groups.shard, "cpu"))
@@ -92,7 +94,7 @@ class ByFSDP2:
             fragments.append(Piece(name, start, flat[at : at + mine], block))
             at += rows * width
         assert at == flat.numel()
-        assert not self.node_mean.average(fragments, frozenset()).nonfinite
+        assert self.transform.apply(fragments, 1, False) == (SkipDecision(), [])
         flat.mul_(self.groups.local_world_size)  # FSDP2 divides by it afterwards
 
     def step(self):

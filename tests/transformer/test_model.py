@@ -7,6 +7,7 @@ from dalle_kernels.masks import AttentionMask
 
 from dalle_dist.config import load, preset_names
 from dalle_dist.text_tokenizer.protocol import PAD
+from dalle_dist.transformer.initial import initialise
 from dalle_dist.transformer.layout import counted_text_targets, layer_masks, text_inputs
 from dalle_dist.transformer.loss_model import LossTransformer
 from dalle_dist.transformer.model import Transformer
@@ -249,7 +250,7 @@ def test_bf16_keeps_the_stream_and_logits_in_fp32():
 
 def test_a_tiny_model_learns_a_batch_by_heart():
     model = tiny()
-    model._init()
+    initialise(model, model.initials(), seed=0)
     text_BT, codes_BN = batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):

@@ -19,6 +19,8 @@ from dalle_dist.config import ParallelConfig, StageConfig
 from dalle_dist.distributed.groups import Groups, node_groups
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.engine import DeepSpeedEngine
+from dalle_dist.engine.deepspeed.first_weights import on_meta, sharded_weights, whole_weights
+from dalle_dist.engine.deepspeed.half_gather import keep_gathered_in_half
 from dalle_dist.engine.deepspeed.node_local import NodeLocal, broadcast_weights
 from dalle_dist.engine.deepspeed.settings import accumulation, check_together, deepspeed_config
 from dalle_dist.engine.deepspeed.versions import (
@@ -29,17 +31,20 @@ from dalle_dist.engine.deepspeed.versions import (
     wait_for_all_gathers,
 )
 from dalle_dist.gradients.node_mean import NodeMean
-from dalle_dist.gradients.powersgd.algorithm import PowerSGDOptions
+from dalle_dist.gradients.powersgd.options import PowerSGDOptions
 from dalle_dist.gradients.powersgd.rank import rank_of_shard
 from dalle_dist.gradients.resblocks import Resblocks
 from dalle_dist.gradients.scaling import BlockScaling
 from dalle_dist.gradients.transform import GradientTransform
 from dalle_dist.optim.adamw import AdamW
 from dalle_dist.optim.apex import fused_layer_norm
+from dalle_dist.optim.outer import OuterSGD
 from dalle_dist.optim.param_groups import param_groups
 from dalle_dist.precision.scales import BlockScales
 from dalle_dist.transformer.blocks import attach_scales, compile_blocks, resblock_map
 from dalle_dist.transformer.embeddings import use_layer_norm
+from dalle_dist.transformer.initial import Initial
+from dalle_dist.transformer.protocol import TextImageTransformer
 
 
 def build_engine(
@@ -54,9 +59,12 @@ def build_engine(
     """Put `model` under DeepSpeed; rank 0's weights are taken by all.
 
     Args:
+        model: on the host, or on the meta device; then it gets its first weights here, from
+            `TextImageTransformer.initials`.
         settings: of the training stage.
         parallel: how nodes work together; None: ZeRO over all ranks.
-        seed: of PowerSGD's Gaussian matrices.
+        seed: of PowerSGD's Gaussian matrices, and of the first weights of a model on the meta
+            device.
         decayed: names of the parameters with weight decay; None: the matrices of resblocks (stage
             2: the paper gives the decay and not its targets, B.2; gains, biases and embeddings are
             left alone, as is the custom).
@@ -80,21 +88,25 @@ def build_engine(
     if parallel.between_nodes != "zero":
         groups = node_groups(ranks, parallel.local_world_size or None)
         tree["train_batch_size"] //= groups.nodes  # DeepSpeed knows of one
-        broadcast_weights(model, ranks)
+        if not on_meta(model):
+            broadcast_weights(model, ranks)
     resblocks = resblock_map(model)
     scaling = None if settings.precision != "fp16" else _scaled(model, resblocks, ranks)
-    mean = (
-        None if groups is None else _node_mean(resblocks, settings, parallel, groups, ranks, seed)
-    )
-    transform = GradientTransform(resblocks, ranks, settings.skip, scaling, mean)
+    mean, outer = None, None
+    if groups is not None and parallel.between_nodes == "diloco":
+        outer = _outer(parallel, groups)
+    elif groups is not None:
+        mean = _node_mean(resblocks, settings, parallel, groups, ranks, seed)
+    apart = outer is not None
+    transform = GradientTransform(resblocks, ranks, settings.skip, scaling, mean, apart)
     optimizer = _optimizer(model, settings, resblocks.matrices if decayed is None else decayed)
     if settings.adamw_backend == "apex":
         use_layer_norm(model, fused_layer_norm())
     if settings.compile:
         compile_blocks(model)
-    engine = _initialize(model, optimizer, tree, settings, ranks, groups)
+    engine = _initialize(model, optimizer, tree, settings, ranks, groups, seed)
     accumulated = accumulation(settings, ranks.world)
-    return DeepSpeedEngine(engine, accumulated, ranks, transform, resblocks, groups)
+    return DeepSpeedEngine(engine, accumulated, ranks, transform, resblocks, groups, outer)
 
 
 def _scaled(model: nn.Module, resblocks: Resblocks, ranks: Ranks) -> BlockScaling:
@@ -136,9 +148,21 @@ def _node_mean(
             q_scale=parallel.q_scale,
             error_dtype=parallel.error_dtype,
             warm_start=parallel.warm_start,
+            products=parallel.products,
+            refresh_every=parallel.refresh_every,
             start_step=parallel.start_step,
             dense_every=parallel.dense_every,
         ),
+    )
+
+
+def _outer(parallel: ParallelConfig, groups: Groups) -> OuterSGD:
+    return OuterSGD(
+        groups.replica,
+        every=parallel.outer_every,
+        lr=parallel.outer_lr,
+        momentum=parallel.outer_momentum,
+        dtype=parallel.outer_dtype,
     )
 
 
@@ -161,22 +185,17 @@ def _initialize(
     settings: StageConfig,
     ranks: Ranks,
     groups: Groups | None,
+    seed: int,
 ) -> Any:
     import deepspeed
 
-    mpu = None if groups is None else NodeLocal(groups, ranks)
+    mpu = None if groups is None else NodeLocal(groups)
     _forget_earlier_engines()
     deepspeed.init_distributed(dist_init_required=False)  # else ZeRO-3 takes the world for one
     if settings.zero_stage == 3:
-        # Weight by weight from the host to shards on the devices: whole, it may fit none of them.
-        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        deepspeed.zero.Init(
-            module=model.to(dtype),
-            data_parallel_group=None if groups is None else groups.shard,
-            config_dict_or_path=tree,
-            dtype=dtype,
-            mpu=mpu,
-        )
+        _shard(model, tree, settings, ranks, groups, mpu, seed)
+    elif on_meta(model):
+        whole_weights(model, _initials(model), seed, ranks.device)
     else:
         model.to(ranks.device)
     engine, *_ = deepspeed.initialize(
@@ -184,7 +203,43 @@ def _initialize(
     )
     require_names(engine, shards(engine), settings.precision == "fp16")
     _adapt(engine)
+    if settings.zero_stage == 3 and settings.precision == "fp16":
+        keep_gathered_in_half(model)
     return engine
+
+
+def _shard(
+    model: nn.Module,
+    tree: dict[str, Any],
+    settings: StageConfig,
+    ranks: Ranks,
+    groups: Groups | None,
+    mpu: NodeLocal | None,
+    seed: int,
+) -> None:
+    """Weight by weight to shards on the devices: whole, the model may fit none of them."""
+    import deepspeed
+
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    model.to(dtype)
+    arguments = {
+        "data_parallel_group": None if groups is None else groups.shard,
+        "config_dict_or_path": tree,
+        "dtype": dtype,
+        "mpu": mpu,
+    }
+    if on_meta(model):
+        rank = ranks.rank if groups is None else groups.shard_rank
+        sharded_weights(model, _initials(model), seed, ranks.device, rank, arguments)
+    else:
+        deepspeed.zero.Init(module=model, **arguments)
+
+
+def _initials(model: nn.Module) -> dict[str, Initial]:
+    found = model.initials() if isinstance(model, TextImageTransformer) else None
+    if found is None:
+        raise ValueError("model: is on the meta device, and does not say what it starts from")
+    return found
 
 
 def _forget_earlier_engines() -> None:
@@ -206,6 +261,19 @@ def _adapt(engine: Any) -> None:
         state["step"].zero_()
     # With its autocast comes a scaler of its own, which would scale the loss unasked.
     engine.optimizer.torch_autocast_gradscaler = None
+    if int(engine.zero_optimization_stage()) == 3:
+        _keep_one_copy(engine.optimizer)
+
+
+def _keep_one_copy(optimizer: Any) -> None:
+    """Of fp32 weights ZeRO-3 keeps shards, and fp32 copies of them to update: one is enough.
+
+    It means to (`stage3.py`), but compares a torch.device with a string.
+    """
+    shards_flat = optimizer.fp16_partitioned_groups_flat
+    for shard, master in zip(shards_flat, optimizer.fp32_partitioned_groups_flat, strict=True):
+        if shard is not None and shard.dtype == master.dtype and shard.device == master.device:
+            master.data = shard.data
 
 
 def _quieten() -> None:

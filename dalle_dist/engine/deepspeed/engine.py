@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from dalle_dist.distributed.groups import Groups
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.owned_pieces import (
+    clear_whole_gradients,
     owned_gradients,
     owned_weights,
     share_whole_gradients,
@@ -24,12 +26,14 @@ from dalle_dist.engine.deepspeed.owned_state import (
     set_optimizer_steps,
 )
 from dalle_dist.engine.deepspeed.versions import shards
-from dalle_dist.engine.interface import Restoring
+from dalle_dist.engine.interface import WEIGHTS, Restoring
 from dalle_dist.errors import CheckpointError
 from dalle_dist.gradients.piece import Piece, ReadPieces, share
 from dalle_dist.gradients.resblocks import Resblocks
 from dalle_dist.gradients.scaling import Telemetry
 from dalle_dist.gradients.transform import GradientTransform, SkipDecision
+from dalle_dist.optim.outer import MOMENTUM, OuterSGD
+from dalle_dist.precision.hardware import computes_in_bf16
 
 
 class DeepSpeedEngine:
@@ -39,6 +43,7 @@ class DeepSpeedEngine:
         deepspeed_engine: what `deepspeed.initialize` gave.
         accumulation: micro-batches of one optimizer step on each rank.
         groups: where ZeRO stays inside each node; None: it shards over all ranks.
+        outer: where nodes train apart, what brings them together.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class DeepSpeedEngine:
         transform: GradientTransform,
         resblocks: Resblocks,
         groups: Groups | None = None,
+        outer: OuterSGD | None = None,
     ) -> None:
         self._engine, self._ranks, self._groups = deepspeed_engine, ranks, groups
         self.transform, self._resblocks = transform, resblocks
@@ -56,6 +62,7 @@ class DeepSpeedEngine:
         if groups is not None:
             self.shard_rank, self.shard_world = groups.shard_rank, groups.local_world_size
             self.nodes = groups.nodes
+        self._decision, self._reduced = SkipDecision(), False
         self.skipped, self.optimizer = False, type(deepspeed_engine.basic_optimizer).__name__
         self.zero_stage = shards(deepspeed_engine)
         self.accumulation = accumulation
@@ -64,6 +71,13 @@ class DeepSpeedEngine:
             name: tuple(getattr(parameter, whole_shape))
             for name, parameter in self.module.named_parameters()
         }
+        self._outer = outer
+        if outer is not None:
+            outer.restart(self.owned())
+
+    @property
+    def settled(self) -> bool:
+        return self._outer is None or self._outer.settled
 
     @property
     def module(self) -> nn.Module:
@@ -86,17 +100,40 @@ class DeepSpeedEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts
 
+    @torch.no_grad()
+    def reduce(self, sums: Tensor | None = None, measure: bool = False) -> list[float]:
+        copies = self._ranks.world // (self.shard_world if self.zero_stage else 1)
+        gradients = self.gradients() if self.transform.active else ()
+        self._decision, totals = self.transform.apply(gradients, copies, measure, sums)
+        self._reduced = True
+        return totals
+
     @torch.no_grad()  # DeepSpeed 0.18.9 gathers weights in place into a tensor of a graph
-    def step(self, lr: float, measure: bool = False) -> float:
-        optimizer, decision = self._engine.basic_optimizer, SkipDecision()
+    def apply(self, lr: float) -> Tensor:
+        if not self._reduced:
+            self.reduce()
+        norm = self._apply(lr)
+        if self._outer is not None and self._outer.count():
+            self.settle()
+        return norm
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        if self._outer is not None and not self._outer.settled:
+            owned = self._state()
+            self._outer.step(owned.pieces[WEIGHTS])
+            owned.put_back()
+
+    def _apply(self, lr: float) -> Tensor:
+        optimizer, decision = self._engine.basic_optimizer, self._decision
+        self._reduced = False
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if self.transform.active:
-            copies = self._ranks.world // (self.shard_world if self.zero_stage else 1)
-            decision = self.transform.apply(self.gradients(), copies, measure)
         if self._groups is not None:
             share_whole_gradients(self._engine.optimizer, self.gradients(), self._groups.shard)
         self.skipped = optimizer.skip = decision.skip
+        if decision.skip:
+            self._clear_gradients()
         plain = None if self._engine.optimizer is not optimizer else _norm(self.module)
         frozen = decision.frozen
         optimizer.frozen = [p.values for p in self.owned() if p.name in frozen] if frozen else ()
@@ -104,10 +141,31 @@ class DeepSpeedEngine:
             self._engine.step()
         finally:
             optimizer.frozen = ()
-        return float(self._engine.get_global_grad_norm() if plain is None else plain)
+        if plain is not None:
+            return plain
+        if getattr(
+            self._engine.optimizer, "overflow", False
+        ):  # it has seen a norm and gone no further
+            return torch.tensor(math.inf)
+        return torch.as_tensor(self._engine.get_global_grad_norm())
+
+    def step(self, lr: float, measure: bool = False) -> float:
+        self.reduce(measure=measure)
+        return self.apply(lr).item()
 
     def gradients(self) -> list[Piece]:
         return self._pieces(owned_gradients)
+
+    def _clear_gradients(self) -> None:
+        """Of a step that is skipped: the norm of what is not finite says nothing."""
+        if self.zero_stage == 0:
+            for parameter in self.module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+            return
+        for piece in self.gradients():
+            piece.values.zero_()
+        clear_whole_gradients(self._engine.optimizer)
 
     def weights(self) -> list[Piece]:
         return share(self.owned(), *self._replica)
@@ -148,6 +206,8 @@ class DeepSpeedEngine:
         if restoring.steps is not None:
             set_optimizer_steps(self._engine.basic_optimizer, restoring.steps)
         owned.put_back()
+        if self._outer is not None:
+            self._outer.restart(owned.pieces[WEIGHTS])
 
     def _pieces(self, find: Callable[..., list[Piece]]) -> list[Piece]:
         optimizer, blocks = self._engine.optimizer, self._resblocks.of
@@ -158,18 +218,22 @@ class DeepSpeedEngine:
 
     def transform_state(self) -> tuple[dict[str, Any], dict[str, list[Piece]]]:
         numbers, tensors = self.transform.state()
+        if self._outer is not None:
+            tensors[MOMENTUM] = self._outer.state()
         index, count = self._replica
         return numbers, {kind: share(found, index, count) for kind, found in tensors.items()}
 
     def load_transform_state(self, numbers: Mapping[str, Any], read: ReadPieces) -> None:
         self.transform.load_state(numbers, self.owned(), read)
+        if self._outer is not None:
+            self._outer.load_state(read)
 
     @contextmanager
     def sampling_model(self, build: Callable[[], nn.Module]) -> Iterator[nn.Module | None]:
         """See `interface.Engine`.
 
-        Under ZeRO-3 the weights are gathered one by one into a model made by `build`; otherwise it
-        is the trained module itself.
+        Under ZeRO-3 the weights are gathered one by one into a model made by `build`, on GPUs in
+        16 bits; otherwise it is the trained module itself.
         """
         main = self._ranks.rank == 0
         if self.zero_stage < 3:
@@ -178,23 +242,21 @@ class DeepSpeedEngine:
             self._engine.train()
         else:
             state = self._gather()
-            yield self._filled(build, state) if main else None
+            yield _filled(build, state) if main else None
         self._ranks.barrier()
 
-    def _filled(self, build: Callable[[], nn.Module], state: dict[str, Tensor]) -> nn.Module:
-        with torch.device("meta"):
-            model = build()
-        model.load_state_dict(state, assign=True)
-        return model.to(self._ranks.device).eval()
-
     def _gather(self) -> dict[str, Tensor]:
+        """On rank 0 all weights, those of layers in the dtype that GPUs sample in."""
         import deepspeed
 
-        state = {}
+        state, dtype, device = {}, torch.float32, self._ranks.device
+        if device.type == "cuda":
+            dtype = torch.bfloat16 if computes_in_bf16(device) else torch.float16
         for name, parameter in self.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter]):
                 if self._ranks.rank == 0:
-                    state[name] = parameter.detach().cpu().clone()
+                    kept = dtype if name in self._resblocks.of else torch.float32
+                    state[name] = parameter.detach().to(device, kept, copy=True)
         return state
 
     def refuse_diverged(self) -> None:
@@ -209,6 +271,13 @@ class DeepSpeedEngine:
                 "the nodes' weights differ, which their all-reduces should make impossible; resume "
                 "from the last checkpoint, and look for hardware that is not like the rest"
             )
+
+
+def _filled(build: Callable[[], nn.Module], state: dict[str, Tensor]) -> nn.Module:
+    with torch.device("meta"):
+        model = build()
+    model.load_state_dict(state, assign=True)
+    return model.eval()
 
 
 def _norm(module: nn.Module) -> Tensor:

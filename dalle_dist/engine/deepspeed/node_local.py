@@ -18,9 +18,8 @@ from dalle_dist.distributed.process_group import Ranks
 class NodeLocal:
     """DeepSpeed's view of one node: its ranks are all that is data-parallel."""
 
-    def __init__(self, groups: Groups, ranks: Ranks) -> None:
-        self._shard = groups.shard
-        self._alone, _ = dist.new_subgroups(1)
+    def __init__(self, groups: Groups) -> None:
+        self._shard, self._alone = groups.shard, groups.alone
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self._shard

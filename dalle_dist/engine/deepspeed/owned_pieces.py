@@ -78,6 +78,13 @@ def share_whole_gradients(optimizer: Any, owned: list[Piece], group: dist.Proces
         dist.all_reduce(whole, group=group)
 
 
+def clear_whole_gradients(optimizer: Any) -> None:
+    """Zero where every rank keeps gradients of what others own too."""
+    if keeps_whole_gradients(optimizer):
+        for whole in optimizer.fp32_groups_gradients_flat:
+            whole.zero_()
+
+
 Found = list[tuple[str, int, Tensor]]
 
 

@@ -62,6 +62,10 @@ def deepspeed_config(stage: StageConfig, world: int) -> dict[str, Any]:
     tree.pop("optimizer", None)
     for key, (option, value) in _ours(stage, world).items():
         _merge(file, tree, key, option, value)
+    if stage.zero_stage == 3:
+        # Small parameters that stay whole on every rank are gathered one by one after each step,
+        # 12 collectives a layer; sharded, they come with the layer.
+        tree["zero_optimization"].setdefault("stage3_param_persistence_threshold", 0)
     if "offload_optimizer" in tree["zero_optimization"]:
         tree.setdefault("zero_force_ds_cpu_optimizer", False)
     if stage.precision == "bf16" and stage.zero_stage > 0:

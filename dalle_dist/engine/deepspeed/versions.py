@@ -9,6 +9,7 @@ give wrong updates in silence. So each is asked for once, when the engine is bui
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,7 @@ FAULTS = (
     Fault((0, 17, 5), (0, 17, 5), "cannot reduce a model's parameters in two dtypes", "fp16"),
 )  # fmt: skip
 _WAITS_FOR_ALL: Version = (0, 19, 8)
+ANY_VERSION = "DALLE_DIST_ANY_DEEPSPEED"  # set to 1, it lets newer versions than tested in
 
 
 def check_version(version: str, precision: str, stage: int, between: str) -> None:
@@ -67,6 +69,11 @@ def check_version(version: str, precision: str, stage: int, between: str) -> Non
             and not (fault.only_between_nodes and between == "zero")
         ):
             raise ConfigError(f"DeepSpeed {version} {fault.what}; install {TESTED[0]}")
+    if _number(version) > _number(TESTED[0]) and os.environ.get(ANY_VERSION) != "1":
+        raise ConfigError(
+            f"DeepSpeed {version} is newer than what is tested; install {TESTED[0]}, or set "
+            f"{ANY_VERSION}=1, then a step whose result is known is all that is compared"
+        )
 
 
 def require(owner: Any, what: str, *names: str) -> None:
@@ -101,7 +108,8 @@ def require_names(engine: Any, stage: int, scaled: bool) -> None:
         require(optimizer, "optimizer", "fp32_groups", "fp16_groups")
     if stage == 3:
         require(optimizer, "optimizer", "fp16_groups", "persistent_parameters",
-                "fp32_partitioned_groups_flat", "sub_group_to_group_id",
+                "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat",
+                "sub_group_to_group_id",
                 "_reassign_or_swap_out_partitioned_parameters")  # fmt: skip
     elif stage > 0:
         require(optimizer, "optimizer", "update_lp_params")
