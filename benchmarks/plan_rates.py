@@ -1,0 +1,225 @@
+"""A `Hardware` made by measurement: what this machine reaches at the shapes of a config.
+
+All ranks measure at once, because they share cores, memory and loopback when they train.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from dalle_kernels.sparse_attention import sparse_attention
+from torch import Tensor
+
+from dalle_dist.config import HEAD_DIM, Config, from_dict, to_dict
+from dalle_dist.distributed.process_group import Ranks
+from dalle_dist.gradients.powersgd.orthogonal import orthonormal_BMR
+from dalle_dist.optim.adamw import AdamW
+from dalle_dist.plan.hardware import Hardware, hardware
+from dalle_dist.plan.timing import OPERATIONS, PASSES
+from dalle_dist.precision.linear import ResblockLinear
+from dalle_dist.precision.scaled_branch import scaled_branch
+from dalle_dist.precision.scales import BlockScale, BlockScales
+from dalle_dist.transformer.blocks import Layer
+from dalle_dist.transformer.embeddings import LayerNorm
+from dalle_dist.transformer.layout import layer_masks
+
+ROUNDS, DTYPES = 5, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def measured(ranks: Ranks, config: Config, shape: tuple[int, int, int]) -> Hardware:
+    """Rates as the slowest rank has them.
+
+    Args:
+        shape: of the P's that are orthogonalised together: how many, rows, rank; zeros: none.
+    """
+    precision, attention = config.train.precision, _attention(config)
+    rates = {
+        "peak_16": _linear(config),
+        "peak_fp32": _linear(_in_fp32(config)),
+        "attention_forward": attention[0],
+        "attention_backward": attention[1],
+        "bandwidth": _passes(config),
+        "optimizer": _adamw(config),
+        "launches_per_s": 1 / _launch(config),
+        "link": _link(ranks, 1 << 19),
+        "factors_per_s": 1 / _factor(shape),
+        "starts_per_s": 1 / _start(ranks),
+    }
+    slowest = {name: -top for name, top in zip(rates, ranks.max([-r for r in rates.values()]),
+                                               strict=True)}  # fmt: skip
+    peak = slowest["peak_fp32" if precision == "fp32" else "peak_16"]
+    return replace(
+        hardware("h100-80"),
+        name="this machine",
+        device="cpu",
+        source="measured",
+        peak_16=slowest["peak_16"],
+        peak_fp32=slowest["peak_fp32"],
+        peak_tf32=0.0,
+        gemm_share=1.0,
+        fp32_share=1.0,
+        attention_forward_share=slowest["attention_forward"] / peak,
+        attention_backward_share=slowest["attention_backward"] / peak,
+        bandwidth=slowest["bandwidth"],
+        memory_share=1.0,
+        optimizer_share=slowest["optimizer"] / slowest["bandwidth"],
+        link=slowest["link"],
+        link_share=1.0,
+        wire_share=1.0,
+        wire=8 * slowest["link"] * (config.parallel.local_world_size or ranks.world),
+        overlap=0.0,
+        launch_s=1 / slowest["launches_per_s"],
+        factor_s=1 / slowest["factors_per_s"],
+        collective_s=1 / slowest["starts_per_s"],
+        asynchronous=False,
+    )
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    """The median of a few rounds, after one that does not count."""
+    times = []
+    for _ in range(ROUNDS + 1):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[ROUNDS // 2]
+
+
+def _in_fp32(config: Config) -> Config:
+    return replace(config, train=replace(config.train, precision="fp32"))
+
+
+def _linear(config: Config) -> float:
+    """FLOP/s of the matrices of a layer, forward and backward."""
+    width, dtype = config.transformer.width, DTYPES[config.train.precision]
+    sizes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
+    rows = config.train.micro_batch * config.transformer.tokens
+    held = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    layers = [ResblockLinear(i, o).to(held) for i, o in sizes]
+    for layer in layers:
+        torch.nn.init.normal_(layer.weight, std=0.02)
+    inputs = [torch.randn(rows, i).to(dtype).requires_grad_() for i, _ in sizes]
+
+    def run() -> None:
+        for layer, input in zip(layers, inputs, strict=True):
+            out = layer(input)
+            torch.autograd.grad(out, [input, *layer.parameters()], torch.ones_like(out))
+
+    return 6 * rows * sum(i * o for i, o in sizes) / _seconds(run)
+
+
+def _attention(config: Config) -> tuple[float, float]:
+    """FLOP/s on the pairs that the masks allow, forward and backward."""
+    shape, dtype = config.transformer, DTYPES[config.train.precision]
+    samples, masks = config.train.micro_batch, layer_masks(shape)
+    size = (samples, shape.tokens, 3, shape.heads, HEAD_DIM)
+    qkv = torch.randn(size).to(dtype).requires_grad_()
+    outs: list[Tensor] = []
+
+    def forward() -> None:
+        outs[:] = [sparse_attention(qkv, mask) for mask in masks]
+
+    def backward() -> None:
+        for out in outs:
+            torch.autograd.grad(out, qkv, torch.ones_like(out), retain_graph=True)
+
+    flop = 4 * samples * shape.width * sum(int(mask.dense().sum()) for mask in masks)
+    return flop / _seconds(forward), 2 * flop / _seconds(backward)
+
+
+def _passes(config: Config) -> float:
+    """Bytes/s of what is no product in a layer: norms, GELU, sums, casts, scales."""
+    shape, precision = config.transformer, config.train.precision
+    dtype, x_size = DTYPES[precision], (config.train.micro_batch, shape.tokens, shape.width)
+    x = torch.randn(x_size, requires_grad=True)
+    inner = torch.randn(*x_size[:-1], 4 * shape.width).to(dtype).requires_grad_()
+    norm = LayerNorm(shape.width).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    scales = BlockScales(1, 1, torch.device("cpu"))
+
+    def block(x: Tensor) -> Tensor:
+        if precision == "fp16":
+            return x + scaled_branch(x, norm, lambda h: h, BlockScale(scales, 0, dtype))
+        return x + norm(x)
+
+    def run() -> None:
+        out = torch.nn.functional.gelu(inner)
+        torch.autograd.grad(out, inner, torch.ones_like(out))
+        out = block(block(x))
+        torch.autograd.grad(out, x, torch.ones_like(out))
+
+    return sum(PASSES[precision]) * x.numel() / _seconds(run)
+
+
+def _adamw(config: Config) -> float:
+    """Bytes/s of AdamW and a norm, counted as the plan counts them."""
+    weight = torch.nn.Parameter(torch.randn(1 << 20))
+    weight.grad = torch.randn_like(weight)
+    moments = config.train.moments
+    optimizer = AdamW([{"params": [weight], "moments": moments}], lr=1e-4)
+    narrow = 2 if moments == "16-bit" else 4
+    passes = 4 + 8 + (4 + 4 + 2 * narrow) + (4 + 2 * narrow) + 4 + 4
+
+    def run() -> None:
+        gradient = torch.cat([weight.grad.clone()])  # type: ignore[union-attr]
+        torch.linalg.vector_norm(gradient)
+        optimizer.step()
+        gradient.copy_(weight.detach())
+
+    return passes * weight.numel() / _seconds(run)
+
+
+def _launch(config: Config) -> float:
+    """Seconds of the host for an operation of a layer too small to compute anything."""
+    precision = config.train.precision
+    tree = to_dict(config)
+    tree["transformer"] |= {"width": 64, "heads": 1, "layers": 1, "text_tokens": 2}
+    tree["transformer"] |= {"image_grid": 2, "conv_kernel": 1}
+    tree["image_tokenizer"]["kind"] = "measured"
+    shape = from_dict(tree).transformer
+    layer = Layer(64, layer_masks(shape)[0])
+    if precision == "bf16":
+        layer.bfloat16()
+    if precision == "fp16":
+        scales = BlockScales(2, 1, torch.device("cpu"))
+        for number, block in enumerate((layer.attention, layer.mlp)):
+            block.scale = BlockScale(scales, number, torch.float16)
+    x = torch.randn(1, shape.tokens, 64, requires_grad=True)
+    parameters = [x, *layer.parameters()]
+
+    def run() -> None:
+        for _ in range(20):
+            out = layer(x)
+            torch.autograd.grad(out, parameters, torch.ones_like(out), allow_unused=True)
+
+    return _seconds(run) / (20 * sum(OPERATIONS[precision]))
+
+
+def _link(ranks: Ranks, size: int) -> float:
+    """Bytes/s that a rank sends in an all-reduce of fp32."""
+    if ranks.world == 1:
+        return 1e12
+    values = torch.zeros(size)
+
+    def run() -> None:
+        dist.all_reduce(values)
+
+    return 2 * 4 * size * (ranks.world - 1) / ranks.world / _seconds(run)
+
+
+def _start(ranks: Ranks) -> float:
+    if ranks.world == 1:
+        return 1e-6
+    value = torch.zeros(1)
+    return _seconds(lambda: [dist.all_reduce(value) for _ in range(20)]) / 20
+
+
+def _factor(shape: tuple[int, int, int]) -> float:
+    if not all(shape):
+        return 1e-9
+    p = torch.randn(shape)
+    return _seconds(lambda: orthonormal_BMR(p.clone()))

@@ -1,0 +1,270 @@
+"""Seconds of an optimizer step, item by item: a count of FLOP or bytes over a rate of the hardware.
+
+Letters as in `activations.py`. "Exposed" is what computing does not hide.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from dalle_dist.config import Config
+from dalle_dist.plan.hardware import Hardware
+from dalle_dist.plan.items import Item, Layout, nonzero, total
+from dalle_dist.plan.model import Model
+from dalle_dist.plan.settings import Settings
+from dalle_dist.plan.shares import Share, padded
+from dalle_dist.plan.storing import checkpoint
+from dalle_dist.plan.traffic import Traffic
+
+GEMMS = ("matrices, forward", "matrices, backward", "matrices, again")
+
+# Bytes read and written for each value of x by what is no product, in a layer of two resblocks:
+# layer norms, casts, GELU, sums into the stream, sums of bias gradients; fp16 also scales and
+# filters gradients. Forward, backward.
+PASSES = {"fp32": (72, 148), "bf16": (64, 130), "fp16": (80, 194)}
+# Operations of a layer that are no views, forward and backward, counted by torch's dispatcher.
+OPERATIONS = {"fp32": (13, 36), "bf16": (19, 46), "fp16": (37, 78)}
+_STEP_OPERATIONS = 30  # of a layer, once a step: pieces, norms, copies
+_MODULES = 10  # of a layer, each with DeepSpeed's hooks under ZeRO-3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds on each rank per optimizer step, and what follows from them.
+
+    peak        FLOP/s of a GPU in the run's precision, by its data sheet
+    gemm_share  what products of matrices reach of it
+    """
+
+    items: tuple[Item, ...]
+    step_flop: float
+    peak: float
+    gemm_share: float
+    tokens: int
+    steps: int
+    ranks: int
+
+    @property
+    def seconds(self) -> float:
+        return total(self.items)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOP, without what is computed again, as a share of all ranks' peak."""
+        return self.step_flop / (self.seconds * self.peak * self.ranks)
+
+    @property
+    def other_than_gemms(self) -> float:
+        return 1 - total(i for i in self.items if i.name in GEMMS) / self.seconds
+
+    @property
+    def days(self) -> float:
+        return self.seconds * self.steps / 86_400
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.days * 24 * self.ranks
+
+
+def timing(
+    config: Config,
+    model: Model,
+    settings: Settings,
+    share: Share,
+    traffic: Traffic,
+    layout: Layout,
+    hardware: Hardware,
+) -> Timing:
+    computing = _computing(model, settings, hardware)
+    once = (
+        *_powersgd(config, settings, share, hardware),
+        *_between(traffic, layout, hardware),
+        _optimizer(model, settings, hardware),
+    )
+    items = nonzero(
+        *computing,
+        *_inside(model, settings, traffic, hardware, total(computing)),
+        *once,
+        _host(model, settings, hardware, total(computing) + total(once)),
+        *_now_and_then(config, model, settings, layout, hardware),
+    )
+    train = settings.train
+    return Timing(
+        items,
+        model.flop * train.batch_size,
+        _peak(settings, hardware),
+        _product_rate(settings, hardware) / _peak(settings, hardware),
+        train.batch_size * model.transformer.tokens,
+        train.steps,
+        layout.world,
+    )
+
+
+def _peak(settings: Settings, hardware: Hardware) -> float:
+    return hardware.peak_fp32 if settings.precision == "fp32" else hardware.peak_16
+
+
+def _product_rate(settings: Settings, hardware: Hardware) -> float:
+    share = hardware.fp32_share if settings.precision == "fp32" else hardware.gemm_share
+    return share * _peak(settings, hardware)
+
+
+def _computing(model: Model, settings: Settings, hardware: Hardware) -> tuple[Item, ...]:
+    """Forward and backward passes of all micro-batches."""
+    shape, samples = model.transformer, settings.samples * settings.accumulation
+    tokens, again = samples * shape.tokens, settings.train.checkpoint_activations
+    flop, rate = 2 * model.matrices * tokens, _product_rate(settings, hardware)
+    how = f"FLOP at {rate / 1e12:,.3g} TFLOP/s"
+    peak = _peak(settings, hardware)
+    forward = 4 * model.attention_size * samples / (hardware.attention_forward_share * peak)
+    backward = 8 * model.attention_size * samples / (hardware.attention_backward_share * peak)
+    there, back = PASSES[settings.precision]
+    passes = there * (2 if again else 1) + back
+    x = shape.layers * tokens * shape.width
+    bandwidth = hardware.bandwidth * hardware.memory_share
+    classes = shape.text_tokens * model.text_classes + shape.image_tokens * shape.codebook_size
+    logits = 6 * shape.width * samples * classes
+    fp32 = hardware.fp32_share * hardware.peak_fp32
+    loss = logits / fp32 + 6 * 4 * samples * classes / bandwidth
+    return (
+        Item(GEMMS[0], flop / rate, f"{flop:.3g} {how}"),
+        Item(GEMMS[1], 2 * flop / rate, f"{2 * flop:.3g} {how}"),
+        Item(GEMMS[2], flop / rate if again else 0, f"{flop:.3g} {how}; activation checkpoints"),
+        Item(
+            "attention",
+            forward * (2 if again else 1) + backward,
+            f"pairs that masks allow: {4 * model.attention_size * samples:.3g} FLOP forward",
+        ),
+        Item("element-wise", passes * x / bandwidth, f"{passes} B x {x:,} values"),
+        Item("logits and loss", loss, f"{logits:.3g} fp32 FLOP, 6 passes over the logits"),
+    )
+
+
+def _inside(
+    model: Model, settings: Settings, traffic: Traffic, hardware: Hardware, computing: float
+) -> tuple[Item, ...]:
+    """ZeRO's collectives; those over several nodes are bound by the slower of the two networks."""
+    link = hardware.link * hardware.link_share
+    rank_wire = hardware.wire / 8 * hardware.wire_share
+    sent = total(i for i in traffic.inside if i.name != "flags and numbers")
+    seconds = sent / link
+    if settings.sharing.replicas == 1 and traffic.between:
+        # All GPUs of a node send their part of the ring through the node's wire.
+        share = total(i for i in traffic.between if i.name != "flags and numbers")
+        node = round(sent / share) + 1 if share else 1
+        seconds = max(seconds, share * node / rank_wire)
+    hidden = hardware.overlap * computing if settings.stage == 3 else 0.0
+    first = seconds / (3 * model.transformer.layers * settings.accumulation)
+    exposed = max(seconds - hidden, first if settings.stage == 3 else 0.0)
+    count = _collectives(model, settings)
+    return (
+        Item("ZeRO's collectives, exposed", exposed, f"{seconds:.3g} s less {hidden:.3g} s hidden"),
+        Item("their start", count * hardware.collective_s, f"{count} collectives"),
+    )
+
+
+def _collectives(model: Model, settings: Settings) -> int:
+    """Reductions of full buckets, gathers of prefetch buckets, small parameters one by one."""
+    reductions = 2 + model.parameters // settings.reduce_bucket
+    if settings.stage == 0 or settings.shards == 1:
+        return 1
+    if settings.stage < 3:
+        return reductions * (settings.accumulation if settings.stage == 2 else 1) + 2
+    large = [s for s in model.sizes.values() if s > settings.persistent_up_to]
+    gathers = 1 + 2 * (sum(large) // (settings.prefetch + max(large, default=1)))
+    return settings.accumulation * (reductions + gathers) + len(model.sizes) - len(large)
+
+
+def _powersgd(
+    config: Config, settings: Settings, share: Share, hardware: Hardware
+) -> tuple[Item, ...]:
+    if not share.compressed or settings.sharing.replicas == 1:
+        return ()
+    products = 3 * 2 * share.rank * share.values
+    fp32 = hardware.fp32_share * hardware.peak_fp32
+    narrow = config.parallel.products == "tf32" and hardware.peak_tf32 > 0
+    rate = hardware.fp32_share * hardware.peak_tf32 if narrow else fp32
+    # Gradient + error, both products' reading, P Q^T written, error written.
+    passes = 4 * (3 + 2 + 2 + 3) if config.parallel.error_dtype == "fp32" else 4 * 8 + 2 * 3
+    bandwidth = hardware.bandwidth * hardware.memory_share
+    shapes = Counter(min(shape) for shape in share.compressed)
+    columns = sum(short * count for short, count in shapes.items())
+    # CholeskyQR2: twice a Gram matrix and a triangular solve.
+    flop = 2 * (2 + 1) * columns * share.rank**2
+    orthogonal = len(shapes) * hardware.factor_s + flop / fp32
+    return (
+        Item(
+            "PowerSGD's products",
+            products / rate,
+            f"{products:.3g} FLOP in {'TF32' if narrow else 'fp32'}",
+        ),
+        Item(
+            "PowerSGD's passes",
+            passes * share.values / bandwidth,
+            f"{passes} B x {share.values:,} values",
+        ),
+        Item(
+            "orthogonalisation",
+            orthogonal,
+            f"{len(shapes)} batches, {flop:.3g} fp32 FLOP",
+        ),
+    )
+
+
+def _between(traffic: Traffic, layout: Layout, hardware: Hardware) -> tuple[Item, ...]:
+    """After the backward pass, so exposed; all GPUs of a node share its wire."""
+    names = ("P", "Q", "sent whole", "outer steps")
+    sent = total(i for i in traffic.between if i.name in names) * layout.gpus_per_node
+    rate = hardware.wire / 8 * hardware.wire_share
+    how = f"{sent / 1e9:,.3g} GB of a node at {rate / 1e9:,.3g} GB/s"
+    return (Item("between nodes, exposed", sent / rate, how),)
+
+
+def _optimizer(model: Model, settings: Settings, hardware: Hardware) -> Item:
+    own = padded(model, settings.stage, settings.shards)
+    narrow = 2 if settings.train.moments == "16-bit" else 4
+    # Norm and flat copy of the gradient, AdamW on weight, gradient and moments, parameters.
+    passes = 4 + 8 + (4 + 4 + 2 * narrow) + (4 + 2 * narrow) + 4 + settings.weight_bytes
+    if settings.precision == "fp16":
+        passes += 4 + 8  # finite, unscaled
+    seconds = passes * own / (hardware.bandwidth * hardware.optimizer_share)
+    return Item("optimizer", seconds, f"{passes} B x {own:,.0f} values")
+
+
+def _host(model: Model, settings: Settings, hardware: Hardware, device: float) -> Item:
+    """Launches, and DeepSpeed's hooks: hidden where the device works on while the host goes on."""
+    layers, train = model.transformer.layers, settings.train
+    forward, backward = OPERATIONS[settings.precision]
+    again = train.checkpoint_activations
+    passes = forward * (2 if again else 1) + backward
+    operations = layers * (settings.accumulation * passes + _STEP_OPERATIONS)
+    modules = 0
+    if settings.stage == 3:
+        modules = layers * _MODULES * settings.accumulation * (3 if again else 2)
+    seconds = operations * hardware.launch_s + modules * hardware.module_s
+    exposed = max(0.0, seconds - device) if hardware.asynchronous else seconds
+    how = f"{operations:,} operations, {modules:,} hooks: {seconds:.3g} s of the host"
+    return Item("launches and host, exposed", exposed, how)
+
+
+def _now_and_then(
+    config: Config, model: Model, settings: Settings, layout: Layout, hardware: Hardware
+) -> tuple[Item, ...]:
+    train, bandwidth = settings.train, hardware.bandwidth * hardware.memory_share
+    average = 12 * model.parameters / layout.world / bandwidth / train.ema_every
+    saved = total(checkpoint(config, model, settings)) / layout.world
+    saving = saved / hardware.host_link / train.save_every
+    sampling, tokens = 0.0, model.transformer.image_tokens * len(train.prompts)
+    if train.sample_every and tokens:
+        weights = 2 * model.parameters / (hardware.bandwidth * hardware.decode_share)
+        sampling = tokens * weights / train.sample_every
+    return (
+        Item("moving average", average, f"12 B x its share, every {train.ema_every} steps"),
+        Item("saving", saving, f"{saved / 1e9:.3g} GB to the host, every {train.save_every} steps"),
+        Item("sample images", sampling, f"{tokens:,} tokens, every {train.sample_every} steps"),
+    )
