@@ -19,20 +19,21 @@ from dalle_dist.data.verbs import add_data
 from dalle_dist.distributed.launchers import read_environment
 from dalle_dist.errors import ConfigError, OtherRankError, UserError
 from dalle_dist.evaluate.verbs import add_evaluate
-from dalle_dist.generate.verbs import add_complete, add_generate
+from dalle_dist.generate.verbs import add_complete, add_generate, add_samples
 from dalle_dist.overlap.verbs import add_overlap
+from dalle_dist.plan.verbs import add_plan
 from dalle_dist.serve.verbs import add_serve
 from dalle_dist.stages import STAGES
 
 if TYPE_CHECKING:
     from dalle_dist.distributed.ending import Ending
 
-Handler = Callable[[argparse.Namespace], None]
+Handler = Callable[[argparse.Namespace], int | None]
 PROCESS_GROUP = "dalle_dist.distributed.process_group"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; the exit status is 0, or 2 after one line that says what the user can fix."""
+    """Run one verb; the exit status is 0 or the verb's own, 2 after one line that says the fix."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse cannot take "--flag" between two positional lists: key=value words end up in `rest`.
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     try:
-        options.handler(options)
+        status: int = options.handler(options) or 0
     except OtherRankError:
         return 2
     except UserError as error:
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     process_group = sys.modules.get(PROCESS_GROUP)
     if process_group is not None:
         process_group.shutdown()
-    return 0
+    return status
 
 
 def program() -> NoReturn:
@@ -137,10 +138,12 @@ def build_parser() -> argparse.ArgumentParser:
         )
         verb.set_defaults(train=stage.train)
     _add_encode(verbs)
+    add_plan(verbs)
     _add_configured(verbs, "report", _report, "curves, reconstructions, samples: report.html")
     _add_config(verbs)
     add_generate(verbs)
     add_complete(verbs)
+    add_samples(verbs)
     add_serve(verbs)
     add_evaluate(verbs)
     add_overlap(verbs)

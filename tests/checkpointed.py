@@ -16,6 +16,7 @@ def save_state(state, folder, keep=2):
 
 def save_engine(engine, ranks, folder):
     """The state of an engine alone; all ranks. The path of the checkpoint."""
+    engine.settle()
     engine.refuse_diverged()
     numbers, tensors = engine.transform_state()
     training = {"gradients": numbers, "optimizer_steps": engine.optimizer_steps}

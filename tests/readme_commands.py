@@ -37,7 +37,7 @@ LIMIT = 300  # seconds for one command
 # that README leaves to its reader.
 TRIES = [
     # That each make target does its work is what `make` is for in CI; here it must exist.
-    (r"make (test|bench|demo-image-to-image)", r"make -n -C $ROOT \1"),
+    (r"make (test|bench|demo-image-to-image|rehearse)", r"make -n -C $ROOT \1"),
     (
         r"make demo",
         r"make -C $ROOT demo -o $VENV/ready VENV=$VENV RUN=$PWD/runs/demo DATA=$PWD/data/emoji "
@@ -101,6 +101,17 @@ TRIES = [
     (
         r"train\.init=RELEASE",
         r"dalle-dist train emoji $SMALL paths.run=runs/tuned train.init=runs/demo/release",
+    ),
+    (r"dalle-dist plan 12b .*", r"\g<0>"),
+    (
+        r"dalle-dist samples --follow RUN",
+        r"dalle-dist samples --follow runs/alone 'a red heart'",
+    ),
+    (r"train\.sample_every=0", r"dalle-dist config 1b \g<0>"),
+    (
+        r"parallel\.between_nodes=diloco",
+        r"torchrun --nproc-per-node 2 -m dalle_dist train emoji $SMALL paths.run=runs/diloco "
+        r"train.zero_stage=1 parallel.local_world_size=1 \g<0>",
     ),
     (r"train\.precision=fp16", r"dalle-dist train emoji $SMALL paths.run=runs/fp16 \g<0>"),
     (r"(dalle-dist plot scales) RUN", r"\1 runs/fp16"),

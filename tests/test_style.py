@@ -35,6 +35,7 @@ FLOORS = [
     ["serve"],
     ["metrics"],
     ["evaluation"],
+    ["plan"],
     ["train"],
     ["report"],
     ["evaluate"],

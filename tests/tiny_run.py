@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from dalle_dist.checkpoint.release import save_dvae_release, save_release
-from dalle_dist.config import Config, from_dict, to_yaml
+from dalle_dist.config import Config, from_dict, to_dict, to_yaml
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.text_tokenizer.bpe import train_tokenizer
@@ -55,7 +55,7 @@ def make(folder: Path, parallel: dict[str, object] | None = None, **train: objec
         weights = DVAE(config.dvae).state_dict()
         dvae = save_dvae_release(str(folder / "dvae_run" / "release"), config, weights)
         for part, captions in (("train", CAPTIONS[3:]), ("held-out", CAPTIONS[:3])):
-            _write_tokens(config, f"{config.paths.tokens}/{part}", captions, dvae)
+            write_tokens(config, f"{config.paths.tokens}/{part}", captions, dvae)
     return config
 
 
@@ -70,7 +70,7 @@ def write_config(config: Config, path: Path) -> str:
     return str(path)
 
 
-def _write_tokens(config: Config, folder: str, captions: list[str], dvae: str) -> None:
+def write_tokens(config: Config, folder: str, captions: list[str], dvae: str) -> None:
     """Codes that the caption decides: channel the upper half, thing the lower one."""
     meta = {
         "image_tokenizer": dvae,

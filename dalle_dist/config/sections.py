@@ -16,6 +16,8 @@ from dalle_dist.choices import (
     GuidanceSchedule,
     MaskPattern,
     MaskVariant,
+    OuterDtype,
+    ProductFormat,
     RankOf,
 )
 from dalle_dist.config.options import option
@@ -293,8 +295,9 @@ class ParallelConfig:
     between_nodes: BetweenNodes = option(
         "zero",
         "zero = ZeRO over all ranks; dense and powersgd = ZeRO inside each node, and between nodes "
-        "the mean of the gradients, whole or compressed by PowerSGD",
-        source="ours; powersgd: paper 2.5, E",
+        "the mean of the gradients, whole or compressed by PowerSGD; diloco = ZeRO inside each "
+        "node, nodes train apart and average their weights every parallel.outer_every steps",
+        source="ours; powersgd: paper 2.5, E; diloco: arXiv 2311.08105",
     )
     local_world_size: int = option(
         0, "ranks that count as a node; 0 = those of one host name", unit="ranks", at_least=0
@@ -329,8 +332,22 @@ class ParallelConfig:
         "number format of PowerSGD's error buffers",
         source="ours; 1-6-9: paper E",
     )
+    products: ProductFormat = option(
+        "tf32",
+        "number format of the factors in PowerSGD's products on GPUs that have it; what it loses "
+        "stays in the error buffers",
+        source="ours",
+    )
     warm_start: bool = option(
         False, "begin each step with the Q of the last one instead of a fixed random one"
+    )
+    refresh_every: int = option(
+        0,
+        "before each step that this divides, PowerSGD's Q becomes an orthonormal basis of what the "
+        "last step found; helps at 1 and 2 alone, where a fixed Q does not converge; 0 = never",
+        unit="steps",
+        source="after arXiv 2509.11254",
+        at_least=0,
     )
     start_step: int = option(
         0, "PowerSGD averages whole gradients before this step", unit="steps", at_least=0
@@ -340,4 +357,27 @@ class ParallelConfig:
         "PowerSGD averages whole gradients at every step that this divides; 0 = never",
         unit="steps",
         at_least=0,
+    )
+    outer_every: int = option(
+        50,
+        "with diloco, steps that each node makes by itself between two outer steps; a save, a "
+        "validation and samples bring one forward",
+        unit="steps",
+        source="ours; arXiv 2311.08105: 500",
+        at_least=1,
+    )
+    outer_lr: float = option(
+        0.7, "learning rate of diloco's outer steps", source="arXiv 2311.08105", above=0
+    )
+    outer_momentum: float = option(
+        0.9,
+        "Nesterov momentum of diloco's outer steps",
+        source="arXiv 2311.08105",
+        at_least=0,
+        below=1,
+    )
+    outer_dtype: OuterDtype = option(
+        "bf16",
+        "communication dtype of diloco's outer steps; int8 = with one scale for 1,024 values",
+        source="ours",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from dalle_dist.choices import AdamWBackend, Moments, Precision, Skip, ZeROStage
+from dalle_dist.choices import AdamWBackend, EMAPlace, Moments, Precision, Skip, ZeROStage
 from dalle_dist.config.options import inherited, option, required
 
 
@@ -37,6 +37,12 @@ class StageConfig:
     ema_every: int = required(
         "steps between two updates of the moving average", unit="steps", at_least=1
     )
+    ema_on: EMAPlace = option(
+        "device",
+        "where a rank keeps its share of the moving average: device = beside the weights, which "
+        "takes 4 bytes a parameter over all ranks together; host = in main memory, for a GPU that "
+        "holds a large model alone",
+    )
     precision: Precision = required("number format of training")
     zero_stage: ZeROStage = required(
         "ZeRO stage: what DeepSpeed shards over ranks; 0 = nothing, 1 = optimizer state, "
@@ -51,7 +57,10 @@ class StageConfig:
         "steps between two evaluations on held-out samples", unit="steps", at_least=1
     )
     sample_every: int = required(
-        "steps between two sheets of sample images", unit="steps", at_least=1
+        "steps between two sheets of sample images; 0 = none, for a model that is too large to "
+        "draw while all its ranks wait: dalle-dist samples --follow RUN does it beside them",
+        unit="steps",
+        at_least=0,
     )
     save_every: int = required("steps between two checkpoints", unit="steps", at_least=1)
     keep: int = required("newest checkpoints that are kept", unit="checkpoints", at_least=1)
@@ -72,6 +81,13 @@ class StageConfig:
         "fp16, and means between nodes: what a resblock with gradients that are not finite loses: "
         "the whole optimizer step, or its own part of it",
         source="paper 2.4",
+    )
+    skip_budget: int = option(
+        10,
+        "steps whose loss is not finite that a run may skip; each is logged with its samples, and "
+        "one more ends the run",
+        unit="steps",
+        at_least=0,
     )
     moments: Moments = option(
         "fp32",

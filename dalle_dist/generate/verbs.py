@@ -44,6 +44,28 @@ def add_complete(verbs: argparse._SubParsersAction) -> None:
     verb.set_defaults(handler=_complete)
 
 
+def add_samples(verbs: argparse._SubParsersAction) -> None:
+    text = "draw a run's prompts from its newest checkpoint, beside the training or after it"
+    verb = verbs.add_parser("samples", help=text, description=text)
+    verb.add_argument("run", metavar="RUN", help="a run folder, local or remote")
+    verb.add_argument("prompts", nargs="*", metavar="PROMPT", help="instead of train.prompts")
+    verb.add_argument(
+        "--follow", action="store_true", help="and from each that comes, until the run's last step"
+    )
+    verb.add_argument(
+        "--every", type=float, default=30.0, metavar="SECONDS", help="between two looks (30)"
+    )
+    verb.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="the average (default), or not"
+    )
+    verb.add_argument(
+        "--precision",
+        choices=get_args(GeneratePrecision),
+        help="of the layers (default: bf16 where the hardware computes in it, else fp32)",
+    )
+    verb.set_defaults(handler=_samples)
+
+
 def _add_prompts(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("prompts", nargs="*", metavar="PROMPT")
     verb.add_argument("--prompts", dest="file", metavar="FILE", help="a text file, one per line")
@@ -81,6 +103,21 @@ def add_sampling(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--batch-size", type=int, default=64, help="images generated at once")
     verb.add_argument(
         "--precision", choices=get_args(GeneratePrecision), default="fp32", help="default fp32"
+    )
+
+
+def _samples(options: argparse.Namespace) -> None:
+    from dalle_dist.distributed.process_group import device_of
+    from dalle_dist.generate.samples import Drawing, draw
+    from dalle_dist.precision.hardware import computes_in_bf16
+
+    device = device_of()
+    precision = options.precision or ("bf16" if computes_in_bf16(device) else "fp32")
+    prompts = tuple(options.prompts)
+    draw(
+        Drawing(options.run, prompts, options.weights, precision, device),
+        options.follow,
+        options.every,
     )
 
 

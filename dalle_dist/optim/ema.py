@@ -18,10 +18,11 @@ class EMA:
     every 25 steps the bound is reached after 22,000 steps (paper B.2 has 430,000).
 
     Args:
-        device: where the average is kept; None: where the weights are.
+        device: where the average is kept; None: where the weights are. Each rank keeps its share
+            alone, so that all of a run's ranks together hold one average.
     """
 
-    def __init__(self, decay: float, device: str | None = "cpu") -> None:
+    def __init__(self, decay: float, device: str | None = None) -> None:
         self.decay = decay
         self.updates = 0
         self._device = device

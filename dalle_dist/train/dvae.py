@@ -29,7 +29,6 @@ from dalle_dist.engine.interface import Engine
 from dalle_dist.errors import DataError
 from dalle_dist.metrics.reconstruction import reconstruct
 from dalle_dist.optim.dvae_schedule import DVAESchedule
-from dalle_dist.optim.ema import EMA
 from dalle_dist.precision.hardware import decided
 from dalle_dist.train.banner import dvae_schedule, unfinished
 from dalle_dist.train.data import training_order
@@ -154,10 +153,6 @@ class DVAEStage(Stage):
             "schedule": dvae_schedule(self.config.dvae_train),
             "warning": unfinished(self.config.dvae_train),
         }
-
-    def ema(self) -> EMA:
-        # Folded in at each step: a copy to the host would cost more than the average itself.
-        return EMA(self.settings.ema, device=None)
 
 
 def dvae_engine(model: LossDVAE, settings: StageConfig, ranks: Ranks, seed: int = 0) -> Engine:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,13 +17,17 @@ from dalle_dist.checkpoint.manifest import read_manifest
 from dalle_dist.checkpoint.save import Saver
 from dalle_dist.config import Config, StageConfig
 from dalle_dist.data.loader import MicroBatches, batches
+from dalle_dist.data.notes import Notes
 from dalle_dist.distributed import process_group
 from dalle_dist.distributed.process_group import Ranks
-from dalle_dist.errors import ConfigError, UserError
+from dalle_dist.engine.deepspeed.known_step import check_known_step
+from dalle_dist.errors import ConfigError
 from dalle_dist.train import banner
-from dalle_dist.train.data import Amiss, in_flight
+from dalle_dist.train.data import NAMED, Amiss, in_flight
+from dalle_dist.train.optimizer_step import Made, OptimizerSteps
 from dalle_dist.train.release import write_release
 from dalle_dist.train.run import Run
+from dalle_dist.train.skips import LastNorm, Skips, samples_of
 from dalle_dist.train.speed import Speed
 from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
@@ -105,11 +108,18 @@ class _Loop:
     def __init__(self, stage: Stage, ranks: Ranks, run: Run) -> None:
         self.stage, self.settings, self.ranks, self.run = stage, stage.settings, ranks, run
         self.speed = Speed(stage, ranks)
+        check_known_step(self.settings, ranks)
         torch.manual_seed(stage.config.seed)
         self.engine = stage.build_engine(ranks)
         self.schedule = stage.schedule()
         self.state = TrainingState(
-            stage.identity, ranks, self.engine, stage.ema(), self.schedule, stage.progress()
+            stage.identity,
+            ranks,
+            self.engine,
+            stage.ema(),
+            self.schedule,
+            stage.progress(),
+            Skips(run.path, self.settings.section, self.settings.skip_budget),
         )
         self.saver = Saver(
             run.checkpoints,
@@ -119,10 +129,15 @@ class _Loop:
             self.settings.keep_every,
             run.fence,
         )
+        self.norm = LastNorm(run.path, self.settings.section)
         self.amiss = Amiss(ranks, stage.config.data.bad_shards)
         self._micro_batch = self.settings.batch_size // (ranks.world * self.engine.accumulation)
         self._epoch: dict[str, float] = {}  # of an epoch that has ended, for the next log line
         self._saved = -1  # the step that was saved last
+        # Weights whose loss is not finite may be past help: what is due waits for one that is.
+        self._trusted, self._owed = True, False
+        self.planned, self._logged = stage.planned(ranks), 0
+        self._average_owed = False
 
     def run_to_the_end(self, resume: str | None, new_epoch: bool) -> None:
         try:
@@ -133,7 +148,7 @@ class _Loop:
 
     def _train(self, resume: str | None, new_epoch: bool) -> None:
         self._restore(resume, new_epoch)
-        rows = self._banner()
+        rows, self._logged = self._banner(), self.state.step
         self.run.open()
         if resume is not None:
             self.run.rewind(self.state.step)
@@ -142,15 +157,18 @@ class _Loop:
             self._say_what_is_trained(rows)
             self._try_saving()
             self._run_steps()
+        self.norm.check()
         self.saver.wait()
         self.ranks.on_main(self.run.fence)  # no save is begun for a run that another took over
-        if self._saved != self.state.step:
+        complete = self.state.step == self.settings.steps
+        if self._saved != self.state.step and (self._trusted or complete):
             self._save()
         self.saver.wait()
         self._sync()
         if self.state.step < self.settings.steps:
             self.run.say(f"stopped at step {self.state.step}; --resume auto goes on")
         else:
+            self.state.skips.refuse_most()
             self._finish()
 
     def _say_what_is_trained(self, rows: str) -> None:
@@ -182,18 +200,25 @@ class _Loop:
 
     def _run_steps(self) -> None:
         stop, bar = StopRequest(), self.run.progress(self.settings.steps, self.state.step)
-        micro_batches = self._micro_batches()
+        incoming = Notes()
+        micro_batches = self._micro_batches(incoming)
         try:
-            while self.state.step < self.settings.steps and not self._stops(stop):
-                self._after_step(self._step(micro_batches), bar)
+            steps = OptimizerSteps(
+                self.stage,
+                self.engine,
+                self.ranks,
+                micro_batches,
+                incoming,
+                self.amiss.notes,
+                lambda: stop.asked or self.saver.failed or self.run.lost,
+            )
+            while self.state.step < self.settings.steps and not steps.stopped:
+                self._after_step(self._step(steps), bar)
         except RuntimeError as error:  # torch's, of a loader process that ended, comes at any time
             raise micro_batches.failure(error) or error from None
         bar.close()
 
-    def _stops(self, stop: StopRequest) -> bool:
-        return stop.agreed(self.ranks, self.saver.failed or self.run.lost)
-
-    def _micro_batches(self) -> MicroBatches:
+    def _micro_batches(self, notes: Notes) -> MicroBatches:
         """This rank's, from the first that is not trained on yet, without end."""
         settings, ranks = self.settings, self.ranks
         return batches(
@@ -205,42 +230,57 @@ class _Loop:
             start=self.state.progress.samples,
             workers=self.stage.config.data.workers,
             collate=self.stage.collate,
-            notes=self.amiss.notes,
+            notes=notes,
             pin_memory=ranks.device.type == "cuda",
         )
 
-    def _step(self, stream: Iterator[Any]) -> dict[str, float]:
+    def _step(self, steps: OptimizerSteps) -> dict[str, float]:
         """One optimizer step; the loss is that of the global batch, on any number of ranks."""
         began, step = time.perf_counter(), self.state.step + 1
-        micro_batches = [next(stream) for _ in range(self.engine.accumulation)]
-        waited = time.perf_counter() - began
-        counts = self.stage.counts(micro_batches)
-        counts = self.ranks.sum(counts) if counts else []
-        terms = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        for micro_batch in micro_batches:
-            loss, shares = self.stage.loss(self.engine, micro_batch, counts, step)
-            self.engine.backward(loss)
-            terms = terms + shares.detach().double()
-        lr = self.schedule.rate(step)
-        norm = self.engine.step(lr, measure=self._due(step, self.settings.log_every))
-        numbers = self.stage.numbers(self.ranks.sum(terms.tolist()), step)
-        self._finished(numbers["loss"], norm)
-        self.speed.add(time.perf_counter() - began, waited)
-        return numbers | {"lr": lr, "grad_norm": norm}
+        lr, last = self.schedule.rate(step), step == self.settings.steps
+        logged = self._due(step, self.settings.log_every)
+        made = steps.make(step, lr, logged, last)
+        self.norm.check()  # of the step before, which is there without a wait by now
+        self.norm.take(made.norm, step, made.skipped)
+        self._finished(made)
+        if logged or self._due(step, self.settings.save_every):
+            self.norm.check()
+        self.speed.add(time.perf_counter() - began, made.waited)
+        norm = made.norm.item() if logged and self._trusted else math.nan
+        return made.numbers | {"lr": lr, "grad_norm": norm}
 
-    def _finished(self, loss: float, norm: float) -> None:
+    def _finished(self, made: Made) -> None:
+        loss = made.numbers["loss"]
+        self._trusted = math.isfinite(loss)
+        if not self._trusted:
+            self._name_samples(made)
         self.state.step += 1
         self.state.progress.samples += self.settings.batch_size
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise UserError(
-                f"{self.run.path}: loss {loss:g}, gradient norm {norm:g} at step "
-                f"{self.state.step}; resume from the last checkpoint with a lower "
-                f"{self.settings.section}.lr"
-            )
-        self.schedule.observe(self.state.step, loss)
-        last = self.state.step == self.settings.steps  # a release is no older than its run
-        if self.state.step % self.settings.ema_every == 0 or last:
+        self.state.skips.add(made.skipped, not self._trusted)
+        if self._trusted:
+            self.schedule.observe(self.state.step, loss)
+        self._average()
+
+    def _name_samples(self, made: Made) -> None:
+        """Log the samples of the micro-batches whose loss is not finite; a collective call."""
+        dataset, first = self.stage.datasets[0], self.state.progress.samples
+        named = samples_of(dataset, made.suspects, first, self._micro_batch, self.ranks)
+        step = self.state.step + 1
+        self.run.note(step, bad_samples=named)
+        shown = f"{'; '.join(named[:NAMED])}{'; ...' if len(named) > NAMED else ''}"
+        self.run.say(f"step {step}: the loss is not finite, skipped; its samples: {shown}")
+
+    def _average(self) -> None:
+        """Take the weights into the moving average, if that is due and nodes have the same ones."""
+        settings, step = self.settings, self.state.step
+        used = (settings.save_every, settings.eval_every, settings.sample_every)
+        if any(self._due(step, every) for every in used) or step == settings.steps:
+            self.engine.settle()
+        # A release is no older than its run.
+        self._average_owed |= step % settings.ema_every == 0 or step == settings.steps
+        if self._average_owed and self.engine.settled:
             self.state.ema.update(self.engine.weights())
+            self._average_owed = False
 
     def _after_step(self, numbers: dict[str, float], bar: tqdm) -> None:
         """Save first: a failure in a measure or an image must not cost a checkpoint."""
@@ -250,9 +290,12 @@ class _Loop:
         if self._due(step, settings.log_every):
             speed = self.speed.numbers(step, self.state.progress)
             self.run.log(step, **numbers, **speed, **self.engine.telemetry(), **self._epoch)
-            self._epoch = {}
+            for row in self.planned.beside(step - self._logged, speed):
+                self.run.say(row)
+            self._epoch, self._logged = {}, step
             bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
-        if self._due(step, settings.save_every):
+        self._owed |= self._due(step, settings.save_every)
+        if self._owed and self._trusted:
             self._save()
         self._measure()
 
@@ -282,11 +325,11 @@ class _Loop:
             self._measure()
 
     def _due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step == self.settings.steps
+        return every > 0 and (step % every == 0 or step == self.settings.steps)
 
     def _save(self) -> None:
         self.state.save(self.saver)
-        self._saved = self.state.step
+        self._saved, self._owed = self.state.step, False
         self._sync()
 
     def _sync(self) -> None:
@@ -329,6 +372,7 @@ class _Loop:
             "batch": f"{settings.batch_size:,} = {self._micro_batch} x {self.ranks.world:,} ranks "
             f"x {self.engine.accumulation} accumulated",
             "length": banner.length(settings.steps, settings.batch_size, samples),
+            "plan": str(self.planned),
             "from": "the start" if not self.state.step else f"step {self.state.step:,}",
         }
         return f"training the {stage.title}\n{banner.table(rows)}"

@@ -163,13 +163,20 @@ class Run:
         if self._wandb is not None:
             self._wandb.log(dict(single(numbers)), step=step)
 
+    def note(self, step: int, **facts: Any) -> None:
+        """One line of log.jsonl alone: what is not numbers."""
+        if self.main and self._log is not None:
+            line = {"step": step, "time": round(time.time(), 3), **facts}
+            self._log.write(json.dumps(line) + "\n")
+
     def lines(self) -> list[dict[str, Any]]:
         """Those of the log so far, also those of before a resume; empty but on rank 0."""
         return read_log(self.folder) if self.main else []
 
     def measured(self, step: int) -> bool:
         """Whether the log has what an evaluation after this step found; on rank 0 alone."""
-        return any(line["step"] == step and "loss" not in line for line in self.lines())
+        others = {"loss", "bad_samples"}
+        return any(line["step"] == step and not others & line.keys() for line in self.lines())
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """samples/step-00001000-NAME.png, and the same image to TensorBoard."""

@@ -18,6 +18,7 @@ from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.interface import Engine
 from dalle_dist.optim.ema import EMA
 from dalle_dist.train.data import Progress
+from dalle_dist.train.planned import Planned
 from dalle_dist.train.state import Identity, TrainingState
 
 
@@ -137,6 +138,10 @@ class Stage(ABC):
     def banner(self, ranks: Ranks, parameters: int) -> dict[str, str]:
         """What the run says of itself before its first step: rows of name and text."""
 
+    def planned(self, ranks: Ranks) -> Planned:
+        """What this run was expected to take; a collective call."""
+        return Planned(None)
+
     @property
     def identity(self) -> Identity:
         """What a checkpoint to go on from must have in common with this run."""
@@ -155,4 +160,4 @@ class Stage(ABC):
         return Progress.start(self.datasets[0], self.settings)
 
     def ema(self) -> EMA:
-        return EMA(self.settings.ema)
+        return EMA(self.settings.ema, "cpu" if self.settings.ema_on == "host" else None)

@@ -1,7 +1,8 @@
 """What a checkpoint of any stage holds, and who may go on from it.
 
 Tensors by kind (`checkpoint/save.py` writes them): `weights`, `exp_avg` and `exp_avg_sq` of AdamW,
-`average`, and PowerSGD's `error` and `q`. The rest is in the manifest (`checkpoint/manifest.py`).
+`average`, PowerSGD's `error` and `q`, and DiLoCo's `outer_momentum`. The rest is in the manifest
+(`checkpoint/manifest.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.gradients.piece import Piece, ReadPieces, assemble, name_and_start
 from dalle_dist.optim.ema import EMA
 from dalle_dist.train.data import Progress
+from dalle_dist.train.skips import Skips
 
 T = TypeVar("T")
 
@@ -70,8 +72,9 @@ class TrainingState:
         ema: EMA,
         schedule: Stateful,
         progress: Progress,
+        skips: Skips | None = None,
     ) -> None:
-        self.progress = progress
+        self.progress, self.skips = progress, skips or Skips("", "train", 0)
         self.identity, self.ranks, self.engine = identity, ranks, engine
         self.ema, self.schedule = ema, schedule
         self.step = 0  # finished
@@ -82,6 +85,7 @@ class TrainingState:
         Raises CheckpointError on all ranks: the save before came to nothing on one, or the nodes'
         weights differ.
         """
+        self.engine.settle()
         self.engine.refuse_diverged()
         numbers, tensors = self.engine.transform_state()
         kinds = self.engine.state() | tensors
@@ -117,6 +121,7 @@ class TrainingState:
             restoring.steps = saved["optimizer_steps"]
         self.ranks.together(lambda: self.engine.load_transform_state(saved["gradients"], read))
         self.schedule.load_state_dict(saved["schedule"])
+        self.skips.load_state_dict(saved.get("skips", {"bad_losses": 0}))
         self.ranks.together(lambda: self._load_average(checkpoint, saved["ema_updates"], read))
         self.step = saved["step"]
         return self._restored(manifest, time.perf_counter() - began)
@@ -184,6 +189,7 @@ class TrainingState:
             "schedule": self.schedule.state_dict(),
             "data": self.progress.state_dict(),
             "ema_updates": self.ema.updates,
+            "skips": self.skips.state_dict(),
             "optimizer_steps": self.engine.optimizer_steps,
             "gradients": numbers,
             "shapes": self.engine.shapes,

@@ -1,12 +1,10 @@
-"""Stop in good order: a signal to any rank is agreed on by all ranks between two steps."""
+"""Stop in good order: a signal to any rank is agreed on by all ranks in the step it comes in."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from typing import Any
-
-from dalle_dist.distributed.process_group import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -19,11 +17,6 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._ask)
-
-    def agreed(self, ranks: Ranks, failed: bool = False) -> bool:
-        """Whether any rank was asked to stop, or failed; a collective call, the same on all."""
-        stop = self.asked or failed
-        return ranks.any(stop) if ranks.world > 1 else stop
 
     def _ask(self, number: int, _frame: Any) -> None:
         if self.asked and number == signal.SIGINT:

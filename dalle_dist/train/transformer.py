@@ -34,11 +34,12 @@ from dalle_dist.train.captions import Captions
 from dalle_dist.train.data import training_order
 from dalle_dist.train.flop import transformer_flop
 from dalle_dist.train.loop import train_stage
+from dalle_dist.train.planned import Planned
 from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
-from dalle_dist.transformer.layout import counted_text_targets
+from dalle_dist.transformer.layout import counted_indices
 from dalle_dist.transformer.loss import weighted
-from dalle_dist.transformer.loss_model import loss_transformer
+from dalle_dist.transformer.loss_model import unmade_transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -106,7 +107,7 @@ class TransformerStage(Stage):
     def build_engine(self, ranks: Ranks) -> Engine:
         config = self.config
         return build_engine(
-            loss_transformer(config),
+            unmade_transformer(config),
             self.settings,
             ranks,
             parallel=config.parallel,
@@ -121,13 +122,14 @@ class TransformerStage(Stage):
 
     def counts(self, micro_batches: Sequence[TokenSample]) -> list[float]:
         """Text targets: captions differ in length, so ranks and micro-batches differ in weight."""
-        return [float(sum(int(counted_text_targets(batch.text).sum()) for batch in micro_batches))]
+        return [float(sum(len(counted_indices(batch.text)) for batch in micro_batches))]
 
     def loss(
         self, engine: Engine, micro_batch: TokenSample, counts: Sequence[float], step: int
     ) -> tuple[Tensor, Tensor]:
         device = next(engine.module.parameters()).device
-        text, _, image, *_ = engine(*(part.to(device, non_blocking=True) for part in micro_batch))
+        inputs = (*micro_batch, counted_indices(micro_batch.text))
+        text, _, image, *_ = engine(*(part.to(device, non_blocking=True) for part in inputs))
         images = self.settings.batch_size * self.config.transformer.image_tokens
         # No text target is left where all captions of a step were dropped.
         text, image = text / max(counts[0], 1), image / images
@@ -176,6 +178,9 @@ class TransformerStage(Stage):
             "schedule": banner.schedule(settings),
             "captions": str(self._captions) if ranks.rank == 0 else "",
         }
+
+    def planned(self, ranks: Ranks) -> Planned:
+        return Planned.of(self.config, ranks)
 
     def data_measures(self, ranks: Ranks) -> dict[str, float]:
         return self._captions.measures if ranks.rank == 0 else {}

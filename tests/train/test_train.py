@@ -128,13 +128,13 @@ def _counts(config: Config) -> list[int]:
 
 
 def train_and_stop(ranks, config):
-    """Rank 1 alone gets a signal after update 4; the run goes on in the same processes."""
+    """Rank 1 alone gets a signal before update 4; the run goes on in the same processes."""
     warnings.simplefilter("ignore")
     finished = loop._Loop._finished
 
-    def with_signal(self, total, norm):
-        finished(self, total, norm)
-        if self.state.step == 4 and ranks.rank == 1:
+    def with_signal(self, made):
+        finished(self, made)
+        if self.state.step == 3 and ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
     loop._Loop._finished = with_signal
