@@ -4,6 +4,7 @@
 # make test   all quick tests            make check   lint, format, types
 # make test-one-unit-off   the same, as on a processor with another square root
 # make test-slow   the slower proofs     make bench   the figures in benchmarks/results
+# make rehearse   the 12B run with all its options, narrow: trained, killed, gone on with, released (part of test-slow)
 # make test-deepspeed-matrix   what is asked of DeepSpeed, under each version of engine/deepspeed/versions.py
 
 VENV := .venv
@@ -23,7 +24,7 @@ SET := paths.images=$(DATA) paths.tokens=$(DATA)-tokens paths.tokenizer=$(DATA)/
        paths.dvae_run=$(RUN)-dvae paths.run=$(RUN) \
        paths.clip_run=$(RUN)-clip $(EXTRA)
 
-.PHONY: demo demo-short demo-image-to-image test test-slow test-one-unit-off test-deepspeed-matrix check format docs bench clean
+.PHONY: demo demo-short demo-image-to-image rehearse test test-slow test-one-unit-off test-deepspeed-matrix check format docs bench clean
 .DELETE_ON_ERROR:
 
 demo: $(RUN)/report.html $(RUN)/evaluation/report.html
@@ -80,6 +81,9 @@ test: $(VENV)/triton $(VENV)/peers
 test-slow: $(VENV)/triton $(VENV)/peers
 	$(PYTEST) -m "slow and not gpu"
 
+rehearse: $(VENV)/ready
+	$(BIN)/python -m pytest tests/train/test_rehearsal.py
+
 # As on a processor whose square root of vectors is one unit off in the last place.
 test-one-unit-off: $(VENV)/triton
 	PYTHONPATH=$(CURDIR)/tests/one_unit_off $(PYTEST) -m "not slow and not gpu"
@@ -116,6 +120,9 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.precision --threads=1
 	$(BIN)/python -m benchmarks.precision_cost
 	$(BIN)/python -m benchmarks.powersgd_math
+	$(BIN)/python -m benchmarks.gradient_path --threads=1
+	$(BIN)/python -m benchmarks.plan --threads=1
+	$(BIN)/python -m benchmarks.on_paper
 	$(BIN)/python -m benchmarks.powersgd_network --threads=1
 	$(BIN)/python -m benchmarks.fid --threads=1
 	$(BIN)/python -m benchmarks.data --threads=1

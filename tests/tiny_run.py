@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from dalle_dist.checkpoint.release import save_dvae_release, save_release
-from dalle_dist.config import Config, from_dict, to_dict, to_yaml
+from dalle_dist.config import Config, from_dict, to_yaml
 from dalle_dist.data.shards import ShardWriter
 from dalle_dist.dvae.model import DVAE
 from dalle_dist.text_tokenizer.bpe import train_tokenizer

@@ -53,9 +53,7 @@ def all_weights(ranks, cases):
     return [weights(ranks, case) for case in cases]
 
 
-@pytest.mark.parametrize(
-    "world", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))]
-)
+@pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_every_stage_and_world_starts_from_the_weights_of_one_process(world):
     cases = [case for case in CASES if case[2] == "zero" or world > 1]
     found = run_distributed(all_weights, world, cases)[0]

@@ -37,7 +37,8 @@ WITHIN = 0.05
             [
                 "train.zero_stage=3", "train.precision=bf16", "parallel.between_nodes=powersgd",
                 "parallel.local_world_size=2", "train.moments=16-bit",
-                "train.checkpoint_activations=true",
+                "train.checkpoint_activations=true", "transformer.layers=8",
+                "transformer.width=256", "transformer.heads=4",
             ],
         ),
     ],

@@ -7,6 +7,7 @@ import pytest
 import tiny_run
 import torch.distributed as dist
 
+from dalle_dist.config import from_dict, to_dict
 from dalle_dist.testing import run_distributed
 from dalle_dist.train import transformer as program
 from dalle_dist.train.optimizer_step import OptimizerSteps
@@ -51,7 +52,7 @@ def test_a_start_takes_few_calls_of_all_ranks_and_no_more_for_more_layers(tmp_pa
     parallel = {"between_nodes": "powersgd", "local_world_size": 2, "rank": 4, "rank_of": "shard"}
     config = tiny_run.make(tmp_path, parallel, zero_stage=3, precision="fp16", prompts=[])
     shape = {**vars(config.transformer), "layers": layers}
-    config = tiny_run.from_dict({**tiny_run.to_dict(config), "transformer": shape})
+    config = from_dict({**to_dict(config), "transformer": shape})
     found = run_distributed(calls, 4, config)[0]
     assert sum(found.values()) <= 120, found
     assert found["new_group"] <= 4, found
