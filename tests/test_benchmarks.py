@@ -18,6 +18,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 MAY_BE_ZERO = {
     "steps skipped",
+    "by Householder, 20 steps",
     "gradient underflow, worst resblock",
     "gradient underflow, all resblocks",
     "error / exact distance",

@@ -143,9 +143,8 @@ class DeepSpeedEngine:
             optimizer.frozen = ()
         if plain is not None:
             return plain
-        if getattr(
-            self._engine.optimizer, "overflow", False
-        ):  # it has seen a norm and gone no further
+        # DeepSpeed looks at the norm, and goes no further where it is not finite.
+        if getattr(self._engine.optimizer, "overflow", False):
             return torch.tensor(math.inf)
         return torch.as_tensor(self._engine.get_global_grad_norm())
 
