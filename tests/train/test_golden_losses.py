@@ -194,7 +194,7 @@ SMALL_CHANGES = {
         {"lr": 1.99e-3}, {"warmup": 3}, {"beta1": 0.899}, {"beta2": 0.959}, {"eps": 1e-6},
         {"weight_decay": 0.4}, {"clip": 1.79}, {"text_loss": 0.1251}, {"plateau_gain": 0.01},
     ],
-    "bf16-zero2": [{"text_loss": 0.126}, {"beta2": 0.92}, {"clip": 1.2}],
+    "bf16-zero2": [{"text_loss": 0.126}, {"beta2": 0.92}, {"beta1": 0.86}],
     "fp16-zero2": [{"text_loss": 0.1255}, {"beta2": 0.95}, {"clip": 1.7}],
     "fp16-powersgd-zero2": [{"text_loss": 0.1255}, {"beta2": 0.95}, {"clip": 1.7}],
     "fp16-powersgd-zero3": [{"text_loss": 0.1255}, {"beta2": 0.95}, {"clip": 1.7}],
