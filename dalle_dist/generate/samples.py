@@ -26,7 +26,7 @@ from dalle_dist.generate.grid import sample_grid
 from dalle_dist.image_tokenizer.registry import load_configured
 from dalle_dist.text_tokenizer.registry import load_text_tokenizer
 from dalle_dist.transformer.protocol import TextImageTransformer
-from dalle_dist.transformer.registry import build_transformer
+from dalle_dist.transformer.registry import build_transformer, with_weights
 
 NAME = "samples"
 
@@ -78,14 +78,11 @@ def load_model(
     config: Config, state: LazyTensors, precision: str, device: torch.device
 ) -> TextImageTransformer:
     """A frozen model on `device`, filled tensor by tensor; its layers in 16 bits, if asked for."""
-    with torch.device("meta"):
-        model = build_transformer(config)
     weights = {}
     for name in state:
         dtype = DTYPES[precision] if name.startswith("blocks.") else torch.float32
         weights[name] = state[name].to(device, dtype)
-    model.load_state_dict(weights, assign=True)
-    return model.eval().requires_grad_(False)
+    return with_weights(lambda: build_transformer(config), weights).requires_grad_(False)
 
 
 def _draw_step(drawing: Drawing, config: Config, step: int) -> str:

@@ -34,6 +34,7 @@ from dalle_dist.gradients.scaling import Telemetry
 from dalle_dist.gradients.transform import GradientTransform, SkipDecision
 from dalle_dist.optim.outer import MOMENTUM, OuterSGD
 from dalle_dist.precision.hardware import computes_in_bf16
+from dalle_dist.transformer.registry import with_weights
 
 
 class DeepSpeedEngine:
@@ -241,7 +242,7 @@ class DeepSpeedEngine:
             self._engine.train()
         else:
             state = self._gather()
-            yield _filled(build, state) if main else None
+            yield with_weights(build, state) if main else None
         self._ranks.barrier()
 
     def _gather(self) -> dict[str, Tensor]:
@@ -270,13 +271,6 @@ class DeepSpeedEngine:
                 "the nodes' weights differ, which their all-reduces should make impossible; resume "
                 "from the last checkpoint, and look for hardware that is not like the rest"
             )
-
-
-def _filled(build: Callable[[], nn.Module], state: dict[str, Tensor]) -> nn.Module:
-    with torch.device("meta"):
-        model = build()
-    model.load_state_dict(state, assign=True)
-    return model.eval()
 
 
 def _norm(module: nn.Module) -> Tensor:
