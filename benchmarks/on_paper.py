@@ -145,10 +145,10 @@ def _count(said: Sequence[Said], *members: int) -> int:
     return sum(one.members in members for one in said)
 
 
-def _sent(said: Sequence[Said], members: Sequence[int], dtype: str = "") -> float:
+def _sent(said: Sequence[Said], members: Sequence[int]) -> float:
     """Bytes that this rank sends, by rings."""
     passes = {"all_reduce": 2}
-    found = (one for one in said if one.members in members and dtype in ("", one.dtype))
+    found = (one for one in said if one.members in members)
     return sum(
         passes.get(one.kind, 1) * one.bytes * (one.members - 1) / one.members for one in found
     )
