@@ -97,7 +97,7 @@ def one_update(layers: int, ranks: Ranks) -> Callable[[], object]:
     world = dist.group.WORLD
     assert world is not None
     # Two nodes by its word, so that it compresses; one process, so that nothing is sent.
-    groups = Groups(world, world, node=0, shard_rank=0, nodes=2, local_world_size=1)
+    groups = Groups(world, world, node=0, shard_rank=0, nodes=2, local_world_size=1, alone=world)
     mean = NodeMean(resblocks, groups, ranks, rank=RANK, cuts=1, seed=0, options=PowerSGDOptions())
     scaling = BlockScaling(BlockScales(2 * layers, 1, ranks.device), resblocks, ranks)
     transform = GradientTransform(resblocks, ranks, "block", scaling, mean)

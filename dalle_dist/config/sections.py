@@ -349,6 +349,12 @@ class ParallelConfig:
         source="after arXiv 2509.11254",
         at_least=0,
     )
+    overlap: bool = option(
+        True,
+        "with dense and powersgd under ZeRO-3, send gradients between nodes while the backward "
+        "pass goes on; False: after it. The result is the same",
+        source="ours",
+    )
     start_step: int = option(
         0, "PowerSGD averages whole gradients before this step", unit="steps", at_least=0
     )

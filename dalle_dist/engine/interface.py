@@ -68,10 +68,12 @@ class Engine(Protocol):
     def __call__(self, *inputs: Any) -> Tensor:
         """Forward pass of this rank's micro-batch."""
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, hold: bool = False) -> None:
         """Add the gradient of this micro-batch's share of the global loss.
 
-        The shares of all micro-batches of all ranks add up to the loss.
+        The shares of all micro-batches of all ranks add up to the loss. In the pass of the last
+        micro-batch gradients may already go to other nodes, changed: `gradients` is not to be
+        called before `reduce`, which cannot `measure` either, unless it is told to `hold` them.
         """
 
     def reduce(self, sums: Tensor | None = None, measure: bool = False) -> list[float]:

@@ -20,6 +20,7 @@ from dalle_dist.gradients.piece import Block, Piece
 
 SCRATCH_BYTES = 2**28  # that one operation on a batch may take beside what it works on
 Cut = Callable[[Piece], Iterable[Piece]]
+WaveOf = Callable[[Piece], int]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Kind:
 
     keys, names, blocks   of each piece; `Piece.key`
     shape    of each piece
+    wave     in which they are sent; `waves.py`
     slot_B   index of its resblock, K for none; on the device
     members  (index of the gradient that it is cut from, first element in it) of each piece
     """
@@ -36,6 +38,7 @@ class Kind:
     names: tuple[str, ...]
     blocks: tuple[Block, ...]
     shape: torch.Size
+    wave: int
     slot_B: Tensor
     members: tuple[tuple[int, int], ...]
 
@@ -77,14 +80,19 @@ class Batch:
         else:
             self._values.mul_(self.spread(factor_B))
 
-    def take(self, rows: slice, broken_K1: Tensor) -> Tensor:
-        """These pieces, with zeros for those of resblocks whose flag is not 0; in place or not."""
-        mask_B = broken_K1[self.kind.slot_B[rows]] != 0
-        values = self.read(rows)
+    def take(self, rows: slice, factor_K1: Tensor) -> Tensor:
+        """These pieces times the factors of their resblocks; to be read only, before a `write`.
+
+        Where a factor is 0 there are zeros, whatever the piece holds.
+        """
+        factor_B = factor_K1[self.kind.slot_B[rows]]
         # To ask the CPU costs less than to pass over the values; to ask a GPU would be to wait.
-        if mask_B.is_cuda or mask_B.any():
-            values.masked_fill_(self.spread(mask_B), 0)
-        return values
+        if not factor_B.is_cuda and bool((factor_B == 1).all()):
+            return self.read(rows)
+        scaled = self.read(rows) * self.spread(factor_B)
+        if factor_B.is_cuda or not factor_B.all():
+            scaled.masked_fill_(self.spread(factor_B == 0), 0)
+        return scaled
 
     def read(self, rows: slice) -> Tensor:
         """These pieces as one tensor: a view or a copy."""
@@ -138,10 +146,17 @@ class Batcher:
     Args:
         blocks: number of resblocks.
         cut: the pieces that a gradient is cut into; default: the gradient as it is.
+        wave: in which such a piece is sent; those of a batch go together.
     """
 
-    def __init__(self, blocks: int, device: torch.device, cut: Cut = lambda piece: [piece]) -> None:
-        self._blocks, self._device, self._cut = blocks, device, cut
+    def __init__(
+        self,
+        blocks: int,
+        device: torch.device,
+        cut: Cut = lambda piece: [piece],
+        wave: WaveOf = lambda piece: 0,
+    ) -> None:
+        self._blocks, self._device, self._cut, self._wave = blocks, device, cut, wave
         self._signature: list[tuple[str, int, torch.Size]] = []
         self._addresses: list[int] | None = None
         self._kinds: list[Kind] = []
@@ -160,15 +175,17 @@ class Batcher:
         return [Batch(kind, _values(kind, stride, gradients)) for kind, stride in pairs]
 
     def _find(self, gradients: Sequence[Piece]) -> list[Kind]:
-        found: dict[object, list[tuple[Piece, int]]] = {}
+        found: dict[tuple[object, int], list[tuple[Piece, int]]] = {}
         for index, gradient in enumerate(gradients):
             for piece in self._cut(gradient):
                 part = re.sub(r"\d+", "#", piece.name)
                 alike = (part, piece.start, piece.values.shape, piece.block is None)
-                found.setdefault(alike, []).append((piece, index))
-        return [self._kind(members, gradients) for members in found.values()]
+                found.setdefault((alike, self._wave(piece)), []).append((piece, index))
+        return [self._kind(members, wave, gradients) for (_, wave), members in found.items()]
 
-    def _kind(self, members: list[tuple[Piece, int]], gradients: Sequence[Piece]) -> Kind:
+    def _kind(
+        self, members: list[tuple[Piece, int]], wave: int, gradients: Sequence[Piece]
+    ) -> Kind:
         pieces = [piece for piece, _ in members]
         slots = [self._slot(piece.block) for piece in pieces]
         return Kind(
@@ -176,6 +193,7 @@ class Batcher:
             names=tuple(piece.name for piece in pieces),
             blocks=tuple(piece.block for piece in pieces),
             shape=pieces[0].values.shape,
+            wave=wave,
             slot_B=torch.tensor(slots, device=self._device),
             members=tuple((at, piece.start - gradients[at].start) for piece, at in members),
         )

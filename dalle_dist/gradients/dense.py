@@ -17,18 +17,18 @@ class DenseMean:
     """Launched when made; the gradients change in `finish` alone.
 
     Args:
-        broken_K1: zeros are sent for resblocks whose flag is not 0; K1 as in `finite.py`.
+        factor_K1: on the gradients of each resblock; K1 as in `finite.py`.
     """
 
     def __init__(
-        self, batches: Sequence[Batch], group: dist.ProcessGroup, broken_K1: Tensor
+        self, batches: Sequence[Batch], group: dist.ProcessGroup, factor_K1: Tensor
     ) -> None:
         self.batches = batches
         self._means: list[Tensor] = []
-        flat = torch.empty(sum(batch.numel for batch in batches), device=broken_K1.device)
+        flat = torch.empty(sum(batch.numel for batch in batches), device=factor_K1.device)
         for batch, values in zip(batches, self._parts(flat), strict=True):
             for rows in batch.chunks:
-                values[rows].copy_(batch.take(rows, broken_K1))
+                values[rows].copy_(batch.take(rows, factor_K1))
         self._pending = launch_mean(flat, group) if batches else None
 
     def wait(self) -> list[Tensor]:

@@ -18,12 +18,19 @@ from dalle_dist.gradients.piece import Block
 LARGEST = 2.0**48
 
 
-def broken_gradients(batches: Sequence[Batch], blocks: int, device: torch.device) -> Tensor:
+def broken_gradients(
+    batches: Sequence[Batch], blocks: int, device: torch.device, factor_K1: Tensor | None = None
+) -> Tensor:
     """Of each resblock, how many pieces have a NaN, an infinity or a norm above LARGEST [K1].
 
-    On this rank alone and on its device, in fp64.
+    On this rank alone and on its device, in fp64. With factors, of the pieces times those of their
+    resblocks.
     """
-    return count_flags(batches, [~(b.norms() <= LARGEST) for b in batches], blocks, device)
+    norms = [batch.norms() for batch in batches]
+    if factor_K1 is not None:
+        pairs = zip(norms, batches, strict=True)
+        norms = [norms_B * factor_K1[batch.kind.slot_B] for norms_B, batch in pairs]
+    return count_flags(batches, [~(norms_B <= LARGEST) for norms_B in norms], blocks, device)
 
 
 def count_flags(

@@ -18,12 +18,14 @@ from dalle_dist.distributed.groups import Groups
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.gradients.batches import Batch
 from dalle_dist.gradients.piece import Block, Piece, ReadPieces, name_and_start
-from dalle_dist.gradients.powersgd.algorithm import Outcome, PowerSGD, Sent
+from dalle_dist.gradients.powersgd.algorithm import Outcome, PowerSGD
 from dalle_dist.gradients.powersgd.matrices import MatrixShards
 from dalle_dist.gradients.powersgd.options import PowerSGDOptions
 from dalle_dist.gradients.powersgd.rank import check_ranks, pays, table
+from dalle_dist.gradients.powersgd.sending import Sending, in_waves
 from dalle_dist.gradients.resblocks import Resblocks
 from dalle_dist.gradients.scaling import Telemetry
+from dalle_dist.gradients.waves import Waves
 
 ERROR, Q = "error", "q"  # kinds of tensors in checkpoints
 
@@ -57,7 +59,7 @@ class NodeMean:
         options: PowerSGDOptions,
     ) -> None:
         self._ranks, self._nodes, self._rank = ranks, groups.nodes, rank
-        self._shards = MatrixShards(resblocks, cuts)
+        self._shards, self.waves = MatrixShards(resblocks, cuts), Waves(resblocks.count)
         if rank:
             check_ranks(self._shards.shapes, rank)
         self._powersgd = PowerSGD(
@@ -76,22 +78,24 @@ class NodeMean:
         """What is averaged by itself of a gradient."""
         return self._shards.cut(gradient)
 
-    def send(self, batches: Sequence[Batch], broken_K1: Tensor) -> Sent:
-        """Average over the nodes what `cut` gave; no gradient changes for good before `finish`.
+    def wave(self, piece: Piece) -> int:
+        """In which wave what `cut` gave is sent."""
+        return self.waves.of(piece.block) if piece.values.dim() == 2 else self.waves.last
 
-        A collective call that waits for nothing but the other nodes.
+    def begin(self, batches: Sequence[Batch]) -> Sending:
+        """The step's means between nodes, to be sent; a collective call.
 
         Args:
-            broken_K1: flags of this rank's gradients (`finite.broken_gradients`).
+            batches: of what `cut` gave, by `wave`.
         """
         if self._powersgd.step == 0:
             self._explain(batches)
         compressed = [batch for batch in batches if self._compresses(batch.kind.shape)]
         dense = [batch for batch in batches if not self._compresses(batch.kind.shape)]
-        return self._powersgd.send(compressed, dense, broken_K1)
+        return self._powersgd.begin(in_waves(compressed, dense, self.waves.count))
 
     def finish(
-        self, sent: Sent, nonfinite: frozenset[Block], skip: bool, measure: bool = False
+        self, sent: Sending, nonfinite: frozenset[Block], skip: bool, measure: bool = False
     ) -> Telemetry:
         """Means in place of the gradients, as `PowerSGD.finish` puts them; what was measured."""
         outcome = self._powersgd.finish(sent, nonfinite, skip=skip, measure=measure)
@@ -144,7 +148,7 @@ class NodeMean:
             shapes = {key: tuple(kind.shape) for kind in matrices for key in kind.keys}
             print(table(shapes, self._rank), flush=True)
 
-    def _measured(self, outcome: Outcome, sent: Sent) -> Telemetry:
+    def _measured(self, outcome: Outcome, sent: Sending) -> Telemetry:
         """`compression_error`: ||what is left|| / ||gradient + error|| of each matrix.
 
         NaN where nothing was compressed: the resblock is not finite, or the step is sent whole.

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.gradients.batches import Batch
@@ -31,10 +32,14 @@ class BlockScaling:
         self._resblocks, self._ranks = resblocks, ranks
         self._other_overflows = 0  # steps in which what is in no resblock was not finite
 
-    def unscale(self, batches: Sequence[Batch]) -> None:
-        """Sums over ranks in true units in place of scaled means over ranks, in place."""
+    def factor_K1(self) -> Tensor:
+        """Makes sums over ranks in true units of scaled means over ranks."""
         world = torch.full((1,), float(self._ranks.world), device=self._ranks.device)
-        factor_K1 = torch.cat([world / self.scales.scale_K, world])
+        return torch.cat([world / self.scales.scale_K, world])
+
+    def unscale(self, batches: Sequence[Batch]) -> None:
+        """Multiply gradients by `factor_K1`, in place."""
+        factor_K1 = self.factor_K1()
         for batch in batches:
             batch.scale(factor_K1)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dalle_dist.choices import Skip
@@ -19,6 +20,7 @@ from dalle_dist.gradients.batches import Batch, Batcher
 from dalle_dist.gradients.finite import agree, broken_gradients
 from dalle_dist.gradients.node_mean import NodeMean
 from dalle_dist.gradients.piece import Block, Piece, ReadPieces
+from dalle_dist.gradients.powersgd.sending import Sending
 from dalle_dist.gradients.resblocks import Resblocks
 from dalle_dist.gradients.scaling import BlockScaling, Telemetry
 
@@ -33,6 +35,15 @@ class SkipDecision:
 
     skip: bool = False
     frozen: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Early:
+    """What the backward pass has begun to send; `addresses` are those of all gradients."""
+
+    sending: Sending
+    factor_K1: Tensor
+    addresses: list[int]
 
 
 class GradientTransform:
@@ -57,8 +68,10 @@ class GradientTransform:
         self.skipped = 0  # steps so far
         self._resblocks, self._ranks, self._skip, self._apart = resblocks, ranks, skip, apart
         self._measured: Telemetry = {}
-        cut = {} if node_mean is None else {"cut": node_mean.cut}
-        self._batcher = Batcher(resblocks.count, ranks.device, **cut)
+        self._batcher = Batcher(resblocks.count, ranks.device)
+        if node_mean is not None:
+            self._batcher = Batcher(resblocks.count, ranks.device, node_mean.cut, node_mean.wave)
+        self._early: _Early | None = None
 
     @property
     def active(self) -> bool:
@@ -68,6 +81,21 @@ class GradientTransform:
         the run (`train/loop.py`), unless a sum given to `apply` tells of it.
         """
         return self._apart or self.scaling is not None or self.node_mean is not None
+
+    def send(self, gradients: Sequence[Piece], wave: int) -> None:
+        """Start the means between nodes up to this wave, in the backward pass; a collective call.
+
+        `apply` does the rest, and measures nothing in such a step.
+
+        Args:
+            gradients: as they will be given to `apply`, in the same memory; those of later waves
+                need not be final.
+        """
+        assert self.node_mean is not None
+        if self._early is None:
+            sending = self.node_mean.begin(self._batcher(gradients))
+            self._early = _Early(sending, self._factor_K1(), _addresses(gradients))
+        self._early.sending.send_up_to(wave, self._early.factor_K1)
 
     def apply(
         self,
@@ -90,21 +118,21 @@ class GradientTransform:
 
         Returns:
             The decision, and the sums.
+
+        Raises:
+            RuntimeError: `send` was given other gradients.
         """
         batches = self._batcher(gradients) if self.active else []
         measured: Telemetry = {}
-        broken_K1 = broken_gradients(batches, self._resblocks.count, self._ranks.device)
-        if self.scaling is not None:
-            if measure:
-                measured["underflow"] = self.scaling.underflow(batches)
-            self.scaling.unscale(batches)
-        sent = None if self.node_mean is None else self.node_mean.send(batches, broken_K1)
-        nonfinite, summed = agree(broken_K1, sums) if sent is None else sent.agree(sums)
-        decision = self._decide(nonfinite, summed)
-        if self.node_mean is not None and sent is not None:
-            measured |= self.node_mean.finish(sent, nonfinite, decision.skip, measure)
+        if measure and self.scaling is not None and self._early is None:
+            measured["underflow"] = self.scaling.underflow(batches)
+        if self.node_mean is None:
+            decision, nonfinite, summed = self._inside_node(batches, sums)
         else:
-            _zero(batches, nonfinite, decision.skip)
+            sending = self._sent(self.node_mean, gradients, batches)
+            nonfinite, summed = sending.agree(sums)
+            decision = self._decide(nonfinite, summed)
+            measured |= self.node_mean.finish(sending, nonfinite, decision.skip, measure)
         if self.scaling is not None:
             self.scaling.update(nonfinite)
             if measure and not decision.skip:
@@ -112,6 +140,36 @@ class GradientTransform:
         if measure:
             self._measured = measured
         return decision, summed
+
+    def _inside_node(
+        self, batches: Sequence[Batch], sums: Tensor | None
+    ) -> tuple[SkipDecision, frozenset[Block], list[float]]:
+        blocks, device = self._resblocks.count, self._ranks.device
+        if self.scaling is not None:
+            self.scaling.unscale(batches)
+        nonfinite, summed = agree(broken_gradients(batches, blocks, device), sums)
+        decision = self._decide(nonfinite, summed)
+        _zero(batches, nonfinite, decision.skip)
+        return decision, nonfinite, summed
+
+    def _sent(
+        self, node_mean: NodeMean, gradients: Sequence[Piece], batches: Sequence[Batch]
+    ) -> Sending:
+        """All means between nodes, those that `send` has begun among them."""
+        early, self._early = self._early, None
+        if early is None:
+            sending, factor_K1 = node_mean.begin(batches), self._factor_K1()
+        else:
+            sending, factor_K1 = early.sending, early.factor_K1
+            if early.addresses != _addresses(gradients):
+                raise RuntimeError("gradients moved in memory while they were sent between nodes")
+        sending.send_all(factor_K1)
+        return sending
+
+    def _factor_K1(self) -> Tensor:
+        if self.scaling is not None:
+            return self.scaling.factor_K1()
+        return torch.ones(self._resblocks.count + 1, device=self._ranks.device)
 
     def _decide(self, nonfinite: frozenset[Block], sums: Sequence[float]) -> SkipDecision:
         outside, whole = None in nonfinite, self._skip == "step"
@@ -168,3 +226,7 @@ def _zero(batches: Sequence[Batch], nonfinite: frozenset[Block], skip: bool) -> 
     for batch in batches:
         for rows in batch.chunks if skip else batch.sound_and_other(nonfinite)[1]:
             batch.zero(rows)
+
+
+def _addresses(pieces: Sequence[Piece]) -> list[int]:
+    return [piece.values.data_ptr() for piece in pieces]

@@ -81,7 +81,7 @@ class OptimizerSteps:
         """Step number `step`, from 1; `last`: no further micro-batches are read."""
         read = self._next
         self._notes.add(read.notes)
-        shares = [self._backward(one, read.counts, step) for one in read.micro_batches]
+        shares = [self._backward(one, read.counts, step, measure) for one in read.micro_batches]
         following = None if last else self._read()
         terms = torch.stack(shares).double().sum(0)
         counts = following.counts if following else []
@@ -97,9 +97,11 @@ class OptimizerSteps:
         suspects = [] if math.isfinite(numbers["loss"]) else _not_finite(shares)
         return Made(numbers, norm, self._engine.skipped, suspects, read.waited)
 
-    def _backward(self, micro_batch: Any, counts: Sequence[float], step: int) -> Tensor:
+    def _backward(
+        self, micro_batch: Any, counts: Sequence[float], step: int, measure: bool
+    ) -> Tensor:
         loss, shares = self._stage.loss(self._engine, micro_batch, counts, step)
-        self._engine.backward(loss)
+        self._engine.backward(loss, hold=measure)
         return shares.detach()
 
     def _read(self) -> _Read:

@@ -18,6 +18,7 @@ from torch import nn
 from dalle_dist.config import ParallelConfig, StageConfig
 from dalle_dist.distributed.groups import Groups, node_groups
 from dalle_dist.distributed.process_group import Ranks
+from dalle_dist.engine.deepspeed.backward_sends import BackwardSends
 from dalle_dist.engine.deepspeed.engine import DeepSpeedEngine
 from dalle_dist.engine.deepspeed.first_weights import on_meta, sharded_weights, whole_weights
 from dalle_dist.engine.deepspeed.half_gather import keep_gathered_in_half
@@ -105,8 +106,22 @@ def build_engine(
     if settings.compile:
         compile_blocks(model)
     engine = _initialize(model, optimizer, tree, settings, ranks, groups, seed)
+    early = None
+    if mean is not None and parallel.overlap and settings.zero_stage == 3:
+        early = _early(engine, resblocks, mean, transform, ranks)
     accumulated = accumulation(settings, ranks.world)
-    return DeepSpeedEngine(engine, accumulated, ranks, transform, resblocks, groups, outer)
+    return DeepSpeedEngine(engine, accumulated, ranks, transform, resblocks, groups, outer, early)
+
+
+def _early(
+    engine: Any,
+    resblocks: Resblocks,
+    mean: NodeMean,
+    transform: GradientTransform,
+    ranks: Ranks,
+) -> BackwardSends:
+    wave_of = {name: mean.waves.of(resblocks.of[name]) for name in resblocks.matrices}
+    return BackwardSends(engine.module, engine.optimizer, wave_of, transform.send, ranks.device)
 
 
 def _scaled(model: nn.Module, resblocks: Resblocks, ranks: Ranks) -> BlockScaling:

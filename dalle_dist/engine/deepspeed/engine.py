@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dalle_dist.distributed.groups import Groups
 from dalle_dist.distributed.process_group import Ranks
+from dalle_dist.engine.deepspeed.backward_sends import BackwardSends
 from dalle_dist.engine.deepspeed.owned_pieces import (
     clear_whole_gradients,
     owned_gradients,
@@ -45,6 +46,7 @@ class DeepSpeedEngine:
         accumulation: micro-batches of one optimizer step on each rank.
         groups: where ZeRO stays inside each node; None: it shards over all ranks.
         outer: where nodes train apart, what brings them together.
+        early: where means between nodes begin in the backward pass, what begins them.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class DeepSpeedEngine:
         resblocks: Resblocks,
         groups: Groups | None = None,
         outer: OuterSGD | None = None,
+        early: BackwardSends | None = None,
     ) -> None:
         self._engine, self._ranks, self._groups = deepspeed_engine, ranks, groups
         self.transform, self._resblocks = transform, resblocks
@@ -72,7 +75,7 @@ class DeepSpeedEngine:
             name: tuple(getattr(parameter, whole_shape))
             for name, parameter in self.module.named_parameters()
         }
-        self._outer = outer
+        self._outer, self._early = outer, early
         if outer is not None:
             outer.restart(self.owned())
 
@@ -89,7 +92,7 @@ class DeepSpeedEngine:
         output: Tensor = self._engine(*inputs)
         return output
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, hold: bool = False) -> None:
         """See `interface.Engine`.
 
         DeepSpeed's division by the ranks is undone here, and its division by the accumulation steps
@@ -97,14 +100,19 @@ class DeepSpeedEngine:
         (paper appendix D).
         """
         factor = 1 if self.transform.scaling is not None else self._ranks.world
+        last = self._engine.is_gradient_accumulation_boundary()
+        if last and self._early is not None and not hold:
+            self._early.watch()
         self._engine.backward(loss * factor, scale_wrt_gas=False)
-        if not self._engine.is_gradient_accumulation_boundary():
+        if not last:
             self._engine.step()  # only counts
 
     @torch.no_grad()
     def reduce(self, sums: Tensor | None = None, measure: bool = False) -> list[float]:
         copies = self._ranks.world // (self.shard_world if self.zero_stage else 1)
-        gradients = self.gradients() if self.transform.active else ()
+        gradients = self.gradients() if self.transform.active else []
+        if self._early is not None:
+            self._early.end(gradients)
         self._decision, totals = self.transform.apply(gradients, copies, measure, sums)
         self._reduced = True
         return totals

@@ -35,13 +35,13 @@ from torch import Tensor
 
 from dalle_dist.gradients.all_reduce import bytes_per_value, launch_mean
 from dalle_dist.gradients.batches import Batch, Batcher
-from dalle_dist.gradients.dense import DenseMean
-from dalle_dist.gradients.finite import agree, broken_gradients, count_flags
 from dalle_dist.gradients.piece import Block, Piece
 from dalle_dist.gradients.powersgd.factored import FactoredMean
 from dalle_dist.gradients.powersgd.options import PowerSGDOptions
+from dalle_dist.gradients.powersgd.sending import Mean, Sending, Wave, in_waves
 from dalle_dist.gradients.powersgd.state import PowerSGDState
 from dalle_dist.gradients.powersgd.whole import WholeMean
+from dalle_dist.gradients.waves import Waves
 
 SKETCH = 8
 
@@ -62,38 +62,6 @@ class Outcome:
     dense_bytes: int
     square_norms: dict[str, float]
     relative_errors: dict[str, float]
-
-
-class Sent:
-    """A step between `send` and `finish`: its means have arrived and nothing is decided."""
-
-    def __init__(
-        self,
-        compressed: Sequence[Batch],
-        mean: FactoredMean | WholeMean,
-        dense: DenseMean,
-        broken_K1: Tensor,
-    ) -> None:
-        self.compressed, self.mean, self.dense, self.broken_K1 = compressed, mean, dense, broken_K1
-        self.dense_norms = dense.wait()
-
-    def flags(self) -> Tensor:
-        """Of each resblock, how many gradients, P, Q and means are not finite, fp64 [K1]."""
-        flags = [*self.mean.flags(), *(~torch.isfinite(norms) for norms in self.dense_norms)]
-        batches, blocks = [*self.compressed, *self.dense.batches], len(self.broken_K1) - 1
-        return self.broken_K1 + count_flags(batches, flags, blocks, self.broken_K1.device)
-
-    def agree(
-        self, sums: Tensor | None = None, group: dist.ProcessGroup | None = None
-    ) -> tuple[frozenset[Block], list[float]]:
-        """See `finite.agree`: the same, and where a basis was none, Q' once more before it."""
-        unsound = self.mean.unsound().double().view(1).to(self.broken_K1.device)
-        numbers = unsound if sums is None else torch.cat([unsound, sums])
-        nonfinite, (count, *summed) = agree(self.flags(), numbers, group)
-        if count:
-            self.mean.again()
-            nonfinite, _ = agree(self.flags(), None, group)
-        return nonfinite, summed
 
 
 class PowerSGD:
@@ -126,7 +94,11 @@ class PowerSGD:
         self._blocks, self._device = blocks, torch.device(device)
         self._options, self._compress = options or PowerSGDOptions(), compress
         self._state = PowerSGDState(group, rank, seed, self._options)
-        self._batchers = [Batcher(blocks, self._device) for _ in ("compressed", "dense")]
+        waves = Waves(blocks)
+        self._batchers = (
+            Batcher(blocks, self._device, wave=lambda piece: waves.of(piece.block)),
+            Batcher(blocks, self._device, wave=lambda piece: waves.last),
+        )
 
     @property
     def step(self) -> int:
@@ -149,39 +121,34 @@ class PowerSGD:
             skip, measure: as in `finish`.
 
         Raises:
-            ConfigError, CheckpointError: as `send` does.
+            ConfigError, CheckpointError: as `begin` does.
         """
-        pieces = (compressed, dense)
-        batches = [find(given) for find, given in zip(self._batchers, pieces, strict=True)]
-        broken_K1 = broken_gradients([*batches[0], *batches[1]], self._blocks, self._device)
-        sent = self.send(batches[0], batches[1], broken_K1)
-        nonfinite, _ = sent.agree(None, self._flag_group)
-        return self.finish(sent, nonfinite, skip=skip, measure=measure)
+        matrices, others = self._batchers[0](compressed), self._batchers[1](dense)
+        sending = self.begin(in_waves(matrices, others, Waves(self._blocks).count))
+        sending.send_all(torch.ones(self._blocks + 1, device=self._device))
+        nonfinite, _ = sending.agree(None, self._flag_group)
+        return self.finish(sending, nonfinite, skip=skip, measure=measure)
 
-    def send(self, compressed: Sequence[Batch], dense: Sequence[Batch], broken_K1: Tensor) -> Sent:
-        """Average P and Q, or gradient + error, and what is dense; a collective call.
-
-        Waits for nothing but the group. Gradients of resblocks whose flag is not 0 enter no error
-        buffer of this rank, and count as zeros in what is dense.
+    def begin(self, waves: Sequence[Wave]) -> Sending:
+        """A step whose gradients are sent wave by wave; a collective call.
 
         Args:
-            broken_K1: flags of this rank's gradients (`finite.broken_gradients`).
+            waves: the same at each step; gradients need not be final before they are sent.
 
         Raises:
             ConfigError: a rank too large for a shard, or replicas with different shards or Q.
             CheckpointError: a loaded state that does not fit these shards.
         """
-        self._state.allocate(compressed)
-        dense_mean = DenseMean(dense, self._group, broken_K1)
-        mean: FactoredMean | WholeMean
+        self._state.allocate([batch for wave in waves for batch in wave.compressed])
+        return Sending(waves, self._mean, self._group, self._blocks, self._device)
+
+    def _mean(self, batches: Sequence[Batch], factor_K1: Tensor) -> Mean:
         if self._is_uncompressed():
-            mean = WholeMean(compressed, self._state, self._group, broken_K1)
-        else:
-            mean = FactoredMean(compressed, self._state, self._options, self._group, broken_K1)
-        return Sent(compressed, mean, dense_mean, broken_K1)
+            return WholeMean(batches, self._state, self._group, factor_K1)
+        return FactoredMean(batches, self._state, self._options, self._group, factor_K1)
 
     def finish(
-        self, sent: Sent, nonfinite: frozenset[Block], *, skip: bool, measure: bool
+        self, sent: Sending, nonfinite: frozenset[Block], *, skip: bool, measure: bool
     ) -> Outcome:
         """Put the means in place of the gradients, and take from error buffers what was sent.
 
@@ -193,8 +160,7 @@ class PowerSGD:
                 are finite come with the next step (the paper loses them).
             measure: fill what `Outcome` has when measured, for one more small all-reduce.
         """
-        sent.mean.finish(nonfinite, skip)
-        sent.dense.finish(nonfinite, skip)
+        sent.finish(nonfinite, skip)
         norms = self._square_norms(sent, nonfinite) if measure else {}
         errors = self._relative_errors(sent, nonfinite, norms) if measure and not skip else {}
         self._state.step += 1
@@ -225,9 +191,9 @@ class PowerSGD:
         flush = options.dense_every > 0 and self.step % options.dense_every == 0
         return not self._compress or self.step < options.start_step or flush
 
-    def _square_norms(self, sent: Sent, nonfinite: frozenset[Block]) -> dict[str, float]:
-        norms = [*sent.mean.norms(), *sent.dense_norms]
-        kinds = [batch.kind for batch in (*sent.compressed, *sent.dense.batches)]
+    def _square_norms(self, sent: Sending, nonfinite: frozenset[Block]) -> dict[str, float]:
+        norms = sent.norms()
+        kinds = [batch.kind for batch in (*sent.compressed, *sent.uncompressed)]
         found = torch.cat(norms).double().square().tolist() if norms else []
         owned = [(k, b) for kind in kinds for k, b in zip(kind.keys, kind.blocks, strict=True)]
         return {
@@ -236,7 +202,7 @@ class PowerSGD:
         }
 
     def _relative_errors(
-        self, sent: Sent, nonfinite: frozenset[Block], norms: Mapping[str, float]
+        self, sent: Sending, nonfinite: frozenset[Block], norms: Mapping[str, float]
     ) -> dict[str, float]:
         """||mean(e) left over|| / ||mean(e) before||, within some 10%.
 
@@ -264,13 +230,13 @@ class PowerSGD:
             key: math.sqrt(part / all_) if all_ else 0.0 for key, (part, all_) in totals.items()
         }
 
-    def _bytes(self, sent: Sent) -> tuple[int, int]:
+    def _bytes(self, sent: Sending) -> tuple[int, int]:
         width = bytes_per_value(self._options.comm_dtype)
         values = sum(batch.numel for batch in sent.compressed)
         factors = 0
         for batch in sent.compressed:
             rank = self._state.of(batch).q_BRN.shape[1]
             factors += len(batch) * rank * sum(batch.kind.shape)
-        rest = 4 * sum(batch.numel for batch in sent.dense.batches)
-        plain = isinstance(sent.mean, WholeMean)
+        rest = 4 * sum(batch.numel for batch in sent.uncompressed)
+        plain = any(isinstance(mean, WholeMean) for mean in sent.means)
         return rest + (4 * values if plain else width * factors), rest + width * values

@@ -21,8 +21,8 @@ from dalle_dist.gradients.batches import Batch
 class ErrorBuffer(Protocol):
     """From `accumulate` to `subtract_sent` or `keep`, the gradient belongs to the buffer."""
 
-    def accumulate(self, batch: Batch, broken_K1: Tensor) -> None:
-        """Add the gradients of resblocks whose flag is 0; the sum lives there or here."""
+    def accumulate(self, batch: Batch, factor_K1: Tensor) -> None:
+        """Add the gradients times the factors of their resblocks; the sum lives there or here."""
 
     def sum(self, batch: Batch, rows: slice) -> Tensor:
         """Gradient + error of these shards [b, M, N]; not to be written to."""
@@ -53,9 +53,9 @@ class _Fp32Buffer:
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self._error_BMN = torch.zeros(shape, device=device)
 
-    def accumulate(self, batch: Batch, broken_K1: Tensor) -> None:
+    def accumulate(self, batch: Batch, factor_K1: Tensor) -> None:
         for rows in batch.chunks:
-            self._error_BMN[rows].add_(batch.take(rows, broken_K1))
+            self._error_BMN[rows].add_(batch.take(rows, factor_K1))
 
     def sum(self, batch: Batch, rows: slice) -> Tensor:
         return self._error_BMN[rows]
@@ -80,9 +80,9 @@ class _CodedBuffer:
     def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         self._codes_BMN = torch.zeros(shape, dtype=torch.uint16, device=device)
 
-    def accumulate(self, batch: Batch, broken_K1: Tensor) -> None:
+    def accumulate(self, batch: Batch, factor_K1: Tensor) -> None:
         for rows in batch.chunks:
-            total = batch.take(rows, broken_K1).add_(decode(self._codes_BMN[rows]))
+            total = decode(self._codes_BMN[rows]).add_(batch.take(rows, factor_K1))
             batch.write(rows, total)
 
     def sum(self, batch: Batch, rows: slice) -> Tensor:

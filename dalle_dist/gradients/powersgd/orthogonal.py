@@ -52,7 +52,7 @@ def householder_BMR(p_BMR: Tensor) -> Tensor:
 
 def _cholesky_qr(p_BMR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(P R^-1, not 0 where there is no R [B], P^T P)."""
-    gram_BRR = p_BMR.mT @ p_BMR
+    gram_BRR = torch.bmm(p_BMR.mT, p_BMR)
     factor_BRR, info_B = torch.linalg.cholesky_ex(gram_BRR)
     basis_BMR = torch.linalg.solve_triangular(factor_BRR.mT, p_BMR, upper=True, left=False)
     return basis_BMR, info_B, gram_BRR

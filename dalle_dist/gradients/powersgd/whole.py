@@ -26,12 +26,12 @@ class WholeMean:
         batches: Sequence[Batch],
         state: PowerSGDState,
         group: dist.ProcessGroup,
-        broken_K1: Tensor,
+        factor_K1: Tensor,
     ) -> None:
-        self._group, self._batches = group, batches
+        self._group, self.batches = group, batches
         self._errors = [state.of(batch).error for batch in batches]
         for batch, error in zip(batches, self._errors, strict=True):
-            error.accumulate(batch, broken_K1)
+            error.accumulate(batch, factor_K1)
             for rows in batch.chunks:
                 self._send(batch, error, rows)
         self._norms = [batch.norms() for batch in batches]
@@ -41,6 +41,12 @@ class WholeMean:
         pending = launch_mean(total.view(-1), self._group)
         error.keep(batch, rows)
         batch.write(rows, pending.wait().view(total.shape))
+
+    def advance(self) -> None:
+        """Nothing is on its way."""
+
+    def receive(self) -> None:
+        """All has arrived."""
 
     def flags(self) -> list[Tensor]:
         """Of each batch, which shards' mean is not finite [B]."""
@@ -62,7 +68,7 @@ class WholeMean:
 
         There the error buffer keeps the gradient, which comes with the next step.
         """
-        for batch, error in zip(self._batches, self._errors, strict=True):
+        for batch, error in zip(self.batches, self._errors, strict=True):
             sound, others = ([], batch.chunks) if skip else batch.sound_and_other(nonfinite)
             for rows in sound:
                 error.zero(rows)
