@@ -96,7 +96,7 @@ class FactoredMean:
         self.factors = [Factors(batch, state.of(batch), narrow) for batch in batches]
         ps: list[tuple[Pending, torch.Size]] = []
         for factors in self.factors:
-            factors.memory.error.accumulate(factors.batch, broken_K1)
+            factors.memory.error.accumulate(factors.batch, (broken_K1 == 0).float())
             ps.append(self._launch(factors.own_p(), options.p_scale))
         qs = []
         for factors, mean_BMR in zip(self.factors, _arrivals(ps), strict=True):

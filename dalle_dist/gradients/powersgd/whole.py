@@ -31,7 +31,7 @@ class WholeMean:
         self._group, self._batches = group, batches
         self._errors = [state.of(batch).error for batch in batches]
         for batch, error in zip(batches, self._errors, strict=True):
-            error.accumulate(batch, broken_K1)
+            error.accumulate(batch, (broken_K1 == 0).float())
             for rows in batch.chunks:
                 self._send(batch, error, rows)
         self._norms = [batch.norms() for batch in batches]
