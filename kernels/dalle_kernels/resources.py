@@ -33,7 +33,7 @@ from dalle_kernels.adamw import triton_adamw
 from dalle_kernels.compiled import Used, compile_kernel, used
 from dalle_kernels.generation import triton_generation
 from dalle_kernels.masks import AttentionMask
-from dalle_kernels.minifloat import FORMATS, triton_minifloat
+from dalle_kernels.minifloat import FORMATS, triton_error_feedback, triton_minifloat
 from dalle_kernels.sparse_attention import traffic, triton_backward, triton_decode, triton_forward
 from dalle_kernels.sparse_attention.decode import DecodeCache
 from dalle_kernels.sparse_attention.triton_config import (
@@ -148,6 +148,20 @@ def _training(target: int) -> dict[str, Used]:
         ):
             kernel = getattr(triton_minifloat, f"{verb}_all")
             found[f"{verb} {name}"] = _figures(target, kernel, types, constants, {}, 6 * PARAMETERS)
+    return found | _error_feedback(target)
+
+
+def _error_feedback(target: int) -> dict[str, Used]:
+    found = {}
+    constants, options = {"BLOCK": triton_error_feedback.BLOCK}, triton_error_feedback.OPTIONS
+    types = {"values": "*fp32", "codes": "*u16", "numel": "i32", "stride": "i32"}
+    for name, kernel, other, moved in (
+        ("add decoded 1-6-9", triton_error_feedback.add_decoded_blocks, "factor", 10),
+        ("encode rest 1-6-9", triton_error_feedback.encode_rest_blocks, "sent", 14),
+    ):
+        given = types | {other: "*fp32"}
+        moved *= PARAMETERS
+        found[name] = _figures(target, kernel, given, constants, options, moved)
     return found
 
 

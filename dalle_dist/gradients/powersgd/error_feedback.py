@@ -22,7 +22,10 @@ class ErrorBuffer(Protocol):
     """From `accumulate` to `subtract_sent` or `keep`, the gradient belongs to the buffer."""
 
     def accumulate(self, batch: Batch, factor_K1: Tensor) -> None:
-        """Add the gradients times the factors of their resblocks; the sum lives there or here."""
+        """Add the gradients times the factors (fp32) of their resblocks; the sum lives there or here.
+
+        A factor of 0 drops what is not to be taken, finite or not.
+        """
 
     def sum(self, batch: Batch, rows: slice) -> Tensor:
         """Gradient + error of these shards [b, M, N]; not to be written to."""
@@ -55,7 +58,12 @@ class _Fp32Buffer:
 
     def accumulate(self, batch: Batch, factor_K1: Tensor) -> None:
         for rows in batch.chunks:
-            self._error_BMN[rows].add_(batch.take(rows, factor_K1))
+            factor_B11 = batch.spread(factor_K1[batch.kind.slot_B[rows]])
+            values_BMN, dropped_B11 = batch.read(rows), factor_B11 == 0
+            # To ask the CPU costs less than to pass over the values; a GPU is not waited for.
+            if dropped_B11.is_cuda or dropped_B11.any():
+                values_BMN.masked_fill_(dropped_B11, 0)
+            self._error_BMN[rows].addcmul_(values_BMN, factor_B11)
 
     def sum(self, batch: Batch, rows: slice) -> Tensor:
         return self._error_BMN[rows]
@@ -81,17 +89,22 @@ class _CodedBuffer:
         self._codes_BMN = torch.zeros(shape, dtype=torch.uint16, device=device)
 
     def accumulate(self, batch: Batch, factor_K1: Tensor) -> None:
+        from dalle_kernels.minifloat import add_decoded
+
         for rows in batch.chunks:
-            total = decode(self._codes_BMN[rows]).add_(batch.take(rows, factor_K1))
+            total = batch.read(rows)
+            add_decoded(total, self._codes_BMN[rows], factor_K1[batch.kind.slot_B[rows]])
             batch.write(rows, total)
 
     def sum(self, batch: Batch, rows: slice) -> Tensor:
         return batch.read(rows)
 
     def subtract_sent(self, batch: Batch, rows: slice, left: Tensor, right: Tensor) -> None:
-        sent = torch.bmm(left, right)
-        self._codes_BMN[rows] = encode(batch.read(rows) - sent)
-        batch.write(rows, sent)
+        from dalle_kernels.minifloat import encode_rest
+
+        total = batch.read(rows)
+        encode_rest(total, torch.bmm(left, right), self._codes_BMN[rows])
+        batch.write(rows, total)
 
     def keep(self, batch: Batch, rows: slice) -> None:
         total = batch.read(rows).clone()

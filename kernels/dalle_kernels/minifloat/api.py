@@ -33,7 +33,8 @@ def pack(x: Tensor, fmt: str, backend: str = "auto") -> Tensor:
         raise ValueError(f"x: {type(x).__name__} is not a tensor")
     if x.dtype not in DTYPES:
         raise ValueError(f"x: dtype {x.dtype} is not one of fp32, fp16, bf16")
-    if _use_triton(x, fmt, backend):
+    _check_format(fmt)
+    if use_triton(x, backend):
         from dalle_kernels.minifloat import triton_minifloat
 
         return triton_minifloat.launch_pack(x, FORMATS[fmt])
@@ -46,16 +47,16 @@ def unpack(bits: Tensor, fmt: str, backend: str = "auto") -> Tensor:
         raise ValueError(f"bits: {type(bits).__name__} is not a tensor")
     if bits.dtype != torch.uint16:
         raise ValueError(f"bits: dtype {bits.dtype} is not uint16")
-    if _use_triton(bits, fmt, backend):
+    _check_format(fmt)
+    if use_triton(bits, backend):
         from dalle_kernels.minifloat import triton_minifloat
 
         return triton_minifloat.launch_unpack(bits, FORMATS[fmt])
     return torch_minifloat.unpack(bits.contiguous(), FORMATS[fmt])
 
 
-def _use_triton(tensor: Tensor, fmt: str, backend: str) -> bool:
-    if fmt not in FORMATS:
-        raise ValueError(f"fmt: {fmt!r} is not one of {', '.join(FORMATS)}")
+def use_triton(tensor: Tensor, backend: str) -> bool:
+    """Whether `backend`, as for `pack`, is Triton on this tensor's device; its errors too."""
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend: {backend!r} is not one of auto, {', '.join(BACKENDS)}")
     if backend == "auto":
@@ -64,3 +65,8 @@ def _use_triton(tensor: Tensor, fmt: str, backend: str) -> bool:
     if missing:
         raise ValueError(f"backend: 'triton' cannot run here: {missing}")
     return backend == "triton"
+
+
+def _check_format(fmt: str) -> None:
+    if fmt not in FORMATS:
+        raise ValueError(f"fmt: {fmt!r} is not one of {', '.join(FORMATS)}")
