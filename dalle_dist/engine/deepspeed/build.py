@@ -23,6 +23,7 @@ from dalle_dist.engine.deepspeed.engine import DeepSpeedEngine
 from dalle_dist.engine.deepspeed.first_weights import on_meta, sharded_weights, whole_weights
 from dalle_dist.engine.deepspeed.half_gather import keep_gathered_in_half
 from dalle_dist.engine.deepspeed.node_local import NodeLocal, broadcast_weights
+from dalle_dist.engine.deepspeed.one_copy import keep_one_copy
 from dalle_dist.engine.deepspeed.settings import accumulation, check_together, deepspeed_config
 from dalle_dist.engine.deepspeed.versions import (
     check_version,
@@ -277,18 +278,7 @@ def _adapt(engine: Any) -> None:
     # With its autocast comes a scaler of its own, which would scale the loss unasked.
     engine.optimizer.torch_autocast_gradscaler = None
     if int(engine.zero_optimization_stage()) == 3:
-        _keep_one_copy(engine.optimizer)
-
-
-def _keep_one_copy(optimizer: Any) -> None:
-    """Of fp32 weights ZeRO-3 keeps shards, and fp32 copies of them to update: one is enough.
-
-    It means to (`stage3.py`), but compares a torch.device with a string.
-    """
-    shards_flat = optimizer.fp16_partitioned_groups_flat
-    for shard, master in zip(shards_flat, optimizer.fp32_partitioned_groups_flat, strict=True):
-        if shard is not None and shard.dtype == master.dtype and shard.device == master.device:
-            master.data = shard.data
+        keep_one_copy(engine.optimizer)
 
 
 def _quieten() -> None:

@@ -109,7 +109,7 @@ def require_names(engine: Any, stage: int, scaled: bool) -> None:
     if stage == 3:
         require(optimizer, "optimizer", "fp16_groups", "persistent_parameters",
                 "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat",
-                "sub_group_to_group_id", "partition_grads",
+                "sub_group_to_group_id", "partition_grads", "flatten",
                 "_reassign_or_swap_out_partitioned_parameters")  # fmt: skip
     elif stage > 0:
         require(optimizer, "optimizer", "update_lp_params")

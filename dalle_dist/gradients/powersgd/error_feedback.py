@@ -22,7 +22,7 @@ class ErrorBuffer(Protocol):
     """From `accumulate` to `subtract_sent` or `keep`, the gradient belongs to the buffer."""
 
     def accumulate(self, batch: Batch, factor_K1: Tensor) -> None:
-        """Add the gradients times the factors (fp32) of their resblocks; the sum lives there or here.
+        """Add the gradients times the factors of their resblocks, fp32; the sum is there or here.
 
         A factor of 0 drops what is not to be taken, finite or not.
         """

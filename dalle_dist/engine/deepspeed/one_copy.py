@@ -1,0 +1,49 @@
+"""ZeRO-3 keeps one copy of fp32 weights and gradients, where DeepSpeed makes two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def keep_one_copy(optimizer: Any) -> None:
+    """Of a fresh engine of ZeRO-3.
+
+    It has shards of fp32 weights, and fp32 copies of them to update; it means to have one
+    (`stage3.py`), but compares a torch.device with a string. And in each step it copies the
+    gradients of a sub-group to a flat tensor, although they lie one after another already.
+    """
+    shards_flat = optimizer.fp16_partitioned_groups_flat
+    for shard, master in zip(shards_flat, optimizer.fp32_partitioned_groups_flat, strict=True):
+        if shard is not None and shard.dtype == master.dtype and shard.device == master.device:
+            master.data = shard.data
+    optimizer.flatten = _flatten_views(optimizer.flatten)
+
+
+def _flatten_views(flatten: Callable[[Sequence[Tensor]], Tensor]) -> Callable[..., Tensor]:
+    def as_one(tensors: Sequence[Tensor]) -> Tensor:
+        return _together(tensors) if _one_after_another(tensors) else flatten(tensors)
+
+    return as_one
+
+
+def _one_after_another(tensors: Sequence[Tensor]) -> bool:
+    first, at = tensors[0], tensors[0].data_ptr()
+    storage = first.untyped_storage().data_ptr()
+    for tensor in tensors:
+        if (
+            tensor.data_ptr() != at
+            or tensor.dtype != first.dtype
+            or not tensor.is_contiguous()
+            or tensor.untyped_storage().data_ptr() != storage
+        ):
+            return False
+        at += tensor.nbytes
+    return True
+
+
+def _together(tensors: Sequence[Tensor]) -> Tensor:
+    numel = sum(tensor.numel() for tensor in tensors)
+    return tensors[0].as_strided((numel,), (1,))
