@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from dalle_dist.config import Config
+from dalle_dist.gradients.waves import Waves
 from dalle_dist.plan.hardware import Hardware
 from dalle_dist.plan.items import Item, Layout, nonzero, total
 from dalle_dist.plan.model import Model
@@ -25,6 +26,7 @@ GEMMS = ("matrices, forward", "matrices, backward", "matrices, again")
 PASSES = {"fp32": (72, 148), "bf16": (64, 130), "fp16": (80, 194)}
 # Operations of a layer that are no views, forward and backward, counted by torch's dispatcher.
 OPERATIONS = {"fp32": (13, 36), "bf16": (19, 46), "fp16": (37, 78)}
+BACKWARD = 2 / 3  # of the computing
 _STEP_OPERATIONS = 30  # of a layer, once a step: pieces, norms, copies
 _MODULES = 10  # of a layer, each with DeepSpeed's hooks under ZeRO-3
 
@@ -83,7 +85,7 @@ def timing(
     computing = _computing(model, settings, hardware)
     once = (
         *_powersgd(config, settings, share, hardware),
-        *_between(traffic, layout, hardware),
+        *_between(config, model, settings, traffic, layout, hardware, total(computing)),
         _optimizer(model, settings, hardware),
     )
     items = nonzero(
@@ -189,8 +191,12 @@ def _powersgd(
     fp32 = hardware.fp32_share * hardware.peak_fp32
     narrow = config.parallel.products == "tf32" and hardware.peak_tf32 > 0
     rate = hardware.fp32_share * hardware.peak_tf32 if narrow else fp32
-    # Gradient + error, both products' reading, P Q^T written, error written.
-    passes = 4 * (3 + 2 + 2 + 3) if config.parallel.error_dtype == "fp32" else 4 * 8 + 2 * 3
+    # Norm; gradient + error; both products' reading; P Q^T; what it leaves. The kernels of 1-6-9
+    # errors pass once over gradient + error, and once over what is left.
+    if config.parallel.error_dtype == "fp32":
+        passes = 4 + 4 * (2 + 3) + 4 * 2 + 4 + 4 * 3
+    else:
+        passes = 4 + (4 + 2 + 4) + 4 * 2 + 4 + (4 + 4 + 4 + 2)
     bandwidth = hardware.bandwidth * hardware.memory_share
     shapes = Counter(min(shape) for shape in share.compressed)
     columns = sum(short * count for short, count in shapes.items())
@@ -216,13 +222,35 @@ def _powersgd(
     )
 
 
-def _between(traffic: Traffic, layout: Layout, hardware: Hardware) -> tuple[Item, ...]:
-    """After the backward pass, so exposed; all GPUs of a node share its wire."""
-    names = ("P", "Q", "sent whole", "outer steps")
-    sent = total(i for i in traffic.between if i.name in names) * layout.gpus_per_node
+def _between(
+    config: Config,
+    model: Model,
+    settings: Settings,
+    traffic: Traffic,
+    layout: Layout,
+    hardware: Hardware,
+    computing: float,
+) -> tuple[Item, ...]:
+    """All GPUs of a node share its wire. Under ZeRO-3 waves go beside the backward pass."""
+    sent = {i.name: i.amount * layout.gpus_per_node for i in traffic.between}
     rate = hardware.wire / 8 * hardware.wire_share
-    how = f"{sent / 1e9:,.3g} GB of a node at {rate / 1e9:,.3g} GB/s"
-    return (Item("between nodes, exposed", sent / rate, how),)
+    waved = sent.get("P", 0.0) + sent.get("Q", 0.0)
+    whole = sent.get("sent whole", 0.0) + sent.get("outer steps", 0.0)
+    if settings.between == "dense":
+        waved = whole * model.matrices / model.parameters
+        whole -= waved
+    waves = Waves(model.resblocks.count).last
+    hidden = 0.0
+    if settings.stage == 3 and config.parallel.overlap:
+        # The first wave is ready when its part of the backward pass is done, the last at the end.
+        beside = hardware.overlap * BACKWARD * computing / settings.accumulation
+        hidden = (1 - 1 / waves) * min(beside, waved / rate)
+    exposed = (waved + whole) / rate - hidden
+    how = (
+        f"{(waved + whole) / 1e9:,.3g} GB of a node at {rate / 1e9:,.3g} GB/s, "
+        f"{hidden:.3g} s beside the backward pass"
+    )
+    return (Item("between nodes, exposed", exposed, how),)
 
 
 def _optimizer(model: Model, settings: Settings, hardware: Hardware) -> Item:
