@@ -1,0 +1,69 @@
+"""Every benchmark runs, tiny, and writes rows that say where they were measured."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_BE_ZERO = {
+    "steps skipped",
+    "by Householder, 20 steps",
+    "gradient underflow, worst resblock",
+    "gradient underflow, all resblocks",
+    "error / exact distance",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "metrics"),
+    [
+        ("train_step", {"training step", "speed", "GEMM peak", "share of GEMM peak"}),
+        (
+            "attention",
+            {"forward", "forward + backward speed", "forward share of floor", "peak memory"},
+        ),
+        ("sampling", {"sampling", "one image", "step", "step time", "time"}),
+        ("generate", {"one caption", "time", "peak memory beyond the model's"}),
+        ("checkpoint", {"pause", "whole save", "load", "size"}),
+        ("powersgd_math", {"layer shards", "ours, layer", "share of a step's FLOP"}),
+        ("precision_cost", {"training step", "step time"}),
+        ("dvae_step", {"training step", "speed"}),
+        ("fid", {"features to distance", "time / ours", "error / exact distance"}),
+        (
+            "data",
+            {"tokens", "tokens from S3", "images", "8 loader processes", "build, 64x64"},
+        ),
+        (
+            "checkpoint_convert",
+            {"to safetensors", "memory / fp32 weights", "its time / ours", "its memory / ours"},
+        ),
+        ("busy_machine", {"quiet", "beside one busy process"}),
+        ("gradient_path", {"gradient path's host time", "operations of torch"}),
+        ("plan", {"held, measured / plan", "checkpoint, measured / plan"}),
+        ("on_paper", {"all-reduces of all ranks", "collectives between nodes"}),
+        ("precision", {"held-out loss", "held-out loss / fp32's", "steps skipped"}),
+    ],
+)
+def test_smoke_writes_rows(tmp_path, name, metrics):
+    out = tmp_path / "rows.csv"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke", "--rounds=1", "--threads=1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, "--out", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    rows = rows_of(out)
+    assert metrics <= {row["metric"] for row in rows}
+    for row in rows:
+        assert float(row["median"]) > 0 or row["metric"] in MAY_BE_ZERO
+        assert row["hardware"] and row["torch"] and row["threads"] == "1"
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
