@@ -87,7 +87,7 @@ class Runs:
         self.chosen = {
             "forward": triton_config.forward_tiles(HEAD_DIM, DTYPE),
             "backward": triton_config.backward_tiles(
-                torch.cuda.get_device_capability(), HEAD_DIM, DTYPE
+                torch.cuda.get_device_capability(), HEAD_DIM, DTYPE, self.mask
             ),
         }
         torch.manual_seed(0)

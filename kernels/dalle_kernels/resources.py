@@ -85,7 +85,8 @@ def _forward(target: int, mask: AttentionMask, width: int, dtype: torch.dtype) -
 
 
 def _backward(target: int, mask: AttentionMask, width: int, dtype: torch.dtype) -> Used:
-    tensor, tiles = POINTERS[dtype], backward_tiles((target // 10, target % 10), width, dtype)
+    tensor, capability = POINTERS[dtype], (target // 10, target % 10)
+    tiles = backward_tiles(capability, width, dtype, mask)
     types = dict.fromkeys(("qkv", "grad", "dqkv"), tensor)
     types |= dict.fromkeys(("lse", "delta"), "*fp32") | STRIDES
     constants = {**mask_constants(mask), "D": width, **tiles.constants()}

@@ -81,6 +81,16 @@ def test_scores_of_text_keys_by_keys_first(monkeypatch):
         )
 
 
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+def test_scores_of_image_keys_by_keys_first(monkeypatch, kind):
+    """In tiles of 64, the second of which ends past the image."""
+    tiles = Tiles(16, 16, 64, 4, 1, keys_first=True)
+    monkeypatch.setattr(triton_attention, "backward_tiles", lambda *_: tiles)
+    assert_as_exact_as_plain_torch(
+        AttentionMask(kind, 5, 9, kernel=3), torch.float16, batch=1, heads=2, width=32
+    )
+
+
 def test_qkv_that_is_a_view_of_something_wider(monkeypatch):
     small_tiles(monkeypatch)
     mask = AttentionMask("row", 5, 4)

@@ -29,7 +29,7 @@ def interpreted(file, marks="not slow"):
 @pytest.mark.parametrize(
     ("file", "marks", "tests"),
     [
-        ("interpreted_attention.py", "not slow", 16),
+        ("interpreted_attention.py", "not slow", 19),
         ("interpreted_decode.py", "not slow", 15),
         ("interpreted_traffic.py", "not slow", 13),
         pytest.param("interpreted_attention.py", "slow", 56, marks=pytest.mark.slow),

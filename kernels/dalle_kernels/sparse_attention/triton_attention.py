@@ -34,7 +34,8 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BNHD: Tensor) -> tuple[Tensor, None]:
         qkv_BN3HD, out_BNHD, lse_BHN = ctx.saved_tensors
-        tiles = backward_tiles(_capability(qkv_BN3HD), qkv_BN3HD.shape[-1], qkv_BN3HD.dtype)
+        capability, width = _capability(qkv_BN3HD), qkv_BN3HD.shape[-1]
+        tiles = backward_tiles(capability, width, qkv_BN3HD.dtype, ctx.mask)
         grad_BNHD = grad_BNHD.contiguous()
         return backward(grad_BNHD, qkv_BN3HD, out_BNHD, lse_BHN, ctx.mask, tiles), None
 

@@ -2,16 +2,21 @@
 
 Those of bf16 at width 64 were measured on an H100 and an H200 (docs/log.md): under each of the
 three masks they are within 6% of the quickest of 17 (forward) and within 4% of the quickest of 20
-(backward). The others follow what the offline compiler reports (`kernels/resources.json`): no
+(backward). Tiles of 64 image keys were measured with half of the programs that a multiprocessor
+holds since. The others follow what the offline compiler reports (`kernels/resources.json`): no
 spills on sm_90, and two programs per multiprocessor where they fit. Units: tokens per tile.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+
+from dalle_kernels.masks import AttentionMask
+from dalle_kernels.spans import span
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,8 @@ class Tiles:
     """BM queries; BT text keys; BW image keys; warps and pipeline stages of one program.
 
     In the backward kernel BM is of queries in the dQ role; the dK, dV role walks BM queries per BT
-    or BW keys. `keys_first`: it has the scores of text keys as [keys, queries], which spares Hopper
-    two transpositions in shared memory, and costs sm_80 spills.
+    or BW keys. `keys_first`: it has the scores of text keys, and of image keys in tiles of 64, as
+    [keys, queries], which spares Hopper two transpositions in shared memory; sm_80 would spill.
     """
 
     BM: int
@@ -46,7 +51,9 @@ def forward_tiles(width: int, dtype: torch.dtype) -> Tiles:
     return Tiles(BM=64, BT=64, BW=32, num_warps=4, num_stages=2)
 
 
-def backward_tiles(capability: tuple[int, int], width: int, dtype: torch.dtype) -> Tiles:
+def backward_tiles(
+    capability: tuple[int, int], width: int, dtype: torch.dtype, mask: AttentionMask
+) -> Tiles:
     """Tiles of the backward kernel at that width, on a device of that compute capability."""
     if dtype == torch.float32 and width == 128:
         return Tiles(BM=16, BT=32, BW=32, num_warps=8, num_stages=1)
@@ -55,8 +62,23 @@ def backward_tiles(capability: tuple[int, int], width: int, dtype: torch.dtype) 
     if width == 128:
         return Tiles(BM=32, BT=64, BW=32, num_warps=8, num_stages=1)
     if capability >= (9, 0):
-        return Tiles(BM=64, BT=64, BW=32, num_warps=4, num_stages=3, keys_first=True)
+        keys = _band_keys(mask, 64)
+        return Tiles(BM=64, BT=64, BW=keys, num_warps=4, num_stages=3, keys_first=True)
     return Tiles(BM=64, BT=64, BW=32, num_warps=4, num_stages=2)
+
+
+@lru_cache(maxsize=256)
+def _band_keys(mask: AttentionMask, queries: int) -> int:
+    """64 image keys per tile where tiles of 64 walk no more of the band than tiles of 32, else 32.
+
+    Then it is the same work by half as many programs, which load queries half as often.
+    """
+    band, walked = span(mask), {32: 0, 64: 0}
+    for first in range(0, band.image, queries):
+        reach = min(first + queries, band.image) - band.first_key(first)
+        for keys in walked:
+            walked[keys] += -(-reach // keys) * keys
+    return 64 if walked[64] <= walked[32] else 32
 
 
 def decode_warps(width: int, dtype: torch.dtype) -> int:
