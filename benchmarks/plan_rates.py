@@ -34,11 +34,12 @@ _LAYERS = 4  # of the model whose hooks are timed
 ROUNDS, DTYPES = 5, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def measured(ranks: Ranks, config: Config, shape: tuple[int, int, int]) -> Hardware:
+def measured(ranks: Ranks, config: Config, shape: tuple[int, int, int], values: int) -> Hardware:
     """Rates as the slowest rank has them.
 
     Args:
         shape: of the P's that are orthogonalised together: how many, rows, rank; zeros: none.
+        values: of the weights that a rank updates.
     """
     precision, attention = config.train.precision, _attention(config)
     rates = {
@@ -47,7 +48,7 @@ def measured(ranks: Ranks, config: Config, shape: tuple[int, int, int]) -> Hardw
         "attention_forward": attention[0],
         "attention_backward": attention[1],
         "bandwidth": _passes(config),
-        "optimizer": _adamw(config),
+        "optimizer": _adamw(config, values),
         "copies": _copies(config),
         **_hooks(ranks, config),
         "launches_per_s": 1 / _launch(config),
@@ -163,9 +164,9 @@ def _passes(config: Config) -> float:
     return sum(PASSES[precision]) * x.numel() / _seconds(run)
 
 
-def _adamw(config: Config) -> float:
+def _adamw(config: Config, values: int) -> float:
     """Bytes/s of AdamW and what DeepSpeed does around it, counted as the plan counts them."""
-    weight, moments = torch.nn.Parameter(torch.randn(1 << 20)), config.train.moments
+    weight, moments = torch.nn.Parameter(torch.randn(values)), config.train.moments
     gradient = torch.randn_like(weight)
     optimizer = AdamW([{"params": [weight], "moments": moments}], lr=1e-4)
 
@@ -182,15 +183,14 @@ def _adamw(config: Config) -> float:
 def _copies(config: Config) -> float:
     """Bytes/s of a layer's gradients into a bucket, divided, flat, and added to an fp32 sum."""
     size, dtype = 12 * config.transformer.width**2, DTYPES[config.train.precision]
-    parts = torch.randn(size).to(dtype).chunk(4)
-    bucket, sums = torch.empty(size, dtype=dtype), torch.zeros(size)
+    parts, sums = torch.randn(size).to(dtype).chunk(4), torch.zeros(size)
 
     def run() -> None:
-        torch.cat(parts, out=bucket)
+        bucket = torch.cat(parts)
         flat = torch.cat(bucket.div_(1.0).chunk(4))
         sums.add_(flat.float())
 
-    width = bucket.element_size()
+    width = dtype.itemsize
     cast = 0 if width == 4 else width + 4
     return (6 * width + cast + 12) * size / _seconds(run)
 
@@ -275,7 +275,7 @@ def _link(ranks: Ranks, size: int) -> float:
 
 
 def _start(ranks: Ranks) -> float:
-    if ranks.world == 1:
+    if not dist.is_initialized():
         return 1e-6
     value = torch.zeros(1)
     return _seconds(lambda: [dist.all_reduce(value) for _ in range(20)]) / 20

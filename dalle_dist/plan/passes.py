@@ -46,9 +46,11 @@ def _gradients(model: Model, settings: Settings) -> tuple[float, float]:
 
 def _bucketed(model: Model, settings: Settings) -> float:
     """`stage_1_and_2.py`: into the bucket, divided, flat once more, back to the owner."""
-    ranks, width = settings.shards, settings.weight_bytes
-    flat = 2 if settings.precision == "bf16" or ranks > 1 else 0  # else it is so already
-    found = (2 + 2 + flat + 2 / ranks) * width * model.parameters
+    ranks, width, values = settings.shards, settings.weight_bytes, model.parameters
+    # Gradients of one owner lie side by side; each of two groups has a border between two owners.
+    shared = min(values, 2 * (ranks - 1) * settings.reduce_bucket)
+    flat = values if settings.precision == "bf16" else shared
+    found = width * ((2 + 2 + 2 / ranks) * values + 2 * flat)
     if settings.precision == "fp16":
         found += 2 * (4 + 2) * model.matrices  # to the dtype on the wire and from it
     return found
@@ -68,6 +70,9 @@ def _scattered(model: Model, settings: Settings) -> float:
     own, later = model.parameters / settings.shards, 1 - 1 / settings.accumulation
     narrow = model.matrices if settings.precision == "fp16" else model.parameters
     cast = (2 + 4) * narrow / settings.shards if settings.precision != "fp32" else 0.0
+    if settings.precision != "fp16":
+        # DeepSpeed's linear layer gives the gradient of an [I, O] matrix, a third of all, as [O, I].
+        cast += 2 * settings.weight_bytes * model.matrices / 3
     return (6 + 2 / settings.shards) * payload + cast + (8 * (1 - later) + _SUM * later) * own
 
 

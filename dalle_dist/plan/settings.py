@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dalle_dist.config import Config, TrainConfig
 from dalle_dist.engine.deepspeed.settings import (
@@ -49,7 +49,7 @@ class Settings:
     max_live: int
     max_reuse: int
     sub_group: int
-    fp16_by_fp32: bool = False
+    fp16_by_fp32: bool = field(default=False, kw_only=True)
 
     @classmethod
     def of(cls, config: Config, layout: Layout, has_bf16: bool) -> Settings:

@@ -196,14 +196,28 @@ def _inside(
 
 def _collectives(model: Model, settings: Settings) -> int:
     """Reductions of full buckets, gathers of prefetch buckets, small parameters one by one."""
-    reductions = 2 + model.parameters // settings.reduce_bucket
-    if settings.stage == 0 or settings.shards == 1:
+    reductions = _reductions(model, settings)
+    if settings.stage == 0:
         return 1
     if settings.stage < 3:
         return reductions * (settings.accumulation if settings.stage == 2 else 1) + 2
+    if settings.shards == 1:
+        return settings.accumulation * reductions
     large = [s for s in model.sizes.values() if s > settings.persistent_up_to]
     gathers = 1 + 2 * (sum(large) // (settings.prefetch + max(large, default=1)))
     return settings.accumulation * (reductions + gathers) + len(model.sizes) - len(large)
+
+
+def _reductions(model: Model, settings: Settings) -> int:
+    """Buckets that a backward pass fills: a gradient for which there is no room left ends one."""
+    buckets: dict[bool, list[int]] = {}
+    for name, size in reversed(model.sizes.items()):
+        apart = settings.precision == "fp16" and name in model.resblocks.matrices
+        filled = buckets.setdefault(apart, [0])
+        if filled[-1] and filled[-1] + size > settings.reduce_bucket:
+            filled.append(0)
+        filled[-1] += size
+    return sum(map(len, buckets.values()))
 
 
 def _powersgd(
