@@ -71,7 +71,7 @@ def _scattered(model: Model, settings: Settings) -> float:
     narrow = model.matrices if settings.precision == "fp16" else model.parameters
     cast = (2 + 4) * narrow / settings.shards if settings.precision != "fp32" else 0.0
     if settings.precision != "fp16":
-        # DeepSpeed's linear layer gives the gradient of an [I, O] matrix, a third of all, as [O, I].
+        # DeepSpeed's linear layer gives gradients of [I, O] matrices, a third of all, as [O, I].
         cast += 2 * settings.weight_bytes * model.matrices / 3
     return (6 + 2 / settings.shards) * payload + cast + (8 * (1 - later) + _SUM * later) * own
 
