@@ -18,6 +18,7 @@ from dalle_dist.config import Config, load
 from dalle_dist.plan.hardware import Hardware, hardware
 from dalle_dist.plan.items import Layout, total
 from dalle_dist.plan.plan import Plan, plan
+from dalle_dist.plan.shares import padded
 from dalle_dist.testing import run_distributed
 
 BYTES, SECONDS = 0.05, 0.25  # largest errors
@@ -101,10 +102,12 @@ def compare(
 
 
 def _machine(config: Config, layout: Layout) -> Hardware:
-    share = plan(config, layout, hardware("h100-80")).share
+    made = plan(config, layout, hardware("h100-80"))
+    share = made.share
+    own = int(padded(made.model, made.settings.stage, made.settings.shards))
     short = [min(shape) for shape in share.compressed]
     batch = (len(short), max(short), share.rank) if short and layout.nodes > 1 else (0, 0, 0)
-    machine: Hardware = run_distributed(measured, layout.world, config, batch)[0]
+    machine: Hardware = run_distributed(measured, layout.world, config, batch, own)[0]
     return machine
 
 

@@ -17,25 +17,29 @@ from torch import Tensor
 
 from dalle_dist.config import HEAD_DIM, Config, from_dict, to_dict
 from dalle_dist.distributed.process_group import Ranks
+from dalle_dist.engine.deepspeed.build import build_engine
 from dalle_dist.gradients.powersgd.orthogonal import orthonormal_BMR
 from dalle_dist.optim.adamw import AdamW
 from dalle_dist.plan.hardware import Hardware, hardware
-from dalle_dist.plan.timing import OPERATIONS, PASSES
+from dalle_dist.plan.timing import MODULES, OPERATIONS, PASSES, optimizer_passes
 from dalle_dist.precision.linear import ResblockLinear
 from dalle_dist.precision.scaled_branch import scaled_branch
 from dalle_dist.precision.scales import BlockScale, BlockScales
 from dalle_dist.transformer.blocks import Layer
 from dalle_dist.transformer.embeddings import LayerNorm
 from dalle_dist.transformer.layout import layer_masks
+from dalle_dist.transformer.loss_model import LossTransformer
 
+_LAYERS = 4  # of the model whose hooks are timed
 ROUNDS, DTYPES = 5, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def measured(ranks: Ranks, config: Config, shape: tuple[int, int, int]) -> Hardware:
+def measured(ranks: Ranks, config: Config, shape: tuple[int, int, int], values: int) -> Hardware:
     """Rates as the slowest rank has them.
 
     Args:
         shape: of the P's that are orthogonalised together: how many, rows, rank; zeros: none.
+        values: of the weights that a rank updates.
     """
     precision, attention = config.train.precision, _attention(config)
     rates = {
@@ -44,7 +48,9 @@ def measured(ranks: Ranks, config: Config, shape: tuple[int, int, int]) -> Hardw
         "attention_forward": attention[0],
         "attention_backward": attention[1],
         "bandwidth": _passes(config),
-        "optimizer": _adamw(config),
+        "optimizer": _adamw(config, values),
+        "copies": _copies(config),
+        **_hooks(ranks, config),
         "launches_per_s": 1 / _launch(config),
         "link": _link(ranks, 1 << 19),
         "factors_per_s": 1 / _factor(shape),
@@ -68,12 +74,15 @@ def measured(ranks: Ranks, config: Config, shape: tuple[int, int, int]) -> Hardw
         bandwidth=slowest["bandwidth"],
         memory_share=1.0,
         optimizer_share=slowest["optimizer"] / slowest["bandwidth"],
+        copy_share=slowest["copies"] / slowest["bandwidth"],
         link=slowest["link"],
         link_share=1.0,
         wire_share=1.0,
         wire=8 * slowest["link"] * (config.parallel.local_world_size or ranks.world),
         overlap=0.0,
         launch_s=1 / slowest["launches_per_s"],
+        module_s=1 / slowest["modules_per_s"],
+        gradient_s=1 / slowest["gradients_per_s"],
         factor_s=1 / slowest["factors_per_s"],
         collective_s=1 / slowest["starts_per_s"],
         asynchronous=False,
@@ -155,32 +164,86 @@ def _passes(config: Config) -> float:
     return sum(PASSES[precision]) * x.numel() / _seconds(run)
 
 
-def _adamw(config: Config) -> float:
-    """Bytes/s of AdamW and a norm, counted as the plan counts them."""
-    weight = torch.nn.Parameter(torch.randn(1 << 20))
-    weight.grad = torch.randn_like(weight)
-    moments = config.train.moments
+def _adamw(config: Config, values: int) -> float:
+    """Bytes/s of AdamW and what DeepSpeed does around it, counted as the plan counts them."""
+    weight, moments = torch.nn.Parameter(torch.randn(values)), config.train.moments
+    gradient = torch.randn_like(weight)
     optimizer = AdamW([{"params": [weight], "moments": moments}], lr=1e-4)
-    narrow = 2 if moments == "16-bit" else 4
-    passes = 4 + 8 + (4 + 4 + 2 * narrow) + (4 + 2 * narrow) + 4 + 4
 
     def run() -> None:
-        gradient = torch.cat([weight.grad.clone()])  # type: ignore[union-attr]
-        torch.linalg.vector_norm(gradient)
+        weight.grad = torch.cat([gradient])
+        weight.grad.double().norm(2)
+        weight.grad.mul_(1.0)
         optimizer.step()
         gradient.copy_(weight.detach())
 
-    return passes * weight.numel() / _seconds(run)
+    return optimizer_passes(moments, 4) * weight.numel() / _seconds(run)
+
+
+def _copies(config: Config) -> float:
+    """Bytes/s of a layer's gradients into a bucket, divided, flat, and added to an fp32 sum."""
+    size, dtype = 12 * config.transformer.width**2, DTYPES[config.train.precision]
+    parts, sums = torch.randn(size).to(dtype).chunk(4), torch.zeros(size)
+
+    def run() -> None:
+        bucket = torch.cat(parts)
+        flat = torch.cat(bucket.div_(1.0).chunk(4))
+        sums.add_(flat.float())
+
+    width = dtype.itemsize
+    cast = 0 if width == 4 else width + 4
+    return (6 * width + cast + 12) * size / _seconds(run)
+
+
+def _tiny(config: Config, **others: dict[str, Any]) -> Config:
+    """Too small to compute anything."""
+    tree = to_dict(config)
+    tree["transformer"] |= {"width": 64, "heads": 1, "layers": 1, "text_tokens": 2}
+    tree["transformer"] |= {"image_grid": 2, "conv_kernel": 1, "codebook_size": 8}
+    tree["tokenizer"]["vocab_size"] = 300
+    tree["image_tokenizer"]["kind"] = "measured"
+    for section, values in others.items():
+        tree[section] |= values
+    return from_dict(tree)
+
+
+def _hooks(ranks: Ranks, config: Config) -> dict[str, float]:
+    """DeepSpeed's hooks per second, without collectives: of modules, and of gradients."""
+    if not config.train.zero_stage:
+        return {"modules_per_s": 1e9, "gradients_per_s": 1e9}
+    train = {"batch_size": ranks.world, "micro_batch": 1, "precision": "fp32"}
+    alone = {"between_nodes": "dense", "local_world_size": 1}
+    tiny = _tiny(config, transformer={"layers": _LAYERS}, train=train, parallel=alone)
+    plain = LossTransformer(tiny)
+    engine = build_engine(LossTransformer(tiny), tiny.train, ranks, parallel=tiny.parallel)
+    inputs = (torch.full((1, 2), 3), torch.zeros(1, 4, dtype=torch.long))
+    there, back = _both_ways(plain, lambda loss: loss.backward(), inputs)
+    hooked, hooked_back = _both_ways(engine, engine.backward, inputs)
+    module = max(hooked - there, 1e-9) / (_LAYERS * MODULES)
+    left = hooked_back - back - (module * _LAYERS * MODULES if engine.zero_stage == 3 else 0.0)
+    gradient = max(left, 1e-9) / len(engine.shapes)
+    return {"modules_per_s": 1 / module, "gradients_per_s": 1 / gradient}
+
+
+def _both_ways(
+    model: Callable[..., Tensor], backward: Callable[[Tensor], Any], inputs: tuple[Tensor, Tensor]
+) -> tuple[float, float]:
+    """Seconds of a forward and of a backward pass."""
+    times = []
+    for _ in range(4 * ROUNDS):
+        start = time.perf_counter()
+        loss = model(*inputs)[0]
+        middle = time.perf_counter()
+        backward(loss)
+        times.append((middle - start, time.perf_counter() - middle))
+    there, back = (sorted(way)[len(way) // 2] for way in zip(*times, strict=True))
+    return there, back
 
 
 def _launch(config: Config) -> float:
     """Seconds of the host for an operation of a layer too small to compute anything."""
     precision = config.train.precision
-    tree = to_dict(config)
-    tree["transformer"] |= {"width": 64, "heads": 1, "layers": 1, "text_tokens": 2}
-    tree["transformer"] |= {"image_grid": 2, "conv_kernel": 1}
-    tree["image_tokenizer"]["kind"] = "measured"
-    shape = from_dict(tree).transformer
+    shape = _tiny(config).transformer
     layer = Layer(64, layer_masks(shape)[0])
     if precision == "bf16":
         layer.bfloat16()
@@ -212,7 +275,7 @@ def _link(ranks: Ranks, size: int) -> float:
 
 
 def _start(ranks: Ranks) -> float:
-    if ranks.world == 1:
+    if not dist.is_initialized():
         return 1e-6
     value = torch.zeros(1)
     return _seconds(lambda: [dist.all_reduce(value) for _ in range(20)]) / 20

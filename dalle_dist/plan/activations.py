@@ -20,6 +20,7 @@ class Activations:
     input        of one layer: the fp32 stream
     top          kept of the last norm and the unembeddings
     logits       fp32 logits of a micro-batch
+    passing      in a layer's forward pass, beside what is kept
     inside       gradients within a layer while its backward pass goes through the MLP
     layer_grads  gradients of a layer's matrices before DeepSpeed takes them
     """
@@ -28,6 +29,7 @@ class Activations:
     input: int
     top: int
     logits: int
+    passing: int
     inside: int
     layer_grads: int
 
@@ -54,7 +56,20 @@ class Activations:
             4 * x,
             top,
             4 * model.logits(samples),
+            _passing(x, shape.width, settings),
             # of the MLP's inner layer, and of the stream twice
             4 * c * x + 2 * 4 * x,
             weights * largest + rounded,
         )
+
+
+def _passing(x: int, width: int, settings: Settings) -> int:
+    """The stream, its first embeddings, and of the MLP what no layer keeps."""
+    stream, c = 2 * 4 * x, settings.compute_bytes
+    checkpointed = settings.train.checkpoint_activations
+    if settings.precision == "fp16" and settings.fp16_by_fp32:
+        # Of a product: what comes in and the matrix, or what goes out with and without its bias.
+        down, up = 4 * 4 * x + 4 * x + 6 * 4 * width**2, 4 * x * (4 + 4 + 2)
+        return stream + (c * x + up if checkpointed else max(down, up - 2 * c * 4 * x))
+    # The norm's output, GELU's input and output.
+    return stream + (c * x * (1 + 4 + 4) if checkpointed else 0)

@@ -35,6 +35,7 @@ class Hardware:
     fp32_share: float
     memory_share: float
     optimizer_share: float
+    copy_share: float
     link_share: float
     wire_share: float
     attention_forward_share: float
@@ -42,6 +43,7 @@ class Hardware:
     overlap: float
     launch_s: float
     module_s: float
+    gradient_s: float
     factor_s: float
     collective_s: float
     host_link: float

@@ -48,6 +48,7 @@ def gpu_memory(config: Config, model: Model, settings: Settings, share: Share) -
     )
     moments = {
         "forward pass": _forward(model, settings),
+        "logits of the text": _text_logits(model, settings),
         "loss": _logits(model, settings),
         "backward pass begins": _turn(model, settings),
         "first gradients are reduced": _first_bucket(model, settings),
@@ -163,6 +164,22 @@ def _forward(model: Model, settings: Settings) -> tuple[Item, ...]:
         *_gathered(model, settings, backward=False),
         *_earlier(model, settings, parts=1),
         *_layers(model, settings),
+        Item("forward pass of a layer", Activations.of(model, settings).passing, "and the stream"),
+    )
+
+
+def _text_logits(model: Model, settings: Settings) -> tuple[Item, ...]:
+    """Under ZeRO-3 the last gather is still whole: the image's unembedding is to come of it."""
+    shape = model.transformer
+    tokens = settings.samples * shape.text_tokens
+    copied = 4 * (model.text_classes + tokens) * shape.width if settings.weight_bytes == 2 else 0
+    stream = (8 + settings.weight_bytes) * settings.samples * shape.tokens * shape.width
+    return (
+        *_gathered(model, settings, backward=False),
+        *_earlier(model, settings, parts=1),
+        *_layers(model, settings),
+        Item("last norm, unembedding of the text", stream + copied, "fp32 copies where bf16"),
+        Item("logits", 4 * tokens * model.text_classes, "of the text, fp32"),
     )
 
 

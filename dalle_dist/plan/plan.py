@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dalle_dist.config import Config
 from dalle_dist.plan.fits import misfits
@@ -60,6 +60,7 @@ def plan(
     """
     model = model or Model.of(config)
     settings = Settings.of(config, layout, hardware.bf16)
+    settings = replace(settings, fp16_by_fp32=hardware.device == "cpu")
     share = largest_share(config, model, settings.sharing)
     memory = gpu_memory(config, model, settings, share)
     sent = traffic(config, model, settings, share, layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dalle_dist.config import Config, TrainConfig
 from dalle_dist.engine.deepspeed.settings import (
@@ -34,6 +34,7 @@ class Settings:
     accumulation  micro-batches of an optimizer step on each rank
     weight_bytes  of a parameter as DeepSpeed holds it
     compute_bytes  of an activation inside a resblock
+    fp16_by_fp32  products of fp16 go through fp32, as on CPUs
     """
 
     train: TrainConfig
@@ -48,6 +49,7 @@ class Settings:
     max_live: int
     max_reuse: int
     sub_group: int
+    fp16_by_fp32: bool = field(default=False, kw_only=True)
 
     @classmethod
     def of(cls, config: Config, layout: Layout, has_bf16: bool) -> Settings:

@@ -13,6 +13,7 @@ from dalle_dist.gradients.waves import Waves
 from dalle_dist.plan.hardware import Hardware
 from dalle_dist.plan.items import Item, Layout, nonzero, total
 from dalle_dist.plan.model import Model
+from dalle_dist.plan.passes import copies
 from dalle_dist.plan.settings import Settings
 from dalle_dist.plan.shares import Share, padded
 from dalle_dist.plan.storing import checkpoint
@@ -28,7 +29,8 @@ PASSES = {"fp32": (72, 148), "bf16": (64, 130), "fp16": (80, 194)}
 OPERATIONS = {"fp32": (13, 36), "bf16": (19, 46), "fp16": (37, 78)}
 BACKWARD = 2 / 3  # of the computing
 _STEP_OPERATIONS = 30  # of a layer, once a step: pieces, norms, copies
-_MODULES = 10  # of a layer, each with DeepSpeed's hooks under ZeRO-3
+MODULES = 10  # of a layer, each with DeepSpeed's hooks under ZeRO-3
+_BIASES = 9  # widths of a layer's products, whose biases DeepSpeed's own linear layer adds apart
 
 
 @dataclass(frozen=True)
@@ -88,11 +90,14 @@ def timing(
         *_between(config, model, settings, traffic, layout, hardware, total(computing)),
         _optimizer(model, settings, hardware),
     )
-    items = nonzero(
+    device = (
         *computing,
         *_inside(model, settings, traffic, hardware, total(computing)),
         *once,
-        _host(model, settings, hardware, total(computing) + total(once)),
+    )
+    items = nonzero(
+        *device,
+        _host(model, settings, hardware, total(device)),
         *_now_and_then(config, model, settings, layout, hardware),
     )
     train = settings.train
@@ -126,6 +131,8 @@ def _computing(model: Model, settings: Settings, hardware: Hardware) -> tuple[It
     forward = 4 * model.attention_size * samples / (hardware.attention_forward_share * peak)
     backward = 8 * model.attention_size * samples / (hardware.attention_backward_share * peak)
     there, back = PASSES[settings.precision]
+    if settings.stage == 3 and settings.precision != "fp16":
+        there += 2 * settings.compute_bytes * _BIASES
     passes = there * (2 if again else 1) + back
     x = shape.layers * tokens * shape.width
     bandwidth = hardware.bandwidth * hardware.memory_share
@@ -133,6 +140,7 @@ def _computing(model: Model, settings: Settings, hardware: Hardware) -> tuple[It
     logits = 6 * shape.width * samples * classes
     fp32 = hardware.fp32_share * hardware.peak_fp32
     loss = logits / fp32 + 6 * 4 * samples * classes / bandwidth
+    loss += _unembedding_casts(model, settings) / (hardware.bandwidth * hardware.copy_share)
     return (
         Item(GEMMS[0], flop / rate, f"{flop:.3g} {how}"),
         Item(GEMMS[1], 2 * flop / rate, f"{2 * flop:.3g} {how}"),
@@ -147,10 +155,21 @@ def _computing(model: Model, settings: Settings, hardware: Hardware) -> tuple[It
     )
 
 
+def _unembedding_casts(model: Model, settings: Settings) -> float:
+    """Bytes: bf16 weights to fp32 for each forward pass, and their gradients back."""
+    classes = model.text_classes + model.transformer.codebook_size
+    if settings.precision != "bf16":
+        return 0.0
+    return settings.accumulation * 2 * (2 + 4) * classes * model.transformer.width
+
+
 def _inside(
     model: Model, settings: Settings, traffic: Traffic, hardware: Hardware, computing: float
 ) -> tuple[Item, ...]:
-    """ZeRO's collectives; those over several nodes are bound by the slower of the two networks."""
+    """ZeRO's collectives; those over several nodes are bound by the slower of the two networks.
+
+    What DeepSpeed copies for them stands in the same streams, and hides where they leave room.
+    """
     link = hardware.link * hardware.link_share
     rank_wire = hardware.wire / 8 * hardware.wire_share
     sent = total(i for i in traffic.inside if i.name != "flags and numbers")
@@ -164,22 +183,43 @@ def _inside(
     first = seconds / (3 * model.transformer.layers * settings.accumulation)
     exposed = max(seconds - hidden, first if settings.stage == 3 else 0.0)
     count = _collectives(model, settings)
+    around = copies(model, settings)
+    passes = total(around) / (hardware.bandwidth * hardware.copy_share)
     return (
         Item("ZeRO's collectives, exposed", exposed, f"{seconds:.3g} s less {hidden:.3g} s hidden"),
         Item("their start", count * hardware.collective_s, f"{count} collectives"),
+        Item(
+            "DeepSpeed's copies, exposed",
+            max(0.0, passes - max(0.0, hidden - seconds)),
+            "; ".join(f"{item.amount:.3g} B {item.name}" for item in around),
+        ),
     )
 
 
 def _collectives(model: Model, settings: Settings) -> int:
     """Reductions of full buckets, gathers of prefetch buckets, small parameters one by one."""
-    reductions = 2 + model.parameters // settings.reduce_bucket
-    if settings.stage == 0 or settings.shards == 1:
+    reductions = _reductions(model, settings)
+    if settings.stage == 0:
         return 1
     if settings.stage < 3:
         return reductions * (settings.accumulation if settings.stage == 2 else 1) + 2
+    if settings.shards == 1:
+        return settings.accumulation * reductions
     large = [s for s in model.sizes.values() if s > settings.persistent_up_to]
     gathers = 1 + 2 * (sum(large) // (settings.prefetch + max(large, default=1)))
     return settings.accumulation * (reductions + gathers) + len(model.sizes) - len(large)
+
+
+def _reductions(model: Model, settings: Settings) -> int:
+    """Buckets that a backward pass fills: a gradient for which there is no room left ends one."""
+    buckets: dict[bool, list[int]] = {}
+    for name, size in reversed(model.sizes.items()):
+        apart = settings.precision == "fp16" and name in model.resblocks.matrices
+        filled = buckets.setdefault(apart, [0])
+        if filled[-1] and filled[-1] + size > settings.reduce_bucket:
+            filled.append(0)
+        filled[-1] += size
+    return sum(map(len, buckets.values()))
 
 
 def _powersgd(
@@ -253,11 +293,16 @@ def _between(
     return (Item("between nodes, exposed", exposed, how),)
 
 
+def optimizer_passes(moments: str, weight_bytes: int) -> int:
+    """Bytes of each value: flat gradient, its norm in fp64, its scale, AdamW, parameters."""
+    narrow = 2 if moments == "16-bit" else 4
+    norm, flat, scaled = 4 + 8 + 8, 8, 8
+    return norm + flat + scaled + (4 + 4 + 2 * narrow) + (4 + 2 * narrow) + 4 + weight_bytes
+
+
 def _optimizer(model: Model, settings: Settings, hardware: Hardware) -> Item:
     own = padded(model, settings.stage, settings.shards)
-    narrow = 2 if settings.train.moments == "16-bit" else 4
-    # Norm and flat copy of the gradient, AdamW on weight, gradient and moments, parameters.
-    passes = 4 + 8 + (4 + 4 + 2 * narrow) + (4 + 2 * narrow) + 4 + settings.weight_bytes
+    passes = optimizer_passes(settings.train.moments, settings.weight_bytes)
     if settings.precision == "fp16":
         passes += 4 + 8  # finite, unscaled
     seconds = passes * own / (hardware.bandwidth * hardware.optimizer_share)
@@ -271,12 +316,19 @@ def _host(model: Model, settings: Settings, hardware: Hardware, device: float) -
     again = train.checkpoint_activations
     passes = forward * (2 if again else 1) + backward
     operations = layers * (settings.accumulation * passes + _STEP_OPERATIONS)
-    modules = 0
+    modules = gradients = 0
     if settings.stage == 3:
-        modules = layers * _MODULES * settings.accumulation * (3 if again else 2)
-    seconds = operations * hardware.launch_s + modules * hardware.module_s
+        modules = layers * MODULES * settings.accumulation * (3 if again else 2)
+    if settings.stage:
+        often = settings.stage > 1 or settings.precision == "bf16"
+        gradients = len(model.sizes) * (settings.accumulation if often else 1)
+    hooks = modules * hardware.module_s + gradients * hardware.gradient_s
+    seconds = operations * hardware.launch_s + hooks
     exposed = max(0.0, seconds - device) if hardware.asynchronous else seconds
-    how = f"{operations:,} operations, {modules:,} hooks: {seconds:.3g} s of the host"
+    how = (
+        f"{operations:,} operations, hooks of {modules:,} modules and {gradients:,} gradients: "
+        f"{seconds:.3g} s of the host"
+    )
     return Item("launches and host, exposed", exposed, how)
 
 

@@ -1,5 +1,7 @@
 """Plans against tensors alive and bytes sent in real processes; all of it: benchmarks/plan.py."""
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks import plan_measured
@@ -41,11 +43,20 @@ WITHIN = 0.05
                 "transformer.width=256", "transformer.heads=4",
             ],
         ),
+        (
+            1,
+            2,
+            [
+                "train.zero_stage=3", "train.precision=fp16", "train.checkpoint_activations=true",
+                "transformer.width=256", "transformer.heads=4",
+            ],
+        ),
     ],
 )  # fmt: skip
 def test_memory_and_bytes_are_those_of_real_processes(nodes, gpus, overrides):
     config = load("emoji", [*SMALL, *overrides])
-    made = plan(config, Layout(nodes, gpus), hardware("h100-80"))
+    cpu = replace(hardware("h100-80"), device="cpu")
+    made = plan(config, Layout(nodes, gpus), cpu)
     seen = run_distributed(plan_measured.watch, nodes * gpus, config)
     assert total(made.memory.held) == pytest.approx(max(s.held for s in seen), rel=WITHIN)
     assert made.memory.total == pytest.approx(max(s.peak for s in seen), rel=WITHIN)
