@@ -166,18 +166,20 @@ def _passes(config: Config) -> float:
 
 def _adamw(config: Config, values: int) -> float:
     """Bytes/s of AdamW and what DeepSpeed does around it, counted as the plan counts them."""
-    weight, moments = torch.nn.Parameter(torch.randn(values)), config.train.moments
+    weight, train = torch.nn.Parameter(torch.randn(values)), config.train
     gradient = torch.randn_like(weight)
-    optimizer = AdamW([{"params": [weight], "moments": moments}], lr=1e-4)
+    optimizer = AdamW([{"params": [weight], "moments": train.moments}], lr=1e-4)
+    flat = train.zero_stage == 3
 
     def run() -> None:
-        weight.grad = torch.cat([gradient])
-        weight.grad.double().norm(2)
+        weight.grad = gradient if flat else torch.cat([gradient])
+        (weight.grad if flat else weight.grad.double()).norm(2)
         weight.grad.mul_(1.0)
         optimizer.step()
-        gradient.copy_(weight.detach())
+        if not flat:
+            gradient.copy_(weight.detach())
 
-    return optimizer_passes(moments, 4) * weight.numel() / _seconds(run)
+    return optimizer_passes(train.moments, 4, train.zero_stage) * values / _seconds(run)
 
 
 def _copies(config: Config) -> float:

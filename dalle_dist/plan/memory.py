@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 
 from dalle_dist.config import Config
 from dalle_dist.gradients.all_reduce import bytes_per_value
+from dalle_dist.gradients.batches import SCRATCH_BYTES
 from dalle_dist.plan.activations import Activations
 from dalle_dist.plan.items import Item, nonzero, total
 from dalle_dist.plan.model import Model
+from dalle_dist.plan.passes import together
 from dalle_dist.plan.settings import Settings
 from dalle_dist.plan.shares import Share, padded
 
@@ -88,21 +90,12 @@ def _weights(model: Model, settings: Settings) -> tuple[Item, ...]:
 
 def _gradients(model: Model, settings: Settings) -> tuple[Item, ...]:
     own, gradients, how = padded(model, settings.stage, settings.shards), 0.0, ""
-    buckets: tuple[int, ...] = ()
     if settings.stage == 3:
         gradients, how = 4 * own, f"{own:,.0f} x 4 B"
-        buckets = tuple({settings.matrix_wire_bytes, settings.other_wire_bytes})
     elif settings.stage == 1 and settings.precision == "bf16":
         whole = own * settings.shards
         gradients, how = 4 * whole, f"whole on each rank: {whole:,.0f} x 4 B"
-    return nonzero(
-        Item("gradients", gradients, how),
-        Item(
-            "DeepSpeed's buckets",
-            settings.reduce_bucket * sum(buckets),
-            f"{settings.reduce_bucket:,} x ({' + '.join(map(str, buckets))}) B",
-        ),
-    )
+    return nonzero(Item("gradients", gradients, how))
 
 
 def _powersgd(config: Config, share: Share) -> tuple[Item, ...]:
@@ -205,8 +198,8 @@ def _turn(model: Model, settings: Settings) -> tuple[Item, ...]:
 
 
 def _first_bucket(model: Model, settings: Settings) -> tuple[Item, ...]:
-    """ZeRO-2 makes room for all gradients of this rank when the first bucket is reduced."""
-    if settings.stage != 2:
+    """When the first bucket is reduced; ZeRO-2 makes room for all gradients of this rank then."""
+    if settings.stage < 2:
         return ()
     shape = model.transformer
     # A gradient larger than a bucket is reduced at once; else layers have been passed by then.
@@ -215,10 +208,25 @@ def _first_bucket(model: Model, settings: Settings) -> tuple[Item, ...]:
     (kept,) = _layers(model, settings)
     left = max(0.0, 1 - passed)
     return (
+        *_gathered(model, settings),
         *_earlier(model, settings, parts=2),
         *_bucket(settings),
+        *_waiting(model, settings),
         Item(kept.name, left * kept.amount, f"{left:.0%} of {kept.how}"),
         _work(model, settings),
+    )
+
+
+def _waiting(model: Model, settings: Settings) -> tuple[Item, ...]:
+    """Under ZeRO-3 gradients stay where they are until a bucket is full; small ones are copied."""
+    if settings.stage < 3 or settings.shards == 1:
+        return ()
+    share = min(1.0, settings.reduce_bucket / model.parameters)
+    matrices, others = share * model.matrices, share * model.others
+    held = settings.matrix_wire_bytes * matrices + settings.other_wire_bytes * others
+    return nonzero(
+        Item("gradients of a bucket", held, f"{share:.2%} of all"),
+        Item("their copy", share * together(model, settings), "of those below 2^22 values"),
     )
 
 
@@ -277,12 +285,12 @@ def _exchange(config: Config, model: Model, settings: Settings, share: Share) ->
     if config.parallel.error_dtype == "1-6-9":
         for rows, columns in share.compressed:
             alike[rows, columns] = alike.get((rows, columns), 0) + rows * columns
-    batch = max(alike.values(), default=0)
+    chunk = min(SCRATCH_BYTES, 4 * max(alike.values(), default=0))
     factors, whole = share.p + share.q, share.whole if settings.sharing.replicas > 1 else 0
     return nonzero(
         *_step_gradients(model, settings),
         Item("P, Q on the way", (4 + wire) * factors, f"{factors:,} x (4 + {wire}) B"),
-        Item("errors of one shape in fp32", 4 * batch, f"{batch:,} x 4 B"),
+        Item("errors in fp32", chunk, "of shards of a shape, at most 256 MiB"),
         Item("what is sent whole", 4 * whole, f"{whole:,} x 4 B"),
     )
 
@@ -309,13 +317,7 @@ def _step_gradients(model: Model, settings: Settings) -> tuple[Item, ...]:
 def _step(model: Model, settings: Settings) -> tuple[Item, ...]:
     own = padded(model, settings.stage, settings.shards)
     flat, how = 0.0, ""
-    if settings.stage == 3:
-        matrices = sum(
-            -(-model.sizes[name] // settings.shards) for name in model.resblocks.matrices
-        )
-        flat = 4 * min(settings.sub_group, max(matrices, own - matrices))
-        how = "flat gradients of a sub-group"
-    elif settings.stage and not (settings.stage == 1 and settings.precision == "bf16"):
+    if settings.stage in (1, 2) and not (settings.stage == 1 and settings.precision == "bf16"):
         flat, how = 4 * model.matrices / settings.shards, "flat gradients of a group"
     elif settings.stage == 0 and settings.precision == "bf16":
         flat, how = 4 * own, "fp32 gradients"

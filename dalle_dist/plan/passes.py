@@ -6,6 +6,7 @@ over the share that a rank owns are divided by the ranks that share the weights.
 
 from __future__ import annotations
 
+from dalle_dist.engine.deepspeed.scatter import LARGE
 from dalle_dist.plan.items import Item, nonzero
 from dalle_dist.plan.model import Model
 from dalle_dist.plan.settings import Settings
@@ -65,7 +66,7 @@ def _owned(model: Model, settings: Settings) -> float:
 
 
 def _scattered(model: Model, settings: Settings) -> float:
-    """`stage3.py`: into the bucket, in the order of the ranks, divided; then as `_owned`."""
+    """`stage3.py`, `scatter.py`: small ones in the order of the ranks, divided; as `_owned`."""
     payload = _on_the_wire(model.matrices, model.others, settings)
     own, later = model.parameters / settings.shards, 1 - 1 / settings.accumulation
     narrow = model.matrices if settings.precision == "fp16" else model.parameters
@@ -73,17 +74,53 @@ def _scattered(model: Model, settings: Settings) -> float:
     if settings.precision != "fp16":
         # DeepSpeed's linear layer gives gradients of [I, O] matrices, a third of all, as [O, I].
         cast += 2 * settings.weight_bytes * model.matrices / 3
-    return (6 + 2 / settings.shards) * payload + cast + (8 * (1 - later) + _SUM * later) * own
+    copied = 4 * together(model, settings) + 2 / settings.shards * payload
+    return copied + cast + (8 * (1 - later) + _SUM * later) * own
+
+
+def alone(model: Model, settings: Settings) -> list[str]:
+    """Parameters whose gradients ZeRO-3 reduces one by one where they lie."""
+    if settings.stage < 3:
+        return []
+    return [n for n, s in model.sizes.items() if s >= LARGE and s % settings.shards == 0]
+
+
+def together(model: Model, settings: Settings) -> float:
+    """Bytes of the gradients that ZeRO-3 copies to be reduced."""
+    large = set(alone(model, settings))
+    small = {name: size for name, size in model.sizes.items() if name not in large}
+    matrices = sum(size for name, size in small.items() if name in model.resblocks.matrices)
+    return _on_the_wire(matrices, sum(small.values()) - matrices, settings)
 
 
 def _gathers(model: Model, settings: Settings) -> float:
-    """The shards made one, in their dtype on the wire; what has arrived, parameter by parameter."""
+    """The shards made one, in their dtype on the wire; what has arrived, parameter by parameter.
+
+    fp16 matrices that come alone need not be put together (`half_gather.py`).
+    """
     if settings.stage < 3 or settings.shards == 1:
         return 0.0
     matrices, others = gathered_per_micro_batch(model, settings)
     payload = _on_the_wire(matrices, others, settings)
-    cast = (4 + 2) * matrices / settings.shards if settings.precision == "fp16" else 0.0
-    return (2 + 2 / settings.shards) * payload + cast
+    arrived = payload
+    cast = 0.0
+    if settings.precision == "fp16":
+        cast = (4 + 2) * matrices / settings.shards
+        arrived -= 2 * matrices * _come_alone(model, settings)
+    return 2 * arrived + 2 / settings.shards * payload + cast
+
+
+def _come_alone(model: Model, settings: Settings) -> float:
+    """Share of the matrices' values in gathers of one, which end when they are large enough."""
+    alone, group, size = 0, list[int](), 0
+    for name, numel in model.sizes.items():
+        size += numel
+        if name in model.resblocks.matrices:
+            group.append(numel)
+        if size > settings.prefetch:
+            alone += sum(group) if len(group) == 1 else 0
+            group, size = [], 0
+    return alone / model.matrices
 
 
 def _on_the_wire(matrices: float, others: float, settings: Settings) -> float:

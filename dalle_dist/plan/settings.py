@@ -62,6 +62,11 @@ class Settings:
         zero = tree["zero_optimization"]
         if "offload_optimizer" in zero or "offload_param" in zero:
             raise ConfigError("train.deepspeed: a plan does not cover what DeepSpeed offloads")
+        if train.zero_stage == 3 and zero["contiguous_gradients"]:
+            raise ConfigError(
+                "train.deepspeed: a plan does not cover zero_optimization.contiguous_gradients "
+                "under ZeRO-3"
+            )
         found = {key: int(zero.get(key, default)) for key, default in _DEFAULTS.items()}
         return cls(
             train,

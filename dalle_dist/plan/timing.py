@@ -13,7 +13,7 @@ from dalle_dist.gradients.waves import Waves
 from dalle_dist.plan.hardware import Hardware
 from dalle_dist.plan.items import Item, Layout, nonzero, total
 from dalle_dist.plan.model import Model
-from dalle_dist.plan.passes import copies
+from dalle_dist.plan.passes import alone, copies
 from dalle_dist.plan.settings import Settings
 from dalle_dist.plan.shares import Share, padded
 from dalle_dist.plan.storing import checkpoint
@@ -213,13 +213,14 @@ def _collectives(model: Model, settings: Settings) -> int:
 def _reductions(model: Model, settings: Settings) -> int:
     """Buckets that a backward pass fills: a gradient for which there is no room left ends one."""
     buckets: dict[bool, list[int]] = {}
+    large = set(alone(model, settings))
     for name, size in reversed(model.sizes.items()):
         apart = settings.precision == "fp16" and name in model.resblocks.matrices
         filled = buckets.setdefault(apart, [0])
         if filled[-1] and filled[-1] + size > settings.reduce_bucket:
             filled.append(0)
         filled[-1] += size
-    return sum(map(len, buckets.values()))
+    return sum(map(len, buckets.values())) + len(large)
 
 
 def _powersgd(
@@ -293,18 +294,24 @@ def _between(
     return (Item("between nodes, exposed", exposed, how),)
 
 
-def optimizer_passes(moments: str, weight_bytes: int) -> int:
-    """Bytes of each value: flat gradient, its norm in fp64, its scale, AdamW, parameters."""
+def optimizer_passes(moments: str, weight_bytes: int, stage: int = 3) -> int:
+    """Bytes of each value: norm, flat gradient, its scale, AdamW, parameters.
+
+    Under ZeRO-3 (`one_copy.py`) the gradient is flat, the norm is taken of it in fp32, and an fp32
+    weight is the parameter; else DeepSpeed copies, the gradient to fp64 for the norm.
+    """
     narrow = 2 if moments == "16-bit" else 4
-    norm, flat, scaled = 4 + 8 + 8, 8, 8
-    return norm + flat + scaled + (4 + 4 + 2 * narrow) + (4 + 2 * narrow) + 4 + weight_bytes
+    adamw = (4 + 4 + 2 * narrow) + (4 + 2 * narrow)
+    if stage == 3:
+        return 4 + 8 + adamw + (4 + weight_bytes if weight_bytes == 2 else 0)
+    return (4 + 8 + 8) + 8 + 8 + adamw + 4 + weight_bytes
 
 
 def _optimizer(model: Model, settings: Settings, hardware: Hardware) -> Item:
     own = padded(model, settings.stage, settings.shards)
-    passes = optimizer_passes(settings.train.moments, settings.weight_bytes)
-    if settings.precision == "fp16":
-        passes += 4 + 8  # finite, unscaled
+    passes = optimizer_passes(settings.train.moments, settings.weight_bytes, settings.stage)
+    if settings.precision == "fp16" and settings.between in ("zero", "diloco"):
+        passes += 4 + 8  # finite, unscaled; means between nodes do so as they read
     seconds = passes * own / (hardware.bandwidth * hardware.optimizer_share)
     return Item("optimizer", seconds, f"{passes} B x {own:,.0f} values")
 

@@ -39,8 +39,8 @@ def test_our_values_are_filled_in():
 @pytest.mark.parametrize("stage", range(4))
 def test_the_stage_is_that_of_the_config(stage):
     tree = deepspeed_config(replace(FP32, zero_stage=stage), 1)
-    small = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
-    assert tree["zero_optimization"] == {"stage": stage, **small}
+    ours = {"stage3_param_persistence_threshold": 0, "contiguous_gradients": False}
+    assert tree["zero_optimization"] == {"stage": stage, **(ours if stage == 3 else {})}
 
 
 def test_further_settings_and_agreeing_values_pass_and_are_not_changed():

@@ -49,7 +49,7 @@ def test_the_state_of_12b_is_the_papers_parameters_times_their_bytes(model_12b):
         assert held[name] == pytest.approx(4 * eighth, rel=1e-3)
     assert "fp32 masters" not in held  # the shard is its own
     assert held["error buffers"] == 2 * model_12b.matrices / 8
-    assert held["DeepSpeed's buckets"] == 5e8 * 6
+    assert "DeepSpeed's buckets" not in held  # gradients stay where they are until they are sent
 
 
 def test_half_the_error_buffers_in_1_6_9(model_12b):

@@ -24,6 +24,7 @@ from dalle_dist.engine.deepspeed.first_weights import on_meta, sharded_weights, 
 from dalle_dist.engine.deepspeed.half_gather import keep_gathered_in_half
 from dalle_dist.engine.deepspeed.node_local import NodeLocal, broadcast_weights
 from dalle_dist.engine.deepspeed.one_copy import keep_one_copy
+from dalle_dist.engine.deepspeed.scatter import scatter_large_ones_apart
 from dalle_dist.engine.deepspeed.settings import accumulation, check_together, deepspeed_config
 from dalle_dist.engine.deepspeed.versions import (
     check_version,
@@ -209,6 +210,7 @@ def _initialize(
     _forget_earlier_engines()
     deepspeed.init_distributed(dist_init_required=False)  # else ZeRO-3 takes the world for one
     if settings.zero_stage == 3:
+        scatter_large_ones_apart()
         _shard(model, tree, settings, ranks, groups, mpu, seed)
     elif on_meta(model):
         whole_weights(model, _initials(model), seed, ranks.device)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dalle_dist.engine.deepspeed.one_copy import flat_view, lie_together
 from dalle_dist.engine.deepspeed.versions import require
 
 _MARK = "stays_half"  # attribute of the parameters that are gathered here
@@ -74,7 +75,9 @@ def _wait_in_half(gathered: Any, handle_dependency: bool) -> None:
     for parameter in gathered.params:
         numel = parameter.ds_tensor.ds_numel
         parts = _parts(parameter, gathered.partitions, at, numel)
-        parameter.data = torch.cat(parts).view(parameter.ds_shape)
+        # One that came alone is whole already.
+        whole = flat_view(parts) if lie_together(parts) else torch.cat(parts)
+        parameter.data = whole.view(parameter.ds_shape)
         parameter.ds_status = ZeroParamStatus.AVAILABLE
         used += parts
         at += numel

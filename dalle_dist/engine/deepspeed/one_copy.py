@@ -1,10 +1,11 @@
-"""ZeRO-3 keeps one copy of fp32 weights and gradients, where DeepSpeed makes two."""
+"""ZeRO-3 keeps one copy of fp32 weights and gradients, where DeepSpeed makes more."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -13,8 +14,13 @@ def keep_one_copy(optimizer: Any) -> None:
 
     It has shards of fp32 weights, and fp32 copies of them to update; it means to have one
     (`stage3.py`), but compares a torch.device with a string. And in each step it copies the
-    gradients of a sub-group to a flat tensor, although they lie one after another already.
+    gradients of a sub-group to a flat tensor, although they lie one after another already, and
+    those of each parameter to fp64, for a norm whose last digits change nothing.
     """
+    from deepspeed.runtime.zero import stage3
+
+    if hasattr(stage3, "get_norm_dtype"):  # since 0.18
+        stage3.get_norm_dtype = lambda: torch.float32
     shards_flat = optimizer.fp16_partitioned_groups_flat
     for shard, master in zip(shards_flat, optimizer.fp32_partitioned_groups_flat, strict=True):
         if shard is not None and shard.dtype == master.dtype and shard.device == master.device:
@@ -23,13 +29,11 @@ def keep_one_copy(optimizer: Any) -> None:
 
 
 def _flatten_views(flatten: Callable[[Sequence[Tensor]], Tensor]) -> Callable[..., Tensor]:
-    def as_one(tensors: Sequence[Tensor]) -> Tensor:
-        return _together(tensors) if _one_after_another(tensors) else flatten(tensors)
-
-    return as_one
+    return lambda tensors: flat_view(tensors) if lie_together(tensors) else flatten(tensors)
 
 
-def _one_after_another(tensors: Sequence[Tensor]) -> bool:
+def lie_together(tensors: Sequence[Tensor]) -> bool:
+    """Whether each begins in memory where the one before it ends."""
     first, at = tensors[0], tensors[0].data_ptr()
     storage = first.untyped_storage().data_ptr()
     for tensor in tensors:
@@ -44,6 +48,7 @@ def _one_after_another(tensors: Sequence[Tensor]) -> bool:
     return True
 
 
-def _together(tensors: Sequence[Tensor]) -> Tensor:
+def flat_view(tensors: Sequence[Tensor]) -> Tensor:
+    """All of them as one flat tensor, if they `lie_together`."""
     numel = sum(tensor.numel() for tensor in tensors)
     return tensors[0].as_strided((numel,), (1,))

@@ -66,6 +66,8 @@ def deepspeed_config(stage: StageConfig, world: int) -> dict[str, Any]:
         # Small parameters that stay whole on every rank are gathered one by one after each step,
         # 12 collectives a layer; sharded, they come with the layer.
         tree["zero_optimization"].setdefault("stage3_param_persistence_threshold", 0)
+        # A copy of each gradient to a bucket, which is copied once more before it is sent.
+        tree["zero_optimization"].setdefault("contiguous_gradients", False)
     if "offload_optimizer" in tree["zero_optimization"]:
         tree.setdefault("zero_force_ds_cpu_optimizer", False)
     if stage.precision == "bf16" and stage.zero_stage > 0:
