@@ -36,6 +36,8 @@ ON_HOST = (
     "transformer/layout.py:counted_indices",
     "optim/adamw.py:_update",
     "gradients/batches.py:take",
+    "powersgd/error_feedback.py:accumulate",
+    "minifloat/error_feedback.py:add_decoded",
 )
 
 
@@ -95,6 +97,8 @@ def figures(name: str, overrides: Sequence[str], layers: tuple[int, int]) -> lis
         rows.append(Measured(case, f"a rank sends {where}", "GB", [sent / 1e9]))
         rows.append(Measured(case, f"sent {where} / planned", "x", [sent / planned]))
         calls = whole(*(_count(counted.step, *members) for counted in (fewer, more)))
+        if members == (NODES,):  # of waves, whose number two layers have reached
+            calls = _count(more.step, *members)
         rows.append(Measured(case, f"collectives {where}", "", [calls]))
     rows.append(Measured(case, "PowerSGD leaves out", "%", [100 * _left_out(config, fewer, more)]))
     return rows
