@@ -14,6 +14,7 @@ setup(
         "dalle_kernels.adamw",
         "dalle_kernels.generation",
         "dalle_kernels.minifloat",
+        "dalle_kernels.scaled_gradients",
         "dalle_kernels.sparse_attention",
     ],
     package_data={"dalle_kernels": ["py.typed"]},

@@ -1,7 +1,7 @@
 """A residual branch whose backward pass runs at the block's own scale (paper Fig. 4).
 
     forward    x fp32 -> layer norm -> fp16 -> f -> fp32 -> added to x
-    backward   g fp32 -> scale and filter -> fp16 -> gradient of f -> fp32 -> gradient of the layer
+    backward   g fp32 -> filter and scale -> fp16 -> gradient of f -> fp32 -> gradient of the layer
                norm -> unscale and filter -> added to the fp32 sum
 
 To filter is to put zero where a number is not finite: what overflows in one block must not divide
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from dalle_kernels.scaled_gradients import filter_and_scale, unscale_and_filter
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -43,7 +44,7 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return (_filtered(grad) * ctx.scale).to(ctx.dtype), None
+        return filter_and_scale(grad, ctx.scale, ctx.dtype), None
 
 
 class _Unscale(torch.autograd.Function):
@@ -55,8 +56,4 @@ class _Unscale(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _filtered(grad / ctx.scale), None
-
-
-def _filtered(grad: Tensor) -> Tensor:
-    return grad.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        return unscale_and_filter(grad, ctx.scale), None

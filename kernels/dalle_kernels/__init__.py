@@ -5,6 +5,7 @@ DecodeCache(mask, samples)         the same for images that are generated token 
 BlockCache(mask, samples, block)   the same for several tokens at once, at positions of their own
 adamw_(param, grad, mean, variance, by)   one AdamW update in place, by AdamWHyperparameters
 pack(x, fmt), unpack(bits, fmt)    Adam's moments in 16 bits
+scaled_gradients                   gradients into fp16 and out of it, scaled and filtered
 generation                         what else a step of generating takes on a GPU
 """
 

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+BACKENDS = ("torch", "triton")  # of what both compute to the same bits
+
 
 def triton_missing(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on that device; None if they can."""
@@ -23,6 +25,22 @@ def triton_missing(device: torch.device) -> str | None:
     if major < 8:
         return f"the GPU has compute capability {major}.{minor}, below 8.0"
     return None
+
+
+def use_triton(tensor: Tensor, backend: str) -> bool:
+    """Whether `backend` is Triton on this tensor's device; "auto" is: on GPUs where it runs.
+
+    Raises:
+        ValueError: another name than "auto" and `BACKENDS`, or "triton" where it cannot run.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: {backend!r} is not one of auto, {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return tensor.device.type != "cpu" and triton_missing(tensor.device) is None
+    missing = triton_missing(tensor.device) if backend == "triton" else None
+    if missing:
+        raise ValueError(f"backend: 'triton' cannot run here: {missing}")
+    return backend == "triton"
 
 
 def multiprocessors(device: torch.device) -> int:

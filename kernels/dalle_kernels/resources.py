@@ -34,6 +34,7 @@ from dalle_kernels.compiled import Used, compile_kernel, used
 from dalle_kernels.generation import triton_generation
 from dalle_kernels.masks import AttentionMask
 from dalle_kernels.minifloat import FORMATS, triton_error_feedback, triton_minifloat
+from dalle_kernels.scaled_gradients import triton_scaled_gradients
 from dalle_kernels.sparse_attention import traffic, triton_backward, triton_decode, triton_forward
 from dalle_kernels.sparse_attention.decode import DecodeCache
 from dalle_kernels.sparse_attention.triton_config import (
@@ -49,6 +50,7 @@ POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf
 STRIDES = dict.fromkeys(("stride_b", "stride_n", "stride_c", "stride_h"), "i32")
 PARTS = ("part_top", "part_total", "part_values")
 BATCH, HEADS, WIDTH, SAMPLES, CODES = 8, 62, 3_968, 64, 8_192
+TOKENS = AttentionMask("row", 256, 32).tokens
 PARAMETERS = 12 * WIDTH**2 + 13 * WIDTH  # of both resblocks: six matrices of W x W each, biases
 
 
@@ -149,7 +151,7 @@ def _training(target: int) -> dict[str, Used]:
         ):
             kernel = getattr(triton_minifloat, f"{verb}_all")
             found[f"{verb} {name}"] = _figures(target, kernel, types, constants, {}, 6 * PARAMETERS)
-    return found | _error_feedback(target)
+    return found | _error_feedback(target) | _scaled_gradients(target)
 
 
 def _error_feedback(target: int) -> dict[str, Used]:
@@ -163,6 +165,19 @@ def _error_feedback(target: int) -> dict[str, Used]:
         given = types | {other: "*fp32"}
         moved *= PARAMETERS
         found[name] = _figures(target, kernel, given, constants, options, moved)
+    return found
+
+
+def _scaled_gradients(target: int) -> dict[str, Used]:
+    found = {}
+    constants, options = {"BLOCK": triton_scaled_gradients.BLOCK}, triton_scaled_gradients.OPTIONS
+    for name, kernel, out in (
+        ("filter and scale fp16", triton_scaled_gradients.filter_and_scale_all, torch.float16),
+        ("unscale and filter", triton_scaled_gradients.unscale_and_filter_all, torch.float32),
+    ):
+        types = {"grad": "*fp32", "scale": "*fp32", "out": POINTERS[out], "numel": "i32"}
+        moved = BATCH * TOKENS * WIDTH * (4 + out.itemsize)
+        found[name] = _figures(target, kernel, types, constants, options, moved)
     return found
 
 

@@ -32,7 +32,7 @@ def test_every_launch_is_on_the_device_of_its_tensors():
         for file in FILES
         for line, guarded in launches(ast.parse(file.read_text()))
     ]
-    assert len(found) == 11, found
+    assert len(found) == 12, found
     assert [where for where in found if not where[2]] == []
 
 

@@ -3,7 +3,8 @@
 `add_decoded` and `encode_rest` are the two passes of error feedback with errors in "1-6-9".
 """
 
-from dalle_kernels.minifloat.api import BACKENDS, pack, unpack
+from dalle_kernels.devices import BACKENDS
+from dalle_kernels.minifloat.api import pack, unpack
 from dalle_kernels.minifloat.error_feedback import add_decoded, encode_rest
 from dalle_kernels.minifloat.formats import FORMATS, Format
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dalle_kernels.devices import triton_missing
+from dalle_kernels.devices import use_triton
 from dalle_kernels.minifloat import torch_minifloat
 from dalle_kernels.minifloat.formats import FORMATS
 
-BACKENDS = ("torch", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -53,18 +52,6 @@ def unpack(bits: Tensor, fmt: str, backend: str = "auto") -> Tensor:
 
         return triton_minifloat.launch_unpack(bits, FORMATS[fmt])
     return torch_minifloat.unpack(bits.contiguous(), FORMATS[fmt])
-
-
-def use_triton(tensor: Tensor, backend: str) -> bool:
-    """Whether `backend`, as for `pack`, is Triton on this tensor's device; its errors too."""
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend: {backend!r} is not one of auto, {', '.join(BACKENDS)}")
-    if backend == "auto":
-        return tensor.device.type != "cpu" and triton_missing(tensor.device) is None
-    missing = triton_missing(tensor.device) if backend == "triton" else None
-    if missing:
-        raise ValueError(f"backend: 'triton' cannot run here: {missing}")
-    return backend == "triton"
 
 
 def _check_format(fmt: str) -> None:

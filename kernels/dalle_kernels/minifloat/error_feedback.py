@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dalle_kernels.devices import use_triton
 from dalle_kernels.minifloat import torch_minifloat
-from dalle_kernels.minifloat.api import use_triton
 from dalle_kernels.minifloat.formats import FORMATS
 
 FORMAT = FORMATS["1-6-9"]
