@@ -25,10 +25,12 @@ from dalle_dist.data.token_dataset import TokenSample
 from dalle_dist.plan.hardware import hardware
 from dalle_dist.plan.items import Layout, total
 from dalle_dist.plan.plan import Plan, plan
+from dalle_dist.plan.timing import collectives
 from dalle_dist.train.optimizer_step import OptimizerSteps
 from dalle_dist.train.transformer import TransformerStage
 
 NODES, LOCAL = 128, 8
+NORMS = 2  # all-reduces of the gradient's norm: of matrices, and of all others
 STEPS = 3  # DeepSpeed's first two compare the order of modules between ranks
 # Of tensors that lie on the host on GPUs too: captions, AdamW's count of its steps; and a mask that
 # is asked for on CPUs alone.
@@ -100,6 +102,11 @@ def figures(name: str, overrides: Sequence[str], layers: tuple[int, int]) -> lis
         if members == (NODES,):  # of waves, whose number two layers have reached
             calls = _count(more.step, *members)
         rows.append(Measured(case, f"collectives {where}", "", [calls]))
+        if members == (LOCAL,):
+            planned_calls = collectives(made.model, made.settings) + NORMS
+            rows.append(
+                Measured(case, f"collectives {where} / planned", "x", [calls / planned_calls])
+            )
     rows.append(Measured(case, "PowerSGD leaves out", "%", [100 * _left_out(config, fewer, more)]))
     return rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -46,17 +47,17 @@ class Model:
             config.tokenizer.vocab_size,
         )
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """Values of each parameter."""
         return {name: math.prod(shape) for name, shape in self.shapes.items()}
 
-    @property
+    @cached_property
     def matrices(self) -> int:
         """Values in the matrices of resblocks, which the paper counts."""
         return sum(math.prod(shape) for shape in self.resblocks.matrices.values())
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         return sum(self.sizes.values())
 

@@ -110,17 +110,25 @@ def _gathers(model: Model, settings: Settings) -> float:
     return 2 * arrived + 2 / settings.shards * payload + cast
 
 
-def _come_alone(model: Model, settings: Settings) -> float:
-    """Share of the matrices' values in gathers of one, which end when they are large enough."""
-    alone, group, size = 0, list[int](), 0
+def gather_groups(model: Model, settings: Settings) -> list[list[str]]:
+    """Parameters that ZeRO-3 gathers at once: as many as make the prefetch size full."""
+    groups, size = [list[str]()], 0
     for name, numel in model.sizes.items():
-        size += numel
-        if name in model.resblocks.matrices:
-            group.append(numel)
         if size > settings.prefetch:
-            alone += sum(group) if len(group) == 1 else 0
-            group, size = [], 0
-    return alone / model.matrices
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += numel
+    return groups
+
+
+def _come_alone(model: Model, settings: Settings) -> float:
+    """Share of the matrices' values in gathers of one; other dtypes are gathered apart."""
+    in_groups = (
+        [n for n in g if n in model.resblocks.matrices] for g in gather_groups(model, settings)
+    )
+    alone = [names[0] for names in in_groups if len(names) == 1]
+    return sum(model.sizes[name] for name in alone) / model.matrices
 
 
 def _on_the_wire(matrices: float, others: float, settings: Settings) -> float:

@@ -13,11 +13,11 @@ from dalle_dist.gradients.waves import Waves
 from dalle_dist.plan.hardware import Hardware
 from dalle_dist.plan.items import Item, Layout, nonzero, total
 from dalle_dist.plan.model import Model
-from dalle_dist.plan.passes import alone, copies
+from dalle_dist.plan.passes import alone, copies, gather_groups
 from dalle_dist.plan.settings import Settings
 from dalle_dist.plan.shares import Share, padded
 from dalle_dist.plan.storing import checkpoint
-from dalle_dist.plan.traffic import Traffic
+from dalle_dist.plan.traffic import Traffic, gathered_per_micro_batch
 
 GEMMS = ("matrices, forward", "matrices, backward", "matrices, again")
 
@@ -185,7 +185,7 @@ def _inside(
     hidden = hardware.overlap * computing if settings.stage == 3 else 0.0
     first = seconds / (3 * model.transformer.layers * settings.accumulation)
     exposed = max(seconds - hidden, first if settings.stage == 3 else 0.0)
-    count = _collectives(model, settings)
+    count = collectives(model, settings)
     around = copies(model, settings)
     passes = total(around) / (hardware.bandwidth * hardware.copy_share)
     return (
@@ -199,8 +199,8 @@ def _inside(
     )
 
 
-def _collectives(model: Model, settings: Settings) -> int:
-    """Reductions of full buckets, gathers of prefetch buckets, small parameters one by one."""
+def collectives(model: Model, settings: Settings) -> int:
+    """Of ZeRO in a step: reductions, gathers, small parameters that stay whole one by one."""
     reductions = _reductions(model, settings)
     if settings.stage == 0:
         return 1
@@ -208,22 +208,36 @@ def _collectives(model: Model, settings: Settings) -> int:
         return reductions * (settings.accumulation if settings.stage == 2 else 1) + 2
     if settings.shards == 1:
         return settings.accumulation * reductions
-    large = [s for s in model.sizes.values() if s > settings.persistent_up_to]
-    gathers = 1 + 2 * (sum(large) // (settings.prefetch + max(large, default=1)))
-    return settings.accumulation * (reductions + gathers) + len(model.sizes) - len(large)
+    small = sum(size <= settings.persistent_up_to for size in model.sizes.values())
+    return settings.accumulation * (reductions + _gathers(model, settings)) + small
+
+
+def _gathers(model: Model, settings: Settings) -> int:
+    """Of a micro-batch. fp16 gathers its matrices apart from the rest of a group."""
+    dtypes = 0
+    for names in gather_groups(model, settings):
+        kinds = {name in model.resblocks.matrices for name in names}
+        dtypes += len(kinds) if settings.precision == "fp16" else 1
+    # Some or all are gathered again in the backward pass.
+    return round(dtypes * sum(gathered_per_micro_batch(model, settings)) / model.parameters)
 
 
 def _reductions(model: Model, settings: Settings) -> int:
-    """Buckets that a backward pass fills: a gradient for which there is no room left ends one."""
-    buckets: dict[bool, list[int]] = {}
+    """Of a backward pass: of buckets, which end where there is no room left for a gradient, and of
+    large gradients; a bucket of those alone needs none of its own."""
+    buckets: dict[bool, list[list[str]]] = {}
     large = set(alone(model, settings))
     for name, size in reversed(model.sizes.items()):
         apart = settings.precision == "fp16" and name in model.resblocks.matrices
-        filled = buckets.setdefault(apart, [0])
-        if filled[-1] and filled[-1] + size > settings.reduce_bucket:
-            filled.append(0)
-        filled[-1] += size
-    return sum(map(len, buckets.values())) + len(large)
+        filled = buckets.setdefault(apart, [[]])
+        held = sum(model.sizes[other] for other in filled[-1])
+        if held and held + size > settings.reduce_bucket:
+            filled.append([])
+        filled[-1].append(name)
+    together = [
+        names for filled in buckets.values() for names in filled if not large.issuperset(names)
+    ]
+    return len(together) + len(large)
 
 
 def _powersgd(
