@@ -40,9 +40,8 @@ def _gradients(model: Model, settings: Settings) -> tuple[float, float]:
         return summed + (2 + 4 + _SUM) * values, (4 + 8 + 6 + 4 + 6 + 8) * values
     if stage == 1:
         return summed, _bucketed(model, settings) + 8 * values / settings.shards
-    alone = settings.sharing.shard_world == 1
-    # Flat, divided, and back (`engine.py`).
-    return summed, (4 if alone else 6) * width * values
+    # Flat, divided where there are several ranks, and back (`engine.py`).
+    return summed, (4 if settings.sharing.shard_world == 1 else 6) * width * values
 
 
 def _bucketed(model: Model, settings: Settings) -> float:
@@ -114,6 +113,8 @@ def gather_groups(model: Model, settings: Settings) -> list[list[str]]:
     """Parameters that ZeRO-3 gathers at once: as many as make the prefetch size full."""
     groups, size = [list[str]()], 0
     for name, numel in model.sizes.items():
+        if numel <= settings.persistent_up_to:
+            continue  # whole on every rank
         if size > settings.prefetch:
             groups.append([])
             size = 0
@@ -127,8 +128,8 @@ def _come_alone(model: Model, settings: Settings) -> float:
     in_groups = (
         [n for n in g if n in model.resblocks.matrices] for g in gather_groups(model, settings)
     )
-    alone = [names[0] for names in in_groups if len(names) == 1]
-    return sum(model.sizes[name] for name in alone) / model.matrices
+    singles = [names[0] for names in in_groups if len(names) == 1]
+    return sum(model.sizes[name] for name in singles) / model.matrices
 
 
 def _on_the_wire(matrices: float, others: float, settings: Settings) -> float:

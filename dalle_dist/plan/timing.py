@@ -28,7 +28,7 @@ PASSES = {"fp32": (72, 148), "bf16": (64, 130), "fp16": (80, 194)}
 _FEWER_PASSES = 2 * (22 - 6) + 2 * (16 - 8)  # of these, on GPUs, in the backward pass
 # Operations of a layer that are no views, forward and backward, counted by torch's dispatcher.
 OPERATIONS = {"fp32": (13, 36), "bf16": (19, 46), "fp16": (37, 78)}
-BACKWARD = 2 / 3  # of the computing
+_BACKWARD = 2 / 3  # of the computing
 _STEP_OPERATIONS = 30  # of a layer, once a step: pieces, norms, copies
 MODULES = 10  # of a layer, each with DeepSpeed's hooks under ZeRO-3
 _BIASES = 9  # widths of a layer's products, whose biases DeepSpeed's own linear layer adds apart
@@ -301,7 +301,7 @@ def _between(
     hidden = 0.0
     if settings.stage == 3 and config.parallel.overlap:
         # The first wave is ready when its part of the backward pass is done, the last at the end.
-        beside = hardware.overlap * BACKWARD * computing / settings.accumulation
+        beside = hardware.overlap * _BACKWARD * computing / settings.accumulation
         hidden = (1 - 1 / waves) * min(beside, waved / rate)
     exposed = (waved + whole) / rate - hidden
     how = (

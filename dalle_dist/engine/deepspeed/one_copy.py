@@ -19,7 +19,7 @@ def keep_one_copy(optimizer: Any) -> None:
     """
     from deepspeed.runtime.zero import stage3
 
-    if hasattr(stage3, "get_norm_dtype"):  # since 0.18
+    if hasattr(stage3, "get_norm_dtype"):  # 0.18.9 and before have no such switch
         stage3.get_norm_dtype = lambda: torch.float32
     shards_flat = optimizer.fp16_partitioned_groups_flat
     for shard, master in zip(shards_flat, optimizer.fp32_partitioned_groups_flat, strict=True):
