@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.test_benchmarks_run import ROOT, rows_of
+from tests.test_benchmarks_run import ROOT, smoke
 
 
 @pytest.fixture
@@ -172,17 +172,11 @@ def test_outer_steps_are_spread_over_all_and_slower_contenders_make_fewer_steps(
 
 @pytest.mark.slow
 def test_powersgd_network_smoke(slow_network, tmp_path):
-    out = tmp_path / "rows.csv"
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.powersgd_network", "--smoke", "--rounds=5",
-         "--threads=1", "--out", str(out)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    rows = smoke("powersgd_network", tmp_path / "rows.csv", rounds=5)
     # Busy processors delay acknowledgements, and TCP then sends twice: the least is the truth.
     sent = {
         row["case"]: float(row["low"])
-        for row in rows_of(out)
+        for row in rows
         if row["metric"] == "sent per step at 1000 Mbit/s"
     }
     dense = sent["dense all-reduce"]
@@ -193,12 +187,6 @@ def test_powersgd_network_smoke(slow_network, tmp_path):
 
 @pytest.mark.slow
 def test_backward_sends_smoke(slow_network, tmp_path):
-    out = tmp_path / "rows.csv"
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.backward_sends", "--smoke", "--rounds=2",
-         "--threads=1", "--out", str(out)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    steps = [row for row in rows_of(out) if row["metric"].startswith("step ")]
+    rows = smoke("backward_sends", tmp_path / "rows.csv", rounds=2)
+    steps = [row for row in rows if row["metric"].startswith("step ")]
     assert len(steps) == 8 and all(float(row["median"]) > 0 for row in steps)

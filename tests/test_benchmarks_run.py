@@ -50,18 +50,24 @@ MAY_BE_ZERO = {
     ],
 )
 def test_smoke_writes_rows(tmp_path, name, metrics):
-    out = tmp_path / "rows.csv"
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke", "--rounds=1", "--threads=1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command, "--out", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    rows = rows_of(out)
+    rows = smoke(name, tmp_path / "rows.csv")
     assert metrics <= {row["metric"] for row in rows}
     for row in rows:
         assert float(row["median"]) > 0 or row["metric"] in MAY_BE_ZERO
         assert row["hardware"] and row["torch"] and row["threads"] == "1"
+
+
+def smoke(name, out, rounds=1):
+    """The rows that a tiny run of a benchmark writes."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke", f"--rounds={rounds}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command, "--threads=1", "--out", str(out)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    if run.returncode:
+        pytest.fail(f"benchmarks.{name} ended with {run.returncode}: {run.stderr}")
+    return rows_of(out)
 
 
 def rows_of(path):
