@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
 import traceback
@@ -65,29 +64,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def program() -> NoReturn:
-    """`dalle-dist`, as a process: `main`, and an end that all ranks of a run take together.
-
-    Once ranks have met, interpreter shutdown is left out: it destroys process groups (DeepSpeed
-    keeps some in its modules) while their threads run, and now and then aborts instead of leaving
-    with the status.
-    """
+    """`dalle-dist`, as a process: `main`, and an end that all ranks of a run take together."""
     try:
         status = main()
     except Exception:
         traceback.print_exc()
         status = 1
-    process_group, ending = sys.modules.get(PROCESS_GROUP), _ending()
-    if process_group is None or not process_group.joined():
-        sys.exit(status)
-    if ending is not None:  # which a run that went well has left already
-        ending.wait_for_all()
-    else:
-        process_group.finalize_mpi()
-    for child in multiprocessing.active_children():
-        child.terminate()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    process_group = sys.modules.get(PROCESS_GROUP)
+    if process_group is not None:
+        process_group.leave(status)
+    sys.exit(status)
 
 
 def _ending() -> Ending | None:

@@ -6,6 +6,7 @@ on CPUs (also forced by DS_ACCELERATOR=cpu).
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import socket
@@ -15,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -161,7 +162,29 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def finalize_mpi() -> None:
+def leave(status: int) -> NoReturn:
+    """End this process with `status`, and together with the other ranks if that is not 0.
+
+    Once ranks have met, interpreter shutdown is left out: it takes process groups apart (DeepSpeed
+    keeps some in its modules) while their threads run, and now and then aborts. A script of one's
+    own that several ranks run ends with this too.
+    """
+    if not _joined:
+        sys.exit(status)
+    if status == 0:
+        shutdown()
+    if _ending is not None:
+        _ending.wait_for_all()
+    else:
+        _finalize_mpi()
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _finalize_mpi() -> None:
     """Tell mpirun, where it started us, that this process ends as it should."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and not mpi.Is_finalized():
@@ -173,11 +196,6 @@ def board(topic: str) -> Board:
     if _store is None:
         raise RuntimeError("ranks have not met")
     return Board(_store, topic)
-
-
-def joined() -> bool:
-    """Whether this process has ever been one of several ranks."""
-    return _joined
 
 
 def ending() -> Ending | None:
@@ -290,4 +308,4 @@ def _share_cpus(ranks: Ranks) -> None:
 _ranks: Ranks | None = None
 _ending: Ending | None = None
 _store: Any = None
-_joined = False
+_joined = False  # whether this process has ever been one of several ranks

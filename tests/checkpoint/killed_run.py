@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dalle_dist.checkpoint import store
 from dalle_dist.config import load
+from dalle_dist.distributed import process_group
 from dalle_dist.train.transformer import train
 
 PHASE, SAVE, CONFIG = sys.argv[1:]
@@ -32,3 +33,4 @@ def phase(name):
 if __name__ == "__main__":
     store.phase = phase
     train(load(CONFIG, []), "auto")
+    process_group.leave(0)

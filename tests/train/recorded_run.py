@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from dalle_dist.config import load
+from dalle_dist.distributed import process_group
 from dalle_dist.train.loop import train_stage
 from dalle_dist.train.transformer import TransformerStage
 
@@ -29,3 +30,4 @@ class Recorded(TransformerStage):
 
 if __name__ == "__main__":
     train_stage(Recorded, load(CONFIG, []), "auto")
+    process_group.leave(0)

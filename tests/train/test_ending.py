@@ -45,6 +45,22 @@ program()
 '''
 
 
+LEAVING = '''"""Ranks whose process group still runs Python in a thread of its own when they end."""
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from dalle_dist.distributed import process_group
+
+process_group.init()
+work = dist.all_reduce(torch.ones(1), async_op=True)
+kept = work.get_future().then(lambda _: time.sleep(1)), dist.group.WORLD
+process_group.leave(0)
+'''
+
+
 def start(arguments, **environ):
     """Three ranks under torchrun: what they printed, and the exit codes that it reports of them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"]
@@ -192,6 +208,19 @@ def test_one_rank_is_the_first_to_tell_and_those_that_have_not_told_know():
 def test_a_single_process_has_nobody_to_tell():
     process_group.init()
     assert process_group.ending() is None
+
+
+@pytest.mark.slow
+def test_a_thread_that_needs_python_aborts_no_rank_that_leaves(tmp_path):
+    """Interpreter shutdown ends with SIGABRT there."""
+    program = tmp_path / "leaving.py"
+    program.write_text(LEAVING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc-per-node", "2", str(program)],
+        capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def _leaves_after(ranks, seconds):
