@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from benchmarks.common import Measured, arguments, report
 from dalle_dist.config import load
 from dalle_dist.data.shards import ShardWriter
-from dalle_dist.distributed import process_group
+from dalle_dist.distributed import meeting
 
 CORES = len(os.sched_getaffinity(0))
 BIN = Path(sys.executable).parent
@@ -95,7 +95,7 @@ def _train(name: str, folder: Path, run: Path, steps: int) -> list[Line]:
     """Lines of the log of `steps` steps."""
     command = ["-m", "dalle_dist", "train-dvae", "emoji", *_settings(folder, run, steps)]
     if name == RANKS:
-        command = [*TORCHRUN, str(process_group.free_port()), *command]
+        command = [*TORCHRUN, str(meeting.free_port()), *command]
     else:
         command = [sys.executable, *command]
     threads = str(CORES) if name == THREADS else "1"

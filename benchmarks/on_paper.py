@@ -127,7 +127,7 @@ def count(config: Config) -> Counted:
         stage.config, stage.settings = config, config.train
         engine = stage.build_engine(alike.ranks)
         steps = OptimizerSteps(
-            stage, engine, alike.ranks, _batches(config), Notes(), Notes(), lambda: False
+            stage, engine, alike.ranks, _batches(config), Notes(), Notes(), lambda: (False, False)
         )
         start, waits = list(alike.said), HostWaits()
         for step in range(1, STEPS + 1):

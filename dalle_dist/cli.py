@@ -19,6 +19,7 @@ from dalle_dist.distributed.launchers import read_environment
 from dalle_dist.errors import ConfigError, OtherRankError, UserError
 from dalle_dist.evaluate.verbs import add_evaluate
 from dalle_dist.generate.verbs import add_complete, add_generate, add_samples
+from dalle_dist.jobs.verbs import add_jobs
 from dalle_dist.overlap.verbs import add_overlap
 from dalle_dist.plan.verbs import add_plan
 from dalle_dist.serve.verbs import add_serve
@@ -33,14 +34,7 @@ PROCESS_GROUP = "dalle_dist.distributed.process_group"
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; the exit status is 0 or the verb's own, 2 after one line that says the fix."""
-    parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    # argparse cannot take "--flag" between two positional lists: key=value words end up in `rest`.
-    misplaced = [word for word in rest if word.startswith("-") or "=" not in word]
-    if misplaced or (rest and not hasattr(options, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(misplaced or rest)}")
-    if rest:
-        options.overrides += rest
+    options = parsed(arguments)
     try:
         status: int = options.handler(options) or 0
     except OtherRankError:
@@ -61,6 +55,19 @@ def main(arguments: list[str] | None = None) -> int:
     if process_group is not None:
         process_group.shutdown()
     return status
+
+
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
+    """A command line; what is wrong with it ends the process with 2."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse cannot take "--flag" between two positional lists: key=value words end up in `rest`.
+    misplaced = [word for word in rest if word.startswith("-") or "=" not in word]
+    if misplaced or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(misplaced or rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def program() -> NoReturn:
@@ -135,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_overlap(verbs)
     add_convert(verbs)
     _add_plot(verbs)
-    _add_slurm(verbs)
+    add_jobs(verbs, parsed)
     return parser
 
 
@@ -220,13 +227,6 @@ def _add_plot(verbs: argparse._SubParsersAction) -> None:
     verb.set_defaults(handler=_plot)
 
 
-def _add_slurm(verbs: argparse._SubParsersAction) -> None:
-    text = "write the Slurm scripts into a folder, for sbatch"
-    verb = verbs.add_parser("slurm", help=text, description=text)
-    verb.add_argument("folder", nargs="?", default="slurm", metavar="FOLDER")
-    verb.set_defaults(handler=_slurm)
-
-
 def _tokenizer_train(options: argparse.Namespace) -> None:
     from dalle_dist import storage
     from dalle_dist.data.caption_sample import CaptionSample
@@ -282,12 +282,6 @@ def _plot(options: argparse.Namespace) -> None:
     from dalle_dist.report.plots import plot
 
     print(plot(options.what, options.run))
-
-
-def _slurm(options: argparse.Namespace) -> None:
-    from dalle_dist.distributed.slurm_scripts import write_slurm
-
-    print("\n".join(write_slurm(options.folder)))
 
 
 def _config_of(options: argparse.Namespace) -> Config:

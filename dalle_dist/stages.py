@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Files that a user puts into a run's folder, and a run obeys within seconds.
+STOP, SAVE = "stop", "save"
+
 
 @dataclass(frozen=True)
 class StageEntry:
@@ -16,6 +19,7 @@ class StageEntry:
     verb   of the command line, and what --help says of it
     train  (config, resume, new_epoch): runs the stage
     section  of the config with its settings
+    run    key of the config's `paths` for its runs
     model  (config): the model whose weights a checkpoint holds
     decayed  (model): names of its parameters with weight decay
     weights  the release's file of weights
@@ -26,6 +30,7 @@ class StageEntry:
     help: str
     train: str
     section: str
+    run: str
     model: str
     decayed: str
     weights: str
@@ -39,6 +44,7 @@ STAGES = {
         "stage 1: learn image tokens",
         "dalle_dist.train.dvae:train_dvae",
         "dvae_train",
+        "dvae_run",
         "dalle_dist.dvae.model:configured_dvae",
         "dalle_dist.dvae.model:decayed",
         "dvae.safetensors",
@@ -49,6 +55,7 @@ STAGES = {
         "stage 2: learn text and image tokens in one stream",
         "dalle_dist.train.transformer:train",
         "train",
+        "run",
         "dalle_dist.transformer.registry:build_transformer",
         "dalle_dist.transformer.blocks:decayed",
         "transformer.safetensors",
@@ -59,6 +66,7 @@ STAGES = {
         "a CLIP, which ranks generated images by their captions",
         "dalle_dist.train.clip:train_clip",
         "clip_train",
+        "clip_run",
         "dalle_dist.clip.model:LossCLIP",
         "dalle_dist.clip.model:decayed",
         "model.safetensors",

@@ -41,6 +41,7 @@ FLOORS = [
     ["evaluate"],
     ["overlap"],
     ["conversion"],
+    ["jobs"],
     ["cli"],
     ["__main__"],
 ]

@@ -10,6 +10,7 @@ import gc
 import mmap
 import multiprocessing
 import os
+import signal
 import struct
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -161,6 +162,7 @@ class MicroBatches:
             batch_sampler=sampler,
             num_workers=workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_rank,
             persistent_workers=workers > 0,
             prefetch_factor=AHEAD if workers else None,
         )
@@ -223,6 +225,20 @@ def _first_line(error: Exception) -> str:
 
 def _as_it_is(loaded: Any) -> Any:
     return loaded
+
+
+def _leave_signals_to_the_rank(_worker: int) -> None:
+    """A scheduler's signal goes to all processes of a rank; the run goes on until it has saved.
+
+    The second SIGTERM is the rank's own, to a loader process that does not end by itself.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+    def heed_the_next(number: int, _frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, heed_the_next)
 
 
 def _started(loader: DataLoader[Any]) -> Iterator[Any]:

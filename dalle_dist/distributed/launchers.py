@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from dalle_dist.errors import ConfigError
 
 # Set by Slurm, by a launcher or by hand where GPUs are meant to be used.
 GPU_GRANTS = ("CUDA_VISIBLE_DEVICES", "SLURM_STEP_GPUS", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE")
+# Below the ports that Linux hands out to whoever asks for any, from 32,768 on.
+FIRST_PORT, PORTS = 12_000, 20_000
+_LAUNCH = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
 _NO_GPU = ("", "-1", "NoDevFiles")
 
 
@@ -24,6 +28,7 @@ class LaunchInfo:
     local_world: int = 1
     address: str = ""  # of rank 0; empty: still to be agreed on (mpirun, single)
     port: int = 0
+    token: str = ""  # tells this launch from others on the same ports
 
 
 def read_environment(environ: Mapping[str, str]) -> LaunchInfo:
@@ -40,7 +45,7 @@ def read_environment(environ: Mapping[str, str]) -> LaunchInfo:
     if "PMI_SIZE" in environ and environ["PMI_SIZE"] != tasks:
         return LaunchInfo("mpirun", rank=int(environ["PMI_RANK"]), world=int(environ["PMI_SIZE"]))
     # sbatch sets SLURM_PROCID and SLURM_NTASKS for the batch script too; only srun makes a step.
-    if tasks is not None and "SLURM_PROCID" in environ:
+    if tasks is not None and "SLURM_PROCID" in environ and not _in_shell(environ):
         return _from_slurm(environ)
     return LaunchInfo("single")
 
@@ -103,7 +108,20 @@ def _from_slurm(environ: Mapping[str, str]) -> LaunchInfo:
         local_world=_tasks_of_node(environ),
         address=environ.get("MASTER_ADDR") or first_host(nodes),
         port=int(environ.get("MASTER_PORT") or _slurm_port(environ)),
+        token=".".join(environ.get(name, "") for name in _LAUNCH),
     )
+
+
+def ports_of(info: LaunchInfo, environ: Mapping[str, str]) -> list[int]:
+    """On which rank 0 may listen, in the order in which they are tried; one if it was given."""
+    if info.launcher != "srun" or environ.get("MASTER_PORT"):
+        return [info.port]
+    return [FIRST_PORT + (info.port - FIRST_PORT + k * 2_503) % PORTS for k in range(8)]
+
+
+def _in_shell(environ: Mapping[str, str]) -> bool:
+    """Whether this process was typed into the shell of `srun --pty`: then it is no task itself."""
+    return "SLURM_PTY_PORT" in environ and environ.get("SLURM_TASK_PID") != str(os.getpid())
 
 
 def _tasks_of_node(environ: Mapping[str, str]) -> int:
@@ -116,6 +134,5 @@ def _tasks_of_node(environ: Mapping[str, str]) -> int:
 
 def _slurm_port(environ: Mapping[str, str]) -> int:
     """Another one for each job, step and requeue, below the ports that the kernel hands out."""
-    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    job, step, restart = (int(environ.get(name) or 0) for name in names)
-    return 12_000 + (job * 31 + step * 7 + restart) % 20_000
+    job, step, restart = (int(environ.get(name) or 0) for name in _LAUNCH)
+    return FIRST_PORT + (job * 31 + step * 7 + restart) % PORTS

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -25,11 +22,10 @@ from torch import Tensor
 from dalle_dist.distributed.board import Board
 from dalle_dist.distributed.ending import Ending
 from dalle_dist.distributed.launchers import LaunchInfo, gpu_grant, read_environment
+from dalle_dist.distributed.meeting import TIMEOUT, choose_interface, meet, open_store
 from dalle_dist.errors import ConfigError, OtherRankError, UserError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=30)
-PORTS = range(12_000, 32_000)  # Linux hands out those from 32,768 on
 
 
 @dataclass(frozen=True)
@@ -140,9 +136,9 @@ def init() -> Ranks:
     if _ranks is not None and dist.is_initialized():
         return _ranks
     info = read_environment(os.environ)
-    if info.launcher == "mpirun":
-        info = _meet_by_mpi(info)
-    store = _store = _meet(info)
+    info, store = _meet_by_mpi(info) if info.launcher == "mpirun" else (info, meet(info))
+    _store = store
+    choose_interface(store, info)
     if info.world > 1:
         _joined = True
         _ending = Ending(store, info.world)  # now others can be told if what follows fails
@@ -203,33 +199,23 @@ def ending() -> Ending | None:
     return _ending
 
 
-def _meet_by_mpi(info: LaunchInfo) -> LaunchInfo:
+def _meet_by_mpi(info: LaunchInfo) -> tuple[LaunchInfo, Any]:
+    """As `meet`; MPI tells where rank 0 listens, on a port that it holds by then."""
     try:
         from mpi4py import MPI
     except ImportError as error:
         raise ConfigError(f"mpirun needs mpi4py, which cannot be imported: {error}") from None
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
-    one_node = node.Get_size() == world.Get_size()
+    rank, one_node = world.Get_rank(), node.Get_size() == world.Get_size()
+    store = open_store([int(os.environ.get("MASTER_PORT", 0))]) if rank == 0 else None
     address = "127.0.0.1" if one_node else socket.getfqdn()
-    meeting = (os.environ.get("MASTER_ADDR", address), free_port()) if info.rank == 0 else None
-    address, port = world.bcast(meeting, root=0)
-    return LaunchInfo(
-        info.launcher, world.Get_rank(), node.Get_rank(), world.Get_size(), node.Get_size(),
-        address, port,
-    )  # fmt: skip
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on at this moment.
-
-    Below those that the kernel hands out to whoever asks for any: none of these stays free long.
-    """
-    for port in random.SystemRandom().sample(PORTS, 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise ConfigError(f"none of 100 TCP ports from {PORTS[0]} to {PORTS[-1]} is free")
+    here = (os.environ.get("MASTER_ADDR", address), store.port) if store is not None else None
+    address, port = world.bcast(here, root=0)
+    info = LaunchInfo(
+        info.launcher, rank, node.Get_rank(), world.Get_size(), node.Get_size(), address, port
+    )
+    return info, meet(info, store)
 
 
 def device_of(local_rank: int = 0) -> torch.device:
@@ -266,15 +252,6 @@ def _export(info: LaunchInfo, device: torch.device) -> None:
     os.environ["LOCAL_SIZE"] = str(info.local_world)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-
-
-def _meet(info: LaunchInfo) -> Any:
-    """The store of key-value pairs that all ranks see."""
-    if info.launcher == "single":
-        return dist.HashStore()
-    where = f"tcp://{info.address}:{info.port}"
-    store, *_ = next(dist.rendezvous(where, info.rank, info.world, timeout=TIMEOUT))
-    return store
 
 
 def _join(info: LaunchInfo, device: torch.device, store: Any) -> None:

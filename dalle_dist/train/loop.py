@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from dalle_dist.train.skips import LastNorm, Skips, samples_of
 from dalle_dist.train.speed import Speed
 from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
-from dalle_dist.train.stop import StopRequest
+from dalle_dist.train.stop import StopRequest, Switches, refuse_stopped
 
 SAVING = 60.0  # seconds that a run which ends by an error gives a checkpoint that is being written
 
@@ -80,6 +81,11 @@ def _prepared(
 ) -> Stage:
     """Everything that can be checked before anything is written."""
     stage = make(config, ranks)
+    if ranks.rank == 0:
+        refuse_stopped(stage.run_path)
+        if stage.settings.wandb and importlib.util.find_spec("wandb") is None:
+            key = f"{stage.settings.section}.wandb"
+            raise ConfigError(f"{key}: the package is not installed; pip install wandb")
     if resume is not None and resume != "auto":
         require_checkpoint(resume)
     _refuse_endless_warmup(stage.settings)
@@ -149,7 +155,7 @@ class _Loop:
     def _train(self, resume: str | None, new_epoch: bool) -> None:
         self._restore(resume, new_epoch)
         rows, self._logged = self._banner(), self.state.step
-        self.run.open()
+        self.run.open(self.state.step)
         if resume is not None:
             self.run.rewind(self.state.step)
             self._catch_up()
@@ -200,6 +206,7 @@ class _Loop:
 
     def _run_steps(self) -> None:
         stop, bar = StopRequest(), self.run.progress(self.settings.steps, self.state.step)
+        switches = Switches(self.run.path, self.run.main)
         incoming = Notes()
         micro_batches = self._micro_batches(incoming)
         try:
@@ -210,12 +217,19 @@ class _Loop:
                 micro_batches,
                 incoming,
                 self.amiss.notes,
-                lambda: stop.asked or self.saver.failed or self.run.lost,
+                lambda: (
+                    stop.asked or switches.stop or self.saver.failed or self.run.lost,
+                    switches.take_save(),
+                ),
             )
             while self.state.step < self.settings.steps and not steps.stopped:
-                self._after_step(self._step(steps), bar)
+                numbers = self._step(steps)
+                self._owed |= steps.save
+                self._after_step(numbers, bar)
         except RuntimeError as error:  # torch's, of a loader process that ended, comes at any time
             raise micro_batches.failure(error) or error from None
+        finally:
+            switches.close()
         bar.close()
 
     def _micro_batches(self, notes: Notes) -> MicroBatches:

@@ -2,7 +2,7 @@
 
 What the ranks must tell one another in a step travels together, after its backward passes: whether
 gradients are finite, the terms of the loss, what is counted in the micro-batches of the next step,
-and whether a rank was asked to stop.
+and whether a rank was asked to stop or to save.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ class OptimizerSteps:
     Args:
         stream: of micro-batches, whose notes come to `incoming`.
         notes: what was amiss in the samples that were trained on.
-        stop: whether this rank wants the run to stop.
+        asked: whether this rank wants the run to stop, and to save.
 
     stopped  whether any rank does, as of the last step
+    save     likewise
     """
 
     def __init__(
@@ -69,13 +70,13 @@ class OptimizerSteps:
         stream: Iterator[Any],
         incoming: Notes,
         notes: Notes,
-        stop: Callable[[], bool],
+        asked: Callable[[], tuple[bool, bool]],
     ) -> None:
         self._stage, self._engine, self._ranks = stage, engine, ranks
-        self._stream, self._incoming, self._notes, self._stop = stream, incoming, notes, stop
+        self._stream, self._incoming, self._notes, self._asked = stream, incoming, notes, asked
         self._next = self._read()
-        *counts, stopped = ranks.sum([*self._next.counts, float(stop())])
-        self._next.counts, self.stopped = counts, stopped > 0
+        *self._next.counts, stopped, save = ranks.sum([*self._next.counts, *map(float, asked())])
+        self.stopped, self.save = stopped > 0, save > 0
 
     def make(self, step: int, lr: float, measure: bool, last: bool) -> Made:
         """Step number `step`, from 1; `last`: no further micro-batches are read."""
@@ -85,10 +86,10 @@ class OptimizerSteps:
         following = None if last else self._read()
         terms = torch.stack(shares).double().sum(0)
         counts = following.counts if following else []
-        own = torch.tensor([*counts, float(self._stop())], dtype=torch.float64)
+        own = torch.tensor([*counts, *map(float, self._asked())], dtype=torch.float64)
         sums = torch.cat([terms, own.to(terms.device, non_blocking=True)])
-        *totals, stopped = self._engine.reduce(sums, measure)
-        self.stopped = stopped > 0
+        *totals, stopped, save = self._engine.reduce(sums, measure)
+        self.stopped, self.save = stopped > 0, save > 0
         if following:
             following.counts = totals[len(terms) :]
             self._next = following

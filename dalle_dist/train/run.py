@@ -1,4 +1,5 @@
-"""A run is a folder: config.yaml, log.jsonl, tensorboard/, samples/, checkpoints/, release/."""
+"""A run is a folder: config.yaml, log.jsonl, starts.jsonl, tensorboard/, samples/, checkpoints/,
+release/."""
 
 from __future__ import annotations
 
@@ -21,8 +22,12 @@ from dalle_dist.config import Config, section_differences, to_dict, to_yaml
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import ConfigError, UserError
 from dalle_dist.storage.lease import LIFETIME
+from dalle_dist.train import starts
 from dalle_dist.train.lock import LEASE, LOCK, Lock
 from dalle_dist.train.tags import single, tagged
+
+# What may lie in a run's folder before the run does: of others that train there, and of its job.
+BEFORE = (LOCK, LEASE, "slurm", "starts-in-vain.json")
 
 
 class Run:
@@ -53,6 +58,7 @@ class Run:
         lease_seconds: float = LIFETIME,
     ) -> None:
         self.path, self.main, self._config = path, ranks.rank == 0, config
+        self._ranks = ranks
         self._resume, self._shape, self._use_wandb = resume, shape, wandb
         self._texts = {"config": f"```yaml\n{to_yaml(config)}```"} | dict(texts or {})
         self.folder, self._local = working_copy(path), not storage.is_remote(path)
@@ -113,14 +119,16 @@ class Run:
             if self._local:
                 self._look()  # once more: another process may have come and gone since
 
-    def open(self) -> None:
-        """Begin to write, when nothing that can be checked is left to fail."""
+    def open(self, step: int) -> None:
+        """Begin to write, when nothing that can be checked is left to fail; after so many steps."""
         if not self.main:
             return
         from torch.utils.tensorboard import SummaryWriter
 
         if not (self.folder / "config.yaml").exists():
             self._write_config()
+        with (self.folder / starts.FILE).open("a") as file:
+            file.write(json.dumps(starts.start_record(self._ranks, step)) + "\n")
         self._log = (self.folder / "log.jsonl").open("a", buffering=1)
         self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
         for name, text in self._texts.items():
@@ -271,7 +279,7 @@ def _download(path: str, local: Path) -> None:
 
 def _refuse_used(path: str, folder: Path) -> None:
     _refuse_run(path, str(folder))
-    if folder.exists() and any(p.name not in (LOCK, LEASE) for p in folder.iterdir()):
+    if folder.exists() and any(p.name not in BEFORE for p in folder.iterdir()):
         raise UserError(f"{path}: not empty and not a run; choose another folder")
 
 

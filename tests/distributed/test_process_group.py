@@ -48,14 +48,14 @@ BATCH_SCRIPT = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
             RENDEZVOUS | {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"},
             LaunchInfo("torchrun", 5, 1, 8, 2, "a", 29500),
         ),
-        (STEP, LaunchInfo("srun", 6, 0, 7, 1, "gpu07", STEP_PORT)),
+        (STEP, LaunchInfo("srun", 6, 0, 7, 1, "gpu07", STEP_PORT, "77.2.")),
         (
             STEP | {"SLURM_RESTART_COUNT": "1"},
-            LaunchInfo("srun", 6, 0, 7, 1, "gpu07", STEP_PORT + 1),
+            LaunchInfo("srun", 6, 0, 7, 1, "gpu07", STEP_PORT + 1, "77.2.1"),
         ),
         (
             STEP | {"SLURM_NODEID": "1", "MASTER_ADDR": "h", "MASTER_PORT": "5"},
-            LaunchInfo("srun", 6, 0, 7, 2, "h", 5),
+            LaunchInfo("srun", 6, 0, 7, 2, "h", 5, "77.2."),
         ),
         # torchrun inside a job step, mpirun inside a job step, and the batch script itself
         (
@@ -65,10 +65,16 @@ BATCH_SCRIPT = {"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
         (STEP | MPI, LaunchInfo("mpirun", 3, 1, 4, 2)),
         (
             STEP | {"PMI_SIZE": "7", "PMI_RANK": "6"},
-            LaunchInfo("srun", 6, 0, 7, 1, "gpu07", STEP_PORT),
+            LaunchInfo("srun", 6, 0, 7, 1, "gpu07", STEP_PORT, "77.2."),
         ),
         ({"PMI_SIZE": "4", "PMI_RANK": "2"}, LaunchInfo("mpirun", rank=2, world=4)),
         (BATCH_SCRIPT | {"SLURM_NTASKS": "16"}, LaunchInfo("single")),
+        # typed into the shell of srun --pty, and started by srun --pty itself
+        (STEP | {"SLURM_PTY_PORT": "1", "SLURM_TASK_PID": "1"}, LaunchInfo("single")),
+        (
+            STEP | {"SLURM_PTY_PORT": "1", "SLURM_TASK_PID": str(os.getpid())},
+            LaunchInfo("srun", 6, 0, 7, 1, "gpu07", STEP_PORT, "77.2."),
+        ),
     ],
 )
 def test_place_is_read_from_each_launchers_environment(environ, expected):

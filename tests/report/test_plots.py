@@ -92,7 +92,7 @@ def test_a_run_without_such_numbers_is_told_so(tmp_path):
 def test_what_was_not_measured_is_null_in_the_log_and_a_gap_in_the_plot(tmp_path):
     config = make(tmp_path)
     run = Run(config.paths.run, config, process_group.init(), resume=False, shape=())
-    run.open()
+    run.open(0)
     for update, error in ((1, 0.5), (2, math.nan), (3, 0.4)):
         sizes = {"sent_megabytes": 1.0, "dense_megabytes": 4.0}
         run.log(update, compression_error=[error, 0.2], **sizes)

@@ -14,7 +14,7 @@ import pytest
 import tiny_run
 from test_train_dvae import write_images
 
-from dalle_dist.distributed import ending, process_group
+from dalle_dist.distributed import ending, meeting, process_group
 from dalle_dist.errors import ConfigError, DataError
 from dalle_dist.testing import run_distributed
 
@@ -64,7 +64,7 @@ process_group.leave(0)
 def start(arguments, **environ):
     """Three ranks under torchrun: what they printed, and the exit codes that it reports of them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"]
-    command += ["--master-port", str(process_group.free_port()), *arguments]
+    command += ["--master-port", str(meeting.free_port()), *arguments]
     environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | environ
     done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=120)
     assert done.returncode != 0
@@ -267,7 +267,7 @@ def test_every_run_that_went_well_ends_with_0(tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
         command += [
             "--master-port",
-            str(process_group.free_port()),
+            str(meeting.free_port()),
             "-m",
             "dalle_dist",
             "train-dvae",
