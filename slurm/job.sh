@@ -36,14 +36,14 @@ fi
 
 progress() { ${batch[@]+"${batch[@]}"} python -m dalle_dist progress "$@"; }
 
-# One log for each node, also without a shared file system; this job's own shows the first node's.
+# One log for each node, also where they share no file system; this job's own shows the first one.
 logs=${DALLE_DIST_LOGS:-.}/slurm-${SLURM_JOB_NAME:-dalle-dist}-$job
 on_all() {
-  local own=$logs-${SLURMD_NODENAME:-$(hostname -s)}.log before=0 status=0
+  local own=$logs-0-$(hostname -s).log before=0 status=0
   mkdir -p "$(dirname "$logs")"
   [ ! -f "$own" ] || before=$(wc -c <"$own")
   # --export=ALL: a job submitted with --export=NONE would hide the environment from its tasks too.
-  srun --export=ALL --kill-on-bad-exit=1 --wait=60 --open-mode=append --output="$logs-%N.log" \
+  srun --export=ALL --kill-on-bad-exit=1 --wait=60 --open-mode=append --output="$logs-%n-%N.log" \
     ${task_options[@]+"${task_options[@]}"} ${inside[@]+"${inside[@]}"} dalle-dist "$@" &
   local step=$!
   tail --pid="$step" --sleep-interval=0.5 --bytes=+$((before + 1)) -F "$own" 2>/dev/null &

@@ -119,7 +119,7 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
     gpus = options.gpus_per_node
     tasks = options.tasks_per_node or max(gpus, 1)
     settings = {"nodes": str(options.nodes), "ntasks-per-node": str(tasks)}
-    settings["gpus-per-node" if gpus else "gres"] = str(gpus) if gpus else "none"
+    settings["gpus-per-node"] = str(gpus)
     for name in SETTINGS:
         value = getattr(options, name.replace("-", "_"))
         if value is not None:

@@ -51,7 +51,7 @@ def test_a_dry_run_prints_the_script_alone(sbatch, capsys):
     assert main(["submit", "emoji", "--gpus-per-node", "0", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("#!/usr/bin/env bash\n") and "\nset -- train emoji\n" in text
-    assert "#SBATCH --gres=none\n" in text and "#SBATCH --ntasks-per-node=1\n" in text
+    assert "#SBATCH --gpus-per-node=0\n" in text and "#SBATCH --ntasks-per-node=1\n" in text
     assert not (sbatch / "asked").exists() and not (sbatch / "runs").exists()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -38,9 +39,16 @@ class Cluster:
     def start(self):
         self._start_munge()
         self._start("slurmctld", "-D", "-i")
-        for node in ("n1", "n2"):
-            self._start("slurmd", "-D", "-N", node)
+        self.slurmd = {node: self._start("slurmd", "-D", "-N", node) for node in ("n1", "n2")}
         self._await_nodes()
+
+    def lose(self, node: str):
+        """End a node's daemon at once, as a machine does that loses its power."""
+        self.slurmd[node].kill()
+        self.slurmd[node].wait()
+
+    def bring_back(self, node: str):
+        self.slurmd[node] = self._start("slurmd", "-D", "-N", node)
 
     def _start_munge(self):
         key = self.folder / "munge.key"
@@ -52,12 +60,12 @@ class Cluster:
         self._start("munged", "--foreground", "--force", f"--key-file={key}", *options)
         until(lambda: (self.folder / "munge.sock").exists(), 10, "munged's socket")
 
-    def _start(self, program: str, *arguments: str):
+    def _start(self, program: str, *arguments: str) -> subprocess.Popen:
         log = (self.folder / f"{program}-{len(self.daemons)}.log").open("w")
         command = [shutil.which(program), *arguments]
-        self.daemons.append(
-            subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT)
-        )
+        daemon = subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT)
+        self.daemons.append(daemon)
+        return daemon
 
     def _await_nodes(self):
         def idle():
@@ -66,14 +74,14 @@ class Cluster:
 
         until(idle, 60, "two idle nodes")
 
-    def run(self, *command: str, check: bool = True, cwd: Path = ROOT):
+    def run(self, *command: str, check: bool = True, cwd: Path = ROOT, **environ: str):
         return subprocess.run(
-            command, env=self.env, cwd=cwd, capture_output=True, text=True, check=check
+            command, env=self.env | environ, cwd=cwd, capture_output=True, text=True, check=check
         )
 
-    def submit(self, *arguments: str, cwd: Path = ROOT) -> str:
+    def submit(self, *arguments: str, cwd: Path = ROOT, **environ: str) -> str:
         """Job id of `sbatch ARGUMENTS`."""
-        return self.run("sbatch", "--parsable", *arguments, cwd=cwd).stdout.strip()
+        return self.run("sbatch", "--parsable", *arguments, cwd=cwd, **environ).stdout.strip()
 
     def wait(self, job: str, seconds: float = 300) -> str:
         """The job's state once it is over."""
@@ -82,8 +90,10 @@ class Cluster:
         return self.state(job)
 
     def state(self, job: str) -> str:
+        """Of all tasks of an array the first that is found, COMPLETED last."""
         text = self.run("scontrol", "show", "job", job, check=False).stdout
-        return text.partition("JobState=")[2].split()[0] if "JobState=" in text else "UNKNOWN"
+        states = re.findall(r"JobState=(\S+)", text)
+        return min(states, key=lambda state: state == "COMPLETED", default="UNKNOWN")
 
     def stop(self):
         for daemon in reversed(self.daemons):
@@ -159,6 +169,7 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 GresTypes=gpu
 ReturnToService=2
+SlurmdTimeout=10
 SchedulerType=sched/backfill
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n

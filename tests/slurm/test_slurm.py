@@ -1,17 +1,13 @@
-"""The sbatch scripts on a real slurmctld with two slurmd, one rank on each."""
+"""Every script of `slurm/` on a real slurmctld with two slurmd, from pictures to figures."""
 
-import dataclasses
-import io
 import sys
-from pathlib import Path
 
 import pytest
 import tiny_run
 from PIL import Image
 
-from dalle_dist.data.shards import ShardWriter
-from dalle_dist.train.run import read_log
-from slurm.conftest import until
+from dalle_dist.cli import main
+from slurm.jobs import Job, losses
 
 pytestmark = pytest.mark.slow
 
@@ -38,76 +34,84 @@ def test_ranks_meet_over_two_nodes(cluster, tmp_path):
     assert sorted(out.read_text().split("\n")[:2]) == ["srun 0 2 [3.0]", "srun 1 2 [3.0]"]
 
 
-def write_images(folder):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), "orange").save(buffer, format="PNG")
-    for part in ("train", "held-out"):
-        with ShardWriter(str(folder / part), "images", {}) as writer:
-            for i in range(8):
-                writer.write(f"{i}", {"png": buffer.getvalue(), "txt": b"an orange square"})
+def pictures(folder, count):
+    folder.mkdir()
+    for number in range(count):
+        colour = tiny_run.COLOURS[number % 8]
+        Image.new("RGB", (8, 8), colour).save(folder / f"{number:03d}.png")
+        (folder / f"{number:03d}.txt").write_text(f"{colour} square number {number}")
 
 
-def submit(cluster, script, config, out, *options):
-    """The sbatch script as a user would submit it, on both nodes."""
-    return cluster.submit(
-        "-N2", "--ntasks-per-node=1", f"--output={out}", *options, f"slurm/{script}", config
+def test_every_script_from_pictures_to_figures(cluster, tmp_path):
+    pictures(tmp_path / "pictures", 60)
+    config = tiny_run.make(tmp_path / "inputs", steps=20, save_every=20, eval_every=20)
+    config = tiny_run.with_paths(
+        config,
+        **{name: str(tmp_path / name) for name in ("images", "tokens", "dvae_run", "clip_run")},
+        run=str(tmp_path / "run"),
     )
+    path = tiny_run.write_config(config, tmp_path / "config.yaml")
+    first = ["dvae_train.steps=6", "dvae_train.batch_size=4", "dvae_train.warmup=1"]
 
+    def job(script, *words, **options):
+        done = Job(cluster, tmp_path, script, *words, **options)
+        done.assert_completed()
+        return done
 
-def steps(folder):
-    return [line["step"] for line in read_log(folder) if "loss" in line or "nll" in line]
-
-
-def test_stage_1_trains_on_two_nodes(cluster, tmp_path):
-    config = tiny_run.make(tmp_path)
-    write_images(Path(config.paths.images))
-    stage1 = dataclasses.replace(config.dvae_train, batch_size=4, steps=6, log_every=1)
-    paths = dataclasses.replace(config.paths, dvae_run=str(tmp_path / "stage1"))
-    config = dataclasses.replace(config, dvae_train=stage1, paths=paths)
-    path, out = tiny_run.write_config(config, tmp_path / "c.yaml"), tmp_path / "out"
-    job = submit(cluster, "train_dvae.sbatch", path, out)
-    assert cluster.wait(job, 120) == "COMPLETED", out.read_text()
-    assert (tmp_path / "stage1/release/config.yaml").exists(), out.read_text()
-    assert steps(tmp_path / "stage1") == [1, 2, 3, 4, 5, 6]
-
-
-def test_stage_2_saves_on_usr1_requeues_itself_and_finishes(cluster, tmp_path):
-    config = tiny_run.make(tmp_path, steps=400, save_every=400, eval_every=400, sample_every=400)
-    path, out = tiny_run.write_config(config, tmp_path / "c.yaml"), tmp_path / "out"
-    job = submit(cluster, "train.sbatch", path, out)
-    log = Path(config.paths.run) / "log.jsonl"
-    until(lambda: log.exists() and len(log.read_text().splitlines()) > 5, 90, "five steps")
-    cluster.run("scancel", "--signal=USR1", job)
-    assert cluster.wait(job, 240) == "COMPLETED", out.read_text()
-    text = out.read_text()
-    assert f"requeueing job {job}" in text and text.count("--resume auto goes on") == 1, text
-    assert (Path(config.paths.run) / "release/config.yaml").exists()
-    assert steps(Path(config.paths.run)) == list(range(1, 401))
+    array = {"options": ("--array=1-2", "--nodes=1", f"--output={tmp_path}/%x-%a.out")}
+    images = str(tmp_path / "images")
+    job("data_build", str(tmp_path / "pictures"), images, "--samples-per-shard", "10", **array)
+    assert (tmp_path / "images/train/index.json").is_file()
+    said = job("train_dvae", path, *first).said
+    assert "train-dvae: finished" in said and (tmp_path / "dvae_run/release").is_dir()
+    job("encode", path, **array)
+    assert (tmp_path / "tokens/train/index.json").is_file()
+    assert main(["tokenizer", "train", path]) == 0
+    said = job("train", path).said
+    assert "train: finished" in said and "2 ranks x 1 thread" in said, said
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 21))
+    assert job("train", path).said.endswith("train: finished\ntrain: finished; nothing to do\n")
+    release = str(tmp_path / "run/release")
+    words = ["red square", "-n", "4", "--batch-size", "2", "--format", "tar", "-o"]
+    job("generate", release, *words, str(tmp_path / "drawn"))
+    assert main(["generate", release, *words, str(tmp_path / "alone")]) == 0
+    drawn, alone = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+        for name in ("drawn", "alone")
+    )
+    assert len(drawn) >= 2 and drawn == alone
+    job("evaluate", release, images, "--captions", "2", "-o", str(tmp_path / "figures"))
+    assert (tmp_path / "figures/figures.csv").is_file()
 
 
 def test_scripts_written_into_another_folder_run_from_there(cluster, tmp_path):
     config = tiny_run.make(tmp_path)
     path, out = tiny_run.write_config(config, tmp_path / "c.yaml"), tmp_path / "out"
     cluster.run("dalle-dist", "slurm", "cluster", cwd=tmp_path)
-    options = ("-N2", "--ntasks-per-node=1", f"--output={out}")
-    job = cluster.submit(*options, "cluster/train.sbatch", path, cwd=tmp_path)
+    site = tmp_path / "cluster/site.sh"
+    site.write_text(site.read_text() + "echo the site is $(hostname)\n")
+    options = ("-N2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0")
+    job = cluster.submit(*options, f"--output={out}", "cluster/train.sbatch", path, cwd=tmp_path)
     assert cluster.wait(job, 120) == "COMPLETED", out.read_text()
-    assert "train: finished" in out.read_text()
-    assert steps(Path(config.paths.run)) == list(range(1, 7))
+    assert "the site is" in out.read_text() and "train: finished" in out.read_text()
+    assert len(losses(config.paths.run)) == 6
 
 
-def test_a_job_that_makes_no_progress_is_not_requeued(cluster, tmp_path):
+def test_submit_keeps_the_script_in_the_run_and_a_chain_ends_it(cluster, tmp_path):
     config = tiny_run.make(tmp_path)
-    Path(config.paths.tokenizer).unlink()
-    path, out = tiny_run.write_config(config, tmp_path / "c.yaml"), tmp_path / "out"
-    job = submit(cluster, "train.sbatch", path, out)
-    assert cluster.wait(job, 90) == "FAILED"
-    assert "newest checkpoint as before (none); not requeued" in out.read_text()
+    path = tiny_run.write_config(config, tmp_path / "c.yaml")
+    words = "--nodes 2 --gpus-per-node 0 --cpus-per-task 1 --chain 2 --job-name night"
+    said = cluster.run("dalle-dist", "submit", path, *words.split(), cwd=tmp_path).stdout
+    first, second = said.partition(";")[0].removeprefix("submitted job ").split(", then ")
+    assert cluster.wait(second, 120) == "COMPLETED"
+    outs = [(tmp_path / f"slurm-night-{job}.out").read_text() for job in (first, second)]
+    assert "train: finished" in outs[0] and "nothing to do" in outs[1]
+    (script,) = (tmp_path / "run/slurm").iterdir()
+    assert script.name.endswith(f"-{first}.sbatch") and "set -- train" in script.read_text()
+    assert len(losses(config.paths.run)) == 6
 
 
 def test_a_job_that_would_leave_gpus_idle_is_refused(cluster, tmp_path):
-    out = tmp_path / "out"
-    options = ("-N2", "--ntasks-per-node=1", "--gpus-per-node=2", f"--output={out}")
-    job = cluster.submit(*options, "slurm/train.sbatch", "emoji")
-    assert cluster.wait(job, 60) == "FAILED"
-    assert "1 tasks for 2 GPUs on a node; add --ntasks-per-node 2" in out.read_text()
+    job = Job(cluster, tmp_path, "train", "emoji", options=("--gpus-per-node=2",))
+    assert job.wait(60) == "FAILED"
+    assert "1 tasks for 2 GPUs on a node; add --ntasks-per-node 2" in job.said
