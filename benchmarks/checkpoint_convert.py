@@ -30,7 +30,8 @@ from benchmarks.common import Measured
 from dalle_dist.checkpoint import store
 from dalle_dist.checkpoint.export import deepspeed
 from dalle_dist.checkpoint.export.training_state import Group
-from dalle_dist.checkpoint.manifest import MANIFEST, FileEntry, Manifest, file_name, read_manifest
+from dalle_dist.checkpoint.manifest import FileEntry, Manifest, file_name, read_manifest
+from dalle_dist.checkpoint.names import MANIFEST
 from dalle_dist.checkpoint.tensor_file import TensorFile
 from dalle_dist.engine.interface import STATE
 

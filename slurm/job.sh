@@ -73,7 +73,8 @@ if [ -n "$training" ] && [ "${DALLE_DIST_DOCTOR:-full}" != 0 ]; then
   on_all "${doctor[@]}" || status=$?
 fi
 [ "$status" -ne 0 ] || on_all "${command[@]}" || status=$?
-after=$(progress "$@")
+# A store that does not answer now must not end a run of weeks.
+after=$(progress "$@") || after=$before
 [ -n "$training" ] || [ "$status" -ne 0 ] || after=finished
 
 case $after in

@@ -24,6 +24,8 @@ VERBS = [
     ["report"],
     ["config"],
     ["slurm"],
+    ["submit"],
+    ["progress"],
 ]
 
 

@@ -54,7 +54,7 @@ class Launch:
         assert set(flags) == {"--nodes", "--gpus-per-node", "--ntasks-per-node"}
         assert flags["--gpus-per-node"] == flags["--ntasks-per-node"]
         # The verb that the script would start.
-        found = re.search(r"^exec bash slurm/job\.sh (\S+)", (ROOT / words[at]).read_text(), re.M)
+        found = re.search(r'^exec bash .*job\.sh" (\S+)', (ROOT / words[at]).read_text(), re.M)
         ranks = flags["--nodes"] * flags["--ntasks-per-node"]
         return ranks, [found[1], *words[at + 1 :], "--resume", "auto"]
 

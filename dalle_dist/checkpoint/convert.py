@@ -11,9 +11,9 @@ import torch
 from dalle_dist import storage
 from dalle_dist.checkpoint import store
 from dalle_dist.checkpoint.formats import SUFFIX, LazyTensors, has_tensors, tensor_files
-from dalle_dist.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from dalle_dist.checkpoint.manifest import Manifest, read_manifest
+from dalle_dist.checkpoint.names import CONFIG, MANIFEST
 from dalle_dist.checkpoint.read import TensorSource
-from dalle_dist.checkpoint.release import CONFIG
 from dalle_dist.config import from_dict
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.interface import WEIGHTS

@@ -14,9 +14,9 @@ from typing import Any
 import xxhash
 
 from dalle_dist import storage
+from dalle_dist.checkpoint.names import MANIFEST
 from dalle_dist.errors import CheckpointError
 
-MANIFEST = "manifest.json"
 FORMAT = 2
 
 

@@ -27,6 +27,7 @@ from dalle_dist.checkpoint.formats import (
     read_notes,
     save_tensors,
 )
+from dalle_dist.checkpoint.names import CONFIG
 from dalle_dist.config import Config, ImageTokenizerConfig, difference, from_dict, to_yaml
 from dalle_dist.errors import CheckpointError
 from dalle_dist.image_tokenizer.dvae import save_dvae
@@ -41,13 +42,7 @@ from dalle_dist.text_tokenizer.registry import load_text_tokenizer
 from dalle_dist.transformer.protocol import TextImageTransformer
 from dalle_dist.transformer.registry import build_transformer
 
-CONFIG, TRANSFORMER_FILE, TOKENIZER_FILE = (
-    "config.yaml",
-    f"transformer{SUFFIX}",
-    "tokenizer.json",
-)
-
-STAMP = "checkpoint.sha256"  # in a run's own release: of the manifest of its checkpoint
+TRANSFORMER_FILE, TOKENIZER_FILE = f"transformer{SUFFIX}", "tokenizer.json"
 
 
 @dataclass(frozen=True)

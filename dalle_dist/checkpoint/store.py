@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dalle_dist import storage
-from dalle_dist.checkpoint.manifest import MANIFEST, Manifest, rank_of, read_manifest
+from dalle_dist.checkpoint.manifest import Manifest, rank_of, read_manifest
+from dalle_dist.checkpoint.names import MANIFEST
 from dalle_dist.checkpoint.tensor_file import digest
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import CheckpointError

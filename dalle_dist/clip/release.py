@@ -13,7 +13,8 @@ from PIL import Image
 
 from dalle_dist import storage
 from dalle_dist.checkpoint.formats import State, save_tensors
-from dalle_dist.checkpoint.release import CONFIG, TOKENIZER_FILE
+from dalle_dist.checkpoint.names import CONFIG
+from dalle_dist.checkpoint.release import TOKENIZER_FILE
 from dalle_dist.clip.model import LARGEST_LOGIT_SCALE, MEAN, STD, hugging_face_config
 from dalle_dist.config import Config, to_yaml
 from dalle_dist.text_tokenizer.bpe import END, SPECIAL, with_end

@@ -19,8 +19,9 @@ from dalle_dist.checkpoint.formats import (
     shapes_in,
     tensor_files,
 )
+from dalle_dist.checkpoint.names import CONFIG
 from dalle_dist.checkpoint.read import TensorSource
-from dalle_dist.checkpoint.release import CONFIG, TOKENIZER_FILE
+from dalle_dist.checkpoint.release import TOKENIZER_FILE
 from dalle_dist.conversion.parity import (
     LARGEST_MODEL,
     export_parity,

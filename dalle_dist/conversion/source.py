@@ -10,7 +10,8 @@ from dalle_dist import storage
 from dalle_dist.checkpoint.convert import find_checkpoint, require_checkpoint
 from dalle_dist.checkpoint.formats import has_tensors
 from dalle_dist.checkpoint.manifest import Manifest, read_manifest
-from dalle_dist.checkpoint.release import CONFIG, read_release_config
+from dalle_dist.checkpoint.names import CONFIG
+from dalle_dist.checkpoint.release import read_release_config
 from dalle_dist.config import Config, from_dict
 from dalle_dist.errors import CheckpointError
 from dalle_dist.interop.registry import detect

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dalle_dist import storage
 from dalle_dist.checkpoint.formats import fill
+from dalle_dist.checkpoint.names import CONFIG
 from dalle_dist.checkpoint.release import (
-    CONFIG,
     TOKENIZER_FILE,
     load_release,
     load_release_image_tokenizer,

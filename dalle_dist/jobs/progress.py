@@ -12,8 +12,7 @@ import re
 from argparse import Namespace
 
 from dalle_dist import storage
-from dalle_dist.checkpoint.release import CONFIG, STAMP
-from dalle_dist.checkpoint.store import MANIFEST
+from dalle_dist.checkpoint.names import CONFIG, MANIFEST, STAMP
 from dalle_dist.config import Config, load
 from dalle_dist.errors import ConfigError
 from dalle_dist.stages import STAGES, STOP, StageEntry

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dalle_dist.checkpoint import store
 from dalle_dist.checkpoint.convert import convert
-from dalle_dist.checkpoint.release import CONFIG, STAMP
+from dalle_dist.checkpoint.names import CONFIG, STAMP
 
 
 def write_release(run: Path, checkpoint: str) -> str:

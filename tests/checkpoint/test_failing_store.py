@@ -8,7 +8,8 @@ import pytest
 
 from dalle_dist import storage
 from dalle_dist.checkpoint import store
-from dalle_dist.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from dalle_dist.checkpoint.manifest import Manifest, read_manifest
+from dalle_dist.checkpoint.names import MANIFEST
 from dalle_dist.checkpoint.save import Saver
 from dalle_dist.distributed import process_group
 from dalle_dist.errors import CheckpointError, DataError

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -60,19 +61,32 @@ def test_usr1_saves_and_requeues(cluster, tmp_path, undisturbed):
     assert second["environment"]["SLURM_RESTART_COUNT"] == "1"
 
 
-def test_a_time_limit_that_strikes(cluster, tmp_path, undisturbed):
-    """A minute, of which the job's steps are told half a minute before."""
-    config, path = configured(tmp_path, eval_every=2)
-    limit = ("--time=1", "--signal=USR1@20")
-    job = Job(cluster, tmp_path, "train", path, options=limit)
-    starts = 1 + job_requeues(job, 400)
-    assert starts >= 2, job.said
-    assert_whole(config, job, undisturbed, starts)
+SLOW = '''"""The command of the arguments, with a pause after each step."""
+
+import sys
+import time
+
+from dalle_dist.cli import program
+from dalle_dist.train import loop
+
+after = loop._Loop._after_step
+loop._Loop._after_step = lambda *arguments: (after(*arguments), time.sleep(0.3))
+sys.argv = sys.argv[1:]
+program()
+'''
 
 
-def job_requeues(job, seconds):
-    job.assert_completed(seconds)
-    return job.said.count(f"requeueing job {job.id}")
+def test_a_time_limit_ahead(cluster, tmp_path, undisturbed):
+    """Of two minutes: Slurm tells a job's steps of it up to a minute sooner than it is asked to."""
+    config, path = configured(tmp_path)
+    slow, site = tmp_path / "slow.py", tmp_path / "site.sh"
+    slow.write_text(SLOW)
+    site.write_text(f"inside=({sys.executable} {slow})\n")
+    limit = ("--time=2", "--signal=USR1@20")
+    job = Job(cluster, tmp_path, "train", path, options=limit, DALLE_DIST_SITE=str(site))
+    _, second = assert_whole(config, job, undisturbed)
+    assert job.said.count(f"requeueing job {job.id}") == 1
+    assert second["step"] % 100, "saved when Slurm asked for it"
 
 
 def test_scontrol_requeue_lets_the_ranks_save(cluster, tmp_path, undisturbed):

@@ -83,7 +83,7 @@ def test_convert_reads_a_checkpoint_from_s3_and_writes_a_release_there(bucket, t
 
 def test_slurm_sees_how_far_a_run_on_s3_is(bucket):
     def progress(steps):
-        command = [sys.executable, "slurm/progress.py", "train", "emoji"]
+        command = [sys.executable, "-m", "dalle_dist", "progress", "train", "emoji"]
         settings = [f"paths.run={bucket}/run", f"train.steps={steps}"]
         return subprocess.check_output([*command, *settings], text=True).strip()
 
