@@ -177,11 +177,25 @@ def leave(status: int) -> NoReturn:
         _ending.wait_for_all()
     else:
         _finalize_mpi()
-    for child in multiprocessing.active_children():
-        child.terminate()
+    _end_children()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def abandon(status: int) -> NoReturn:
+    """End this process at once, from any thread: its main thread is stuck for good.
+
+    Nothing is flushed: the main thread may hold the lock of a stream.
+    """
+    with suppress(Exception):
+        _end_children()
+    os._exit(status)
+
+
+def _end_children() -> None:
+    for child in multiprocessing.active_children():
+        child.terminate()
 
 
 def _finalize_mpi() -> None:

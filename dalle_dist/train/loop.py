@@ -32,6 +32,7 @@ from dalle_dist.train.speed import Speed
 from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
 from dalle_dist.train.stop import StopRequest
+from dalle_dist.watch.watch import Watch
 
 SAVING = 60.0  # seconds that a run which ends by an error gives a checkpoint that is being written
 
@@ -70,7 +71,8 @@ def train_stage(
         wandb=stage.settings.wandb,
     )
     try:
-        _Loop(stage, ranks, run).run_to_the_end(resume, new_epoch)
+        with Watch(config.watch, stage.settings.steps, ranks, run) as watch:
+            _Loop(stage, ranks, run, watch).run_to_the_end(resume, new_epoch)
     finally:
         run.close()
 
@@ -105,7 +107,8 @@ def _refuse_endless_warmup(settings: StageConfig) -> None:
 class _Loop:
     """One rank's part of a run."""
 
-    def __init__(self, stage: Stage, ranks: Ranks, run: Run) -> None:
+    def __init__(self, stage: Stage, ranks: Ranks, run: Run, watch: Watch) -> None:
+        self.watch = watch
         self.stage, self.settings, self.ranks, self.run = stage, stage.settings, ranks, run
         self.speed = Speed(stage, ranks)
         check_known_step(self.settings, ranks)
@@ -150,6 +153,7 @@ class _Loop:
         self._restore(resume, new_epoch)
         rows, self._logged = self._banner(), self.state.step
         self.run.open()
+        self.watch.opened()
         if resume is not None:
             self.run.rewind(self.state.step)
             self._catch_up()
@@ -158,6 +162,7 @@ class _Loop:
             self._try_saving()
             self._run_steps()
         self.norm.check()
+        self.watch.now("ending", self.state.step)
         self.saver.wait()
         self.ranks.on_main(self.run.fence)  # no save is begun for a run that another took over
         complete = self.state.step == self.settings.steps
@@ -236,6 +241,7 @@ class _Loop:
 
     def _step(self, steps: OptimizerSteps) -> dict[str, float]:
         """One optimizer step; the loss is that of the global batch, on any number of ranks."""
+        self.watch.now("step", self.state.step)
         began, step = time.perf_counter(), self.state.step + 1
         lr, last = self.schedule.rate(step), step == self.settings.steps
         logged = self._due(step, self.settings.log_every)
@@ -289,7 +295,9 @@ class _Loop:
         self._end_epoch()
         if self._due(step, settings.log_every):
             speed = self.speed.numbers(step, self.state.progress)
-            self.run.log(step, **numbers, **speed, **self.engine.telemetry(), **self._epoch)
+            line = numbers | speed | self.engine.telemetry() | self._epoch
+            self.run.log(step, **line)
+            self.watch.logged(line)
             for row in self.planned.beside(step - self._logged, speed):
                 self.run.say(row)
             self._epoch, self._logged = {}, step
@@ -310,12 +318,14 @@ class _Loop:
     def _measure(self) -> None:
         step = self.state.step
         if self._due(step, self.settings.eval_every):
+            self.watch.now("evaluation", step)
             measures = self.stage.validate(self.state)
             found, warning = self.stage.alarm(step, measures, self.run.lines())
             self.run.log(step, **measures, **found)
             if warning:
                 self.run.say(warning)
         if self._due(step, self.settings.sample_every):
+            self.watch.now("samples", step)
             for name, image in self.stage.sample(self.state).items():
                 self.run.image(step, name, image)
 
@@ -328,7 +338,9 @@ class _Loop:
         return every > 0 and (step % every == 0 or step == self.settings.steps)
 
     def _save(self) -> None:
+        self.watch.now("saving", self.state.step)
         self.state.save(self.saver)
+        self.watch.saved(self.state.step)
         self._saved, self._owed = self.state.step, False
         self._sync()
 

@@ -1,0 +1,88 @@
+"""What a training loop tells of itself, and what comes of it: watchdog, heartbeat, slow ranks."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from dalle_dist import storage
+from dalle_dist.config import WatchConfig
+from dalle_dist.distributed import process_group
+from dalle_dist.distributed.process_group import Ranks
+from dalle_dist.watch.heartbeat import Heartbeat, record_hang
+from dalle_dist.watch.watchdog import Watchdog
+
+
+class RunFolder(Protocol):
+    """What is asked of a run: its path, its local folder, whether this rank is the one to write."""
+
+    path: str
+    folder: Path
+    main: bool
+
+    def fence(self) -> None: ...
+
+
+class Watch:
+    """Of one rank, from when it is entered until it is left; to make one is a collective call.
+
+    Args:
+        steps: of the whole run.
+    """
+
+    def __init__(self, settings: WatchConfig, steps: int, ranks: Ranks, run: RunFolder) -> None:
+        self._run, self._steps = run, steps
+        hosts = ranks.gather(socket.gethostname())
+        self._watchdog = Watchdog(
+            settings,
+            ranks.rank,
+            hosts,
+            process_group.board("watch"),
+            self._record,
+            ranks.device.type == "cuda",
+        )
+        self._heartbeat = Heartbeat(run.path, steps, ranks.world, self._doing, run.fence)
+
+    def opened(self) -> None:
+        """The run's folder is there from now on."""
+        if self._run.main:
+            self._heartbeat.start()
+
+    def now(self, what: str, step: int) -> None:
+        """The rank begins something, "step" or other, when `step` steps are finished."""
+        self._watchdog.now(what, step)
+
+    def logged(self, numbers: dict[str, Any]) -> None:
+        """The numbers of a line of the log."""
+        self._heartbeat.logged(numbers)
+
+    def saved(self, step: int) -> None:
+        self._heartbeat.saved(step)
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._watchdog.close()
+        if error is not None and isinstance(error, Exception):
+            self._heartbeat.close("failed", " ".join(f"{kind.__name__}: {error}".split()))  # type: ignore[union-attr]
+        elif error is not None or self._watchdog.doing.step < self._steps:
+            self._heartbeat.close("stopped")
+        else:
+            self._heartbeat.close("complete")
+
+    def _doing(self) -> tuple[str, int]:
+        doing = self._watchdog.doing
+        return doing.what, doing.step
+
+    def _record(self, message: str) -> None:
+        """A hang, where it can be read afterwards."""
+        name = time.strftime("hang-%Y%m%d-%H%M%S.txt", time.gmtime())
+        if (self._run.folder / "config.yaml").exists():
+            storage.write_bytes(str(self._run.folder / "watch" / name), f"{message}\n".encode())
+        record_hang(self._run.path, message)
