@@ -15,13 +15,12 @@ from dalle_dist.checkpoint import store
 from dalle_dist.checkpoint.convert import find_checkpoint, require_checkpoint
 from dalle_dist.checkpoint.manifest import read_manifest
 from dalle_dist.checkpoint.save import Saver
-from dalle_dist.config import Config, StageConfig
+from dalle_dist.config import Config
 from dalle_dist.data.loader import MicroBatches, batches
 from dalle_dist.data.notes import Notes
 from dalle_dist.distributed import process_group
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.known_step import check_known_step
-from dalle_dist.errors import ConfigError
 from dalle_dist.train import banner
 from dalle_dist.train.data import NAMED, Amiss, in_flight
 from dalle_dist.train.optimizer_step import Made, OptimizerSteps
@@ -29,7 +28,7 @@ from dalle_dist.train.release import write_release
 from dalle_dist.train.run import Run
 from dalle_dist.train.skips import LastNorm, Skips, samples_of
 from dalle_dist.train.speed import Speed
-from dalle_dist.train.stage import Stage
+from dalle_dist.train.stage import Stage, refuse_endless_warmup
 from dalle_dist.train.state import TrainingState
 from dalle_dist.train.stop import StopRequest
 from dalle_dist.watch.watch import Watch
@@ -84,24 +83,11 @@ def _prepared(
     stage = make(config, ranks)
     if resume is not None and resume != "auto":
         require_checkpoint(resume)
-    _refuse_endless_warmup(stage.settings)
+    refuse_endless_warmup(stage.settings)
     if ranks.local_rank == 0:
         for dataset in stage.datasets:
             dataset.shards.require_files()
     return stage
-
-
-def _refuse_endless_warmup(settings: StageConfig) -> None:
-    """Raise ConfigError for a run that would end before its learning rate has risen.
-
-    Asked of a run that starts, not of every config: releases of older runs stay readable.
-    """
-    if settings.warmup > settings.steps:
-        key = f"{settings.section}.warmup"
-        raise ConfigError(
-            f"{key}: {settings.warmup} steps of warm-up in a run of {settings.steps}; set it too, "
-            f"e.g. {key}={settings.steps // 20}"
-        )
 
 
 class _Loop:

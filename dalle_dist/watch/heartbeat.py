@@ -105,13 +105,13 @@ def read(path: str) -> dict[str, Any]:
     return found
 
 
-def record_hang(run: str, message: str) -> None:
-    """Have the heartbeat of a run say that it hung; from any rank, of which all are about to end.
+def record_hang(run: str, step: int, message: str) -> None:
+    """Have the heartbeat of a run say that it hung, in place of rank 0, which does not answer.
 
     Raises UserError: it cannot be written.
     """
     path = storage.join(run, NAME)
     found = read(path)
     if found:
-        found |= {"state": "failed", "error": message, "time": time.time()}
+        found |= {"state": "failed", "step": step, "error": message, "time": time.time()}
         storage.write_bytes(path, json.dumps(found, indent=1).encode())

@@ -68,7 +68,7 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        self._watchdog.close()
+        self._watchdog.close(failed=error is not None)
         if error is not None and isinstance(error, Exception):
             self._heartbeat.close("failed", " ".join(f"{kind.__name__}: {error}".split()))  # type: ignore[union-attr]
         elif error is not None or self._watchdog.doing.step < self._steps:
@@ -85,4 +85,7 @@ class Watch:
         name = time.strftime("hang-%Y%m%d-%H%M%S.txt", time.gmtime())
         if (self._run.folder / "config.yaml").exists():
             storage.write_bytes(str(self._run.folder / "watch" / name), f"{message}\n".encode())
-        record_hang(self._run.path, message)
+        if self._run.main:
+            self._heartbeat.close("failed", message)
+        else:
+            record_hang(self._run.path, self._watchdog.doing.step, message)

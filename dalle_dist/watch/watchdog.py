@@ -84,7 +84,16 @@ class Watchdog:
         self._steps += what == "step"
         self.doing = Doing(what, step, first=self._steps == 1)
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
+        """Watch no longer.
+
+        Does not return once there is an alarm: collectives that break then are no reason to end,
+        but for what the alarm says.
+        """
+        with suppress(RuntimeError):
+            if self._alarmed.is_set() or (failed and self._board.posted(ALARM)):
+                time.sleep(2 * GRACE)
+                abandon(HUNG)
         self._closed.set()
 
     def _watch(self) -> None:
@@ -120,9 +129,8 @@ class Watchdog:
 
     def _tell(self, stuck: Stuck) -> None:
         place = place_of(self._thread, self._on_gpu)
-        self._board.post(
-            _key(self._rank), dataclasses.asdict(stuck) | {"place": dataclasses.astuple(place)}
-        )
+        said = [stuck.step, stuck.doing, dataclasses.astuple(place)]
+        self._board.post(_key(self._rank), said)
         self._board.post(ALARM, self._rank)
         self._await(lambda: self._board.all_posted(map(_key, range(len(self._hosts)))), ANSWER)
         if self._first_that_answered():
@@ -142,8 +150,8 @@ class Watchdog:
         found = {}
         for rank in range(len(self._hosts)):
             if self._board.posted(_key(rank)):
-                said = self._board.read(_key(rank))
-                found[rank] = Stuck(said["step"], said["doing"], Place(*said["place"]))
+                step, doing, place = self._board.read(_key(rank))
+                found[rank] = Stuck(step, doing, Place(*place))
         return found
 
     def _speak(self, found: dict[int, Stuck]) -> None:
