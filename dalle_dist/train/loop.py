@@ -70,7 +70,7 @@ def train_stage(
         wandb=stage.settings.wandb,
     )
     try:
-        with Watch(config.watch, stage.settings.steps, ranks, run) as watch:
+        with Watch(config.watch, stage.settings.steps, ranks, run, stage.alone) as watch:
             _Loop(stage, ranks, run, watch).run_to_the_end(resume, new_epoch)
     finally:
         run.close()
@@ -202,6 +202,7 @@ class _Loop:
                 incoming,
                 self.amiss.notes,
                 lambda: stop.asked or self.saver.failed or self.run.lost,
+                self.watch.own,
             )
             while self.state.step < self.settings.steps and not steps.stopped:
                 self._after_step(self._step(steps), bar)
@@ -282,6 +283,7 @@ class _Loop:
         if self._due(step, settings.log_every):
             speed = self.speed.numbers(step, self.state.progress)
             line = numbers | speed | self.engine.telemetry() | self._epoch
+            line |= self.watch.compared(speed["seconds_per_step"])
             self.run.log(step, **line)
             self.watch.logged(line)
             for row in self.planned.beside(step - self._logged, speed):

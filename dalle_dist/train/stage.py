@@ -156,6 +156,11 @@ class Stage(ABC):
             self.fingerprints,
         )
 
+    @property
+    def alone(self) -> bool:
+        """Whether a rank waits for no other in a forward pass."""
+        return self.settings.zero_stage < 3
+
     def progress(self) -> Progress:
         """Of a run that starts."""
         return Progress.start(self.datasets[0], self.settings)

@@ -13,6 +13,8 @@ from dalle_dist.config import WatchConfig
 from dalle_dist.distributed import process_group
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.watch.heartbeat import Heartbeat, record_hang
+from dalle_dist.watch.own_time import OwnTime
+from dalle_dist.watch.slow_ranks import SlowRanks
 from dalle_dist.watch.watchdog import Watchdog
 
 
@@ -25,16 +27,24 @@ class RunFolder(Protocol):
 
     def fence(self) -> None: ...
 
+    def say(self, line: str) -> None: ...
+
 
 class Watch:
     """Of one rank, from when it is entered until it is left; to make one is a collective call.
 
     Args:
         steps: of the whole run.
+        alone: whether a rank waits for no other in a forward pass.
+
+    own  takes the time of what the rank does by itself
     """
 
-    def __init__(self, settings: WatchConfig, steps: int, ranks: Ranks, run: RunFolder) -> None:
-        self._run, self._steps = run, steps
+    def __init__(
+        self, settings: WatchConfig, steps: int, ranks: Ranks, run: RunFolder, alone: bool
+    ) -> None:
+        self._run, self._steps, self._ranks = run, steps, ranks
+        self.own = OwnTime(ranks.device, alone)
         hosts = ranks.gather(socket.gethostname())
         self._watchdog = Watchdog(
             settings,
@@ -44,6 +54,7 @@ class Watch:
             self._record,
             ranks.device.type == "cuda",
         )
+        self._slow_ranks = SlowRanks(hosts, settings.slow_rank)
         self._heartbeat = Heartbeat(run.path, steps, ranks.world, self._doing, run.fence)
 
     def opened(self) -> None:
@@ -54,6 +65,22 @@ class Watch:
     def now(self, what: str, step: int) -> None:
         """The rank begins something, "step" or other, when `step` steps are finished."""
         self._watchdog.now(what, step)
+
+    def compared(self, step_seconds: float) -> dict[str, float]:
+        """The slowest rank since the last call, for the log; a collective call.
+
+        Rank 0 says so where it holds up the others; `step_seconds`: of a whole step.
+
+        slowest_rank   whose own work (`own_time.py`) takes longest, over the last lines
+        slowest_ratio  its time to that of the median rank
+        """
+        if self._ranks.world == 1:
+            return {}
+        slowest = self._slow_ranks.add(self._ranks.each(self.own.take()))
+        line = self._slow_ranks.line(slowest, step_seconds)
+        if line:
+            self._run.say(line)
+        return {"slowest_rank": float(slowest.rank), "slowest_ratio": slowest.ratio}
 
     def logged(self, numbers: dict[str, Any]) -> None:
         """The numbers of a line of the log."""

@@ -53,3 +53,22 @@ def test_one_message_names_the_rank_that_hangs_and_all_end(faulty, tmp_path, fau
     heartbeat = json.loads(Path(run, "heartbeat.json").read_text())
     assert (heartbeat["state"], heartbeat["error"]) == ("failed", line)
     assert heartbeat["step"] == 2
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_takes_longer_is_no_hang(faulty, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*faulty, f"paths.run={run}", "watch.hang_after=2"]
+    said, codes = hung_run.start(arguments, 3, FAULT="long evaluation", FAULTY="0", SECONDS="7")
+    assert (codes, told(said)) == ({}, [])
+    assert json.loads(Path(run, "heartbeat.json").read_text())["state"] == "complete"
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_never_ends_is_one(faulty, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*faulty, f"paths.run={run}", "watch.hang_after_others=4"]
+    said, codes = hung_run.start(arguments, 3, FAULT="long evaluation", FAULTY="0", SECONDS="1000")
+    (line,) = told(said)
+    assert re.match(r"evaluation at step 6 has made no progress for \d+ s: ranks 0-2 are in", line)
+    assert codes == dict.fromkeys(range(3), HUNG)
