@@ -75,10 +75,10 @@ class Training:
         self.count = 0
 
     def step(self, watch: Watch | None) -> float:
-        self.count += 1
         if watch is None:
             loss = self._loss()
         else:
+            self.count += 1
             watch.now("step", self.count)
             with watch.own:
                 loss = self._loss()
@@ -98,19 +98,24 @@ class Training:
 
 def measure(ranks: Ranks, folder: str, options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds, on one rank: of steps in turn, of the calls of one, of the threads in a second."""
+    length = 0.5 if options.smoke else 20.0
+    without = _processor(length)
     watch = _watch(ranks, folder)
     _check(ranks, watch, options)
     training, steps = Training(ranks, options.smoke), 1 if options.smoke else LOG_EVERY
     times: dict[str, list[float]] = {"plain": [], "watched": []}
     for number in range(options.rounds + 1):
-        for name, used in (("plain", None), ("watched", watch)):
-            took = [seconds(lambda used=used: training.step(used)) for _ in range(steps)]
-            if number:
-                times[name].append(sum(took) / steps)
+        took = {"plain": 0.0, "watched": 0.0}
+        for _ in range(steps):  # in turn, so that what else the machine does falls on both
+            took["plain"] += seconds(lambda: training.step(None)) / steps
+            took["watched"] += seconds(lambda: training.step(watch)) / steps
+        if number:
+            for name, value in took.items():
+                times[name].append(value)
     parts = {
         "calls": [seconds(lambda: _calls(watch)) / CALLS for _ in range(5)],
         "compared": [_compared(watch)],
-        "threads": [_threads(0.5 if options.smoke else 30.0)],
+        "threads": [_processor(length) - without],
     }
     watch.__exit__(None, None, None)
     return times | parts
@@ -152,8 +157,11 @@ def _compared(watch: Watch) -> float:
     return seconds(lines) / 100
 
 
-def _threads(length: float) -> float:
-    """Seconds of a processor in one second, while the main thread sleeps."""
+def _processor(length: float) -> float:
+    """Seconds of a processor that this process takes in one second, while its main thread sleeps.
+
+    Process groups have threads of their own that wake now and then.
+    """
     began = time.process_time()
     time.sleep(length)
     return (time.process_time() - began) / length

@@ -16,6 +16,8 @@ MAY_BE_ZERO = {
     "gradient underflow, all resblocks",
     "error / exact distance",
     "a step with watch, more",
+    "threads, of a processor",
+    "all parts, of a step",
 }
 
 
