@@ -28,6 +28,7 @@ from dalle_dist.plan.plan import Plan, plan
 from dalle_dist.plan.timing import collectives
 from dalle_dist.train.optimizer_step import OptimizerSteps
 from dalle_dist.train.transformer import TransformerStage
+from dalle_dist.watch.own_time import OwnTime
 
 NODES, LOCAL = 128, 8
 NORMS = 2  # all-reduces of the gradient's norm: of matrices, and of all others
@@ -127,8 +128,9 @@ def count(config: Config) -> Counted:
         stage.config, stage.settings = config, config.train
         engine = stage.build_engine(alike.ranks)
         steps = OptimizerSteps(
-            stage, engine, alike.ranks, _batches(config), Notes(), Notes(), lambda: (False, False)
-        )
+            stage, engine, alike.ranks, _batches(config), Notes(), Notes(), lambda: (False, False),
+            OwnTime(torch.device("cpu"), alone=False),
+        )  # fmt: skip
         start, waits = list(alike.said), HostWaits()
         for step in range(1, STEPS + 1):
             mark, waits = len(alike.said), HostWaits()

@@ -24,6 +24,7 @@ from dalle_dist.overlap.verbs import add_overlap
 from dalle_dist.plan.verbs import add_plan
 from dalle_dist.serve.verbs import add_serve
 from dalle_dist.stages import STAGES
+from dalle_dist.watch.verbs import add_status
 
 if TYPE_CHECKING:
     from dalle_dist.distributed.ending import Ending
@@ -132,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
         verb.set_defaults(train=stage.train)
     _add_encode(verbs)
     add_plan(verbs)
+    add_status(verbs)
     _add_configured(verbs, "report", _report, "curves, reconstructions, samples: report.html")
     _add_config(verbs)
     add_generate(verbs)

@@ -1,5 +1,9 @@
 """Errors that a user can cause: the command line prints them as one line and exits with 2."""
 
+# Status of the ranks of a run that made no progress any more: EX_TEMPFAIL of sysexits.h, for a job
+# script to start the run again.
+HUNG = 75
+
 
 class UserError(Exception):
     """One line: what is wrong, where, and the fix."""

@@ -15,6 +15,9 @@ MAY_BE_ZERO = {
     "gradient underflow, worst resblock",
     "gradient underflow, all resblocks",
     "error / exact distance",
+    "a step with watch, more",
+    "threads, of a processor",
+    "all parts, of a step",
 }
 
 
@@ -46,6 +49,7 @@ MAY_BE_ZERO = {
         ("gradient_path", {"gradient path's host time", "operations of torch"}),
         ("plan", {"held, measured / plan", "checkpoint, measured / plan"}),
         ("on_paper", {"all-reduces of all ranks", "collectives between nodes"}),
+        ("watch", {"a step with watch, more", "all parts, of a step"}),
         ("precision", {"held-out loss", "held-out loss / fp32's", "steps skipped"}),
     ],
 )

@@ -36,6 +36,7 @@ FLOORS = [
     ["metrics"],
     ["evaluation"],
     ["plan"],
+    ["watch"],
     ["train"],
     ["report"],
     ["evaluate"],

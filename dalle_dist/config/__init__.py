@@ -1,6 +1,7 @@
 """The one source of truth of a run: typed, documented, checked settings <-> YAML.
 
-`options.py` has what a key means and may be, `sections.py`, `stages.py` and `clip.py` the keys,
+`options.py` has what a key means and may be, `sections.py`, `stages.py`, `clip.py` and `watch.py`
+the keys,
 `root.py` the whole `Config`, `cross_checks.py` what keys ask of one another, `presets.py` and
 `loading.py` the way from YAML and overrides to a `Config`, `docs.py` its documentation.
 """
@@ -30,6 +31,7 @@ from dalle_dist.config.sections import (
 )
 from dalle_dist.config.stage import StageConfig
 from dalle_dist.config.stages import DVAETrainConfig, TrainConfig
+from dalle_dist.config.watch import WatchConfig
 
 __all__ = [
     "HEAD_DIM",
@@ -48,6 +50,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "TransformerConfig",
+    "WatchConfig",
     "difference",
     "from_dict",
     "load",

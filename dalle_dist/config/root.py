@@ -23,6 +23,7 @@ from dalle_dist.config.sections import (
     TransformerConfig,
 )
 from dalle_dist.config.stages import DVAETrainConfig, TrainConfig
+from dalle_dist.config.watch import WatchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class Config:
     clip: CLIPConfig = field(default_factory=CLIPConfig)
     clip_train: CLIPTrainConfig = field(default_factory=CLIPTrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
         validate(self)

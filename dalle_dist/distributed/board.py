@@ -32,6 +32,10 @@ class Board:
     def posted(self, key: str) -> bool:
         return bool(self._store.check([key]))
 
+    def all_posted(self, keys: Iterable[str]) -> bool:
+        """Whether all of them are, by one question."""
+        return bool(self._store.check(list(keys)))
+
     def read(self, key: str) -> Any:
         """The value of a key that `posted` is true of."""
         return json.loads(self._store.get(key))

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -48,6 +49,10 @@ class Ranks:
     def max(self, values: list[float]) -> list[float]:
         """Each value's largest over all ranks; NaN is not for this."""
         return self._reduce(values, dist.ReduceOp.MAX)
+
+    def each(self, value: float) -> list[float]:
+        """Every rank's number, in rank order, on every rank; by one all-reduce."""
+        return self.sum([value if rank == self.rank else 0.0 for rank in range(self.world)])
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; the same answer on all."""
@@ -173,11 +178,25 @@ def leave(status: int) -> NoReturn:
         _ending.wait_for_all()
     else:
         _finalize_mpi()
-    for child in multiprocessing.active_children():
-        child.terminate()
+    _end_children()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def abandon(status: int) -> NoReturn:
+    """End this process at once, from any thread: its main thread is stuck for good.
+
+    Nothing is flushed: the main thread may hold the lock of a stream.
+    """
+    with suppress(Exception):
+        _end_children()
+    os._exit(status)
+
+
+def _end_children() -> None:
+    for child in multiprocessing.active_children():
+        child.terminate()
 
 
 def _finalize_mpi() -> None:

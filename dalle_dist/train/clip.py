@@ -113,6 +113,10 @@ class CLIPStage(Stage):
         loss, scale = terms
         return {"loss": loss, "logit_scale": scale}
 
+    @property
+    def alone(self) -> bool:
+        return False  # the loss is of all ranks' pairs
+
     def flop(self, device: torch.device) -> float:
         return clip_flop(self.config.clip)
 

@@ -16,7 +16,7 @@ from dalle_dist.checkpoint import store
 from dalle_dist.checkpoint.convert import find_checkpoint, require_checkpoint
 from dalle_dist.checkpoint.manifest import read_manifest
 from dalle_dist.checkpoint.save import Saver
-from dalle_dist.config import Config, StageConfig
+from dalle_dist.config import Config
 from dalle_dist.data.loader import MicroBatches, batches
 from dalle_dist.data.notes import Notes
 from dalle_dist.distributed import process_group
@@ -30,9 +30,10 @@ from dalle_dist.train.release import write_release
 from dalle_dist.train.run import Run
 from dalle_dist.train.skips import LastNorm, Skips, samples_of
 from dalle_dist.train.speed import Speed
-from dalle_dist.train.stage import Stage
+from dalle_dist.train.stage import Stage, refuse_endless_warmup
 from dalle_dist.train.state import TrainingState
 from dalle_dist.train.stop import StopRequest, Switches, refuse_stopped
+from dalle_dist.watch.watch import Watch
 
 SAVING = 60.0  # seconds that a run which ends by an error gives a checkpoint that is being written
 
@@ -71,7 +72,8 @@ def train_stage(
         wandb=stage.settings.wandb,
     )
     try:
-        _Loop(stage, ranks, run).run_to_the_end(resume, new_epoch)
+        with Watch(config.watch, stage.settings.steps, ranks, run, stage.alone) as watch:
+            _Loop(stage, ranks, run, watch).run_to_the_end(resume, new_epoch)
     finally:
         run.close()
 
@@ -88,30 +90,18 @@ def _prepared(
             raise ConfigError(f"{key}: the package is not installed; pip install wandb")
     if resume is not None and resume != "auto":
         require_checkpoint(resume)
-    _refuse_endless_warmup(stage.settings)
+    refuse_endless_warmup(stage.settings)
     if ranks.local_rank == 0:
         for dataset in stage.datasets:
             dataset.shards.require_files()
     return stage
 
 
-def _refuse_endless_warmup(settings: StageConfig) -> None:
-    """Raise ConfigError for a run that would end before its learning rate has risen.
-
-    Asked of a run that starts, not of every config: releases of older runs stay readable.
-    """
-    if settings.warmup > settings.steps:
-        key = f"{settings.section}.warmup"
-        raise ConfigError(
-            f"{key}: {settings.warmup} steps of warm-up in a run of {settings.steps}; set it too, "
-            f"e.g. {key}={settings.steps // 20}"
-        )
-
-
 class _Loop:
     """One rank's part of a run."""
 
-    def __init__(self, stage: Stage, ranks: Ranks, run: Run) -> None:
+    def __init__(self, stage: Stage, ranks: Ranks, run: Run, watch: Watch) -> None:
+        self.watch = watch
         self.stage, self.settings, self.ranks, self.run = stage, stage.settings, ranks, run
         self.speed = Speed(stage, ranks)
         check_known_step(self.settings, ranks)
@@ -156,6 +146,7 @@ class _Loop:
         self._restore(resume, new_epoch)
         rows, self._logged = self._banner(), self.state.step
         self.run.open(self.state.step)
+        self.watch.opened()
         if resume is not None:
             self.run.rewind(self.state.step)
             self._catch_up()
@@ -164,6 +155,7 @@ class _Loop:
             self._try_saving()
             self._run_steps()
         self.norm.check()
+        self.watch.now("ending", self.state.step)
         self.saver.wait()
         self.ranks.on_main(self.run.fence)  # no save is begun for a run that another took over
         complete = self.state.step == self.settings.steps
@@ -221,6 +213,7 @@ class _Loop:
                     stop.asked or switches.stop or self.saver.failed or self.run.lost,
                     switches.take_save(),
                 ),
+                self.watch.own,
             )
             while self.state.step < self.settings.steps and not steps.stopped:
                 numbers = self._step(steps)
@@ -250,6 +243,7 @@ class _Loop:
 
     def _step(self, steps: OptimizerSteps) -> dict[str, float]:
         """One optimizer step; the loss is that of the global batch, on any number of ranks."""
+        self.watch.now("step", self.state.step)
         began, step = time.perf_counter(), self.state.step + 1
         lr, last = self.schedule.rate(step), step == self.settings.steps
         logged = self._due(step, self.settings.log_every)
@@ -303,7 +297,10 @@ class _Loop:
         self._end_epoch()
         if self._due(step, settings.log_every):
             speed = self.speed.numbers(step, self.state.progress)
-            self.run.log(step, **numbers, **speed, **self.engine.telemetry(), **self._epoch)
+            line = numbers | speed | self.engine.telemetry() | self._epoch
+            line |= self.watch.compared(speed["seconds_per_step"])
+            self.run.log(step, **line)
+            self.watch.logged(line)
             for row in self.planned.beside(step - self._logged, speed):
                 self.run.say(row)
             self._epoch, self._logged = {}, step
@@ -324,12 +321,14 @@ class _Loop:
     def _measure(self) -> None:
         step = self.state.step
         if self._due(step, self.settings.eval_every):
+            self.watch.now("evaluation", step)
             measures = self.stage.validate(self.state)
             found, warning = self.stage.alarm(step, measures, self.run.lines())
             self.run.log(step, **measures, **found)
             if warning:
                 self.run.say(warning)
         if self._due(step, self.settings.sample_every):
+            self.watch.now("samples", step)
             for name, image in self.stage.sample(self.state).items():
                 self.run.image(step, name, image)
 
@@ -342,7 +341,9 @@ class _Loop:
         return every > 0 and (step % every == 0 or step == self.settings.steps)
 
     def _save(self) -> None:
+        self.watch.now("saving", self.state.step)
         self.state.save(self.saver)
+        self.watch.saved(self.state.step)
         self._saved, self._owed = self.state.step, False
         self._sync()
 

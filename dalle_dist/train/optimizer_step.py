@@ -20,6 +20,7 @@ from dalle_dist.data.notes import Notes
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.interface import Engine
 from dalle_dist.train.stage import Stage
+from dalle_dist.watch.own_time import OwnTime
 
 
 @dataclass
@@ -57,6 +58,7 @@ class OptimizerSteps:
         stream: of micro-batches, whose notes come to `incoming`.
         notes: what was amiss in the samples that were trained on.
         asked: whether this rank wants the run to stop, and to save.
+        own: takes the time of what this rank does by itself.
 
     stopped  whether any rank does, as of the last step
     save     likewise
@@ -71,9 +73,11 @@ class OptimizerSteps:
         incoming: Notes,
         notes: Notes,
         asked: Callable[[], tuple[bool, bool]],
+        own: OwnTime,
     ) -> None:
         self._stage, self._engine, self._ranks = stage, engine, ranks
         self._stream, self._incoming, self._notes, self._asked = stream, incoming, notes, asked
+        self._own = own
         self._next = self._read()
         *self._next.counts, stopped, save = ranks.sum([*self._next.counts, *map(float, asked())])
         self.stopped, self.save = stopped > 0, save > 0
@@ -94,6 +98,7 @@ class OptimizerSteps:
             following.counts = totals[len(terms) :]
             self._next = following
         norm = self._engine.apply(lr)
+        self._own.add_step(read.waited)
         numbers = self._stage.numbers(totals[: len(terms)], step)
         suspects = [] if math.isfinite(numbers["loss"]) else _not_finite(shares)
         return Made(numbers, norm, self._engine.skipped, suspects, read.waited)
@@ -101,7 +106,8 @@ class OptimizerSteps:
     def _backward(
         self, micro_batch: Any, counts: Sequence[float], step: int, measure: bool
     ) -> Tensor:
-        loss, shares = self._stage.loss(self._engine, micro_batch, counts, step)
+        with self._own:
+            loss, shares = self._stage.loss(self._engine, micro_batch, counts, step)
         self._engine.backward(loss, hold=measure)
         return shares.detach()
 

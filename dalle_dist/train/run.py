@@ -25,6 +25,7 @@ from dalle_dist.storage.lease import LIFETIME
 from dalle_dist.train import starts
 from dalle_dist.train.lock import LEASE, LOCK, Lock
 from dalle_dist.train.tags import single, tagged
+from dalle_dist.watch.heartbeat import NAME as HEARTBEAT
 
 # What may lie in a run's folder before the run does: of others that train there, and of its job.
 BEFORE = (LOCK, LEASE, "slurm", "starts-in-vain.json")
@@ -272,7 +273,9 @@ def _download(path: str, local: Path) -> None:
     local.mkdir(parents=True, exist_ok=True)
     names = storage.file_names(path, storage.list_files(path))
     # Checkpoints lie where they are: each rank reads what it needs of one.
-    for name in (name for name in names if name != LEASE and not name.startswith("checkpoints/")):
+    for name in names:
+        if name in (LEASE, HEARTBEAT) or name.startswith("checkpoints/"):
+            continue
         target = storage.inside(local, name)
         storage.write_bytes(str(target), storage.read_bytes(storage.join(path, name)))
 

@@ -16,6 +16,7 @@ from dalle_dist.data.loader import Samples
 from dalle_dist.data.token_dataset import TokenDataset
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.interface import Engine
+from dalle_dist.errors import ConfigError
 from dalle_dist.optim.ema import EMA
 from dalle_dist.train.data import Progress
 from dalle_dist.train.planned import Planned
@@ -155,9 +156,27 @@ class Stage(ABC):
             self.fingerprints,
         )
 
+    @property
+    def alone(self) -> bool:
+        """Whether a rank waits for no other in a forward pass."""
+        return self.settings.zero_stage < 3
+
     def progress(self) -> Progress:
         """Of a run that starts."""
         return Progress.start(self.datasets[0], self.settings)
 
     def ema(self) -> EMA:
         return EMA(self.settings.ema, "cpu" if self.settings.ema_on == "host" else None)
+
+
+def refuse_endless_warmup(settings: StageConfig) -> None:
+    """Raise ConfigError for a run that would end before its learning rate has risen.
+
+    Asked of a run that starts, not of every config: releases of older runs stay readable.
+    """
+    if settings.warmup > settings.steps:
+        key = f"{settings.section}.warmup"
+        raise ConfigError(
+            f"{key}: {settings.warmup} steps of warm-up in a run of {settings.steps}; set it too, "
+            f"e.g. {key}={settings.steps // 20}"
+        )

@@ -30,6 +30,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "mfu",
         "peak_memory_bytes",
         "seconds_left",
+        "slowest_rank",
+        "slowest_ratio",
     ),
     "optimizer": ("lr", "grad_norm", "temperature", "kl_weight", "logit_scale", "skipped"),
     "gradients": (
