@@ -94,6 +94,7 @@ TRIES = [
     (r"torchrun .* train emoji", r"\g<0> $SMALL paths.run=runs/torchrun"),
     (r"mpirun .* train emoji", r"\g<0> $SMALL paths.run=runs/mpirun"),
     (r"dalle-dist submit 12b .*", r"\g<0> --dry-run"),
+    (r"dalle-dist status RUN --follow", r"dalle-dist status runs/alone --follow"),
     (r"sbatch .* (slurm/\S+) (\S+)", r"dalle-dist slurm && bash -n \1 && dalle-dist config \2"),
     (r"train\.steps=1000 train\.warmup=50", r"dalle-dist config cc3m \g<0>"),
     (r"(train\.caption_dropout|sampling\.guidance)=.*", r"dalle-dist config cc3m \g<0>"),
