@@ -1,5 +1,6 @@
 """Every script of `slurm/` on a real slurmctld with two slurmd, from pictures to figures."""
 
+import subprocess
 import sys
 
 import pytest
@@ -115,3 +116,20 @@ def test_a_job_that_would_leave_gpus_idle_is_refused(cluster, tmp_path):
     job = Job(cluster, tmp_path, "train", "emoji", options=("--gpus-per-node=2",))
     assert job.wait(60) == "FAILED"
     assert "1 tasks for 2 GPUs on a node; add --ntasks-per-node 2" in job.said
+
+
+def test_a_command_typed_into_the_shell_of_srun_is_one_process(cluster, tmp_path):
+    config = tiny_run.make(tmp_path)
+    path = tiny_run.write_config(config, tmp_path / "c.yaml")
+    # `script` gives srun a terminal, and the shell in it what is typed.
+    shell = subprocess.run(
+        ["script", "-qec", "srun --pty --nodes=1 --ntasks=2 bash --norc", "/dev/null"],
+        input=f"dalle-dist train {path}\nexit\n",
+        env=cluster.env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "complete at step 6" in shell.stdout, shell.stdout
+    assert "CPU, 1 process" in shell.stdout or "1 rank" in shell.stdout, shell.stdout
