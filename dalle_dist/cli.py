@@ -16,7 +16,7 @@ from dalle_dist.config import Config, load, preset_names, to_yaml
 from dalle_dist.conversion.verbs import add_convert
 from dalle_dist.data.verbs import add_data
 from dalle_dist.distributed.launchers import read_environment
-from dalle_dist.errors import ConfigError, OtherRankError, UserError
+from dalle_dist.errors import HUNG, ConfigError, OtherRankError, UserError
 from dalle_dist.evaluate.verbs import add_evaluate
 from dalle_dist.generate.verbs import add_complete, add_generate, add_samples
 from dalle_dist.jobs.verbs import add_jobs
@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
 Handler = Callable[[argparse.Namespace], int | None]
 PROCESS_GROUP = "dalle_dist.distributed.process_group"
+ENDING = "dalle_dist.distributed.ending"
+LOST = (
+    "another rank is gone without a word: killed, mostly for want of memory, or its machine or the "
+    "network is lost; the run goes on from its last checkpoint with --resume auto"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,12 +51,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except Exception:
+    except Exception as error:
         # What another rank has already told of breaks this one's collectives.
         if _told_elsewhere():
             return 2
-        _first_to_tell()
-        raise
+        first, ending = _first_to_tell(), sys.modules.get(ENDING)
+        if ending is None or not ending.lost_peer(error):
+            raise
+        if first:
+            print(f"dalle-dist: error: {LOST}", file=sys.stderr, flush=True)
+        return HUNG
     process_group = sys.modules.get(PROCESS_GROUP)
     if process_group is not None:
         process_group.shutdown()

@@ -6,6 +6,7 @@ longer work.
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from contextlib import suppress
@@ -16,6 +17,15 @@ import torch.distributed as dist
 FAILED, LEAVING = "failed", "leaving"
 GRACE = 10.0  # seconds that a rank waits for those that have not noticed yet
 _POLL = 0.02
+_LOST = re.compile(
+    r"gloo/transport|Connection (closed|reset) by peer|NCCL (remote process|communicator was abort)"
+    r"|ncclRemoteError"
+)
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether a collective failed since the rank at its other end is gone."""
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
 class Ending:

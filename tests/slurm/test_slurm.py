@@ -132,4 +132,4 @@ def test_a_command_typed_into_the_shell_of_srun_is_one_process(cluster, tmp_path
         timeout=120,
     )
     assert "complete at step 6" in shell.stdout, shell.stdout
-    assert "CPU, 1 process" in shell.stdout or "1 rank" in shell.stdout, shell.stdout
+    assert "CPU, 1 rank x 1 thread, 1 node (one process)" in shell.stdout, shell.stdout

@@ -106,6 +106,8 @@ def test_a_killed_rank(cluster, tmp_path, undisturbed):
     os.kill(rank_process(cluster, job, 1), signal.SIGKILL)
     _, second = assert_whole(config, job, undisturbed)
     assert second["step"] in (0, 100, 200)
+    assert "dalle-dist: error: another rank is gone without a word" in job.said
+    assert "Traceback" not in job.said
 
 
 def rank_process(cluster, job, rank):

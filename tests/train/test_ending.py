@@ -22,16 +22,19 @@ STARTS = int(os.environ.get("STARTS", "5"))
 FAULTS = '''"""dalle-dist with one fault, on the rank that FAULTY names."""
 
 import os
+import signal
 
 from dalle_dist.cli import program
 from dalle_dist.errors import DataError
 from dalle_dist.train import loop, transformer
 
 WHERE, ERROR = os.environ["FAULT"].split()
-KIND = {"data": DataError, "bug": RuntimeError}[ERROR]
+KIND = {"data": DataError, "bug": RuntimeError, "kill": None}[ERROR]
 
 
 def fail(*_):
+    if KIND is None:
+        os.kill(os.getpid(), signal.SIGKILL)
     raise KIND("the reason")
 
 
@@ -276,3 +279,13 @@ def test_every_run_that_went_well_ends_with_0(tmp_path):
         environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=120)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 2])
+def test_a_killed_rank_is_one_line_of_the_others(faulty, tmp_path, killed):
+    arguments = [*faulty[1], f"paths.run={tmp_path / 'run'}"]
+    said, codes = start(arguments, FAULT="step kill", FAULTY=str(killed))
+    assert codes[killed] == -9 and set(codes.values()) <= {-9, -15, 75}, said
+    assert tracebacks(said) == 0 and "terminate called" not in said
+    assert len(told(said)) <= 2 and all("another rank is gone" in line for line in told(said))
