@@ -39,6 +39,7 @@ FLOORS = [
     ["train"],
     ["report"],
     ["evaluate"],
+    ["doctor"],
     ["overlap"],
     ["conversion"],
     ["cli"],
