@@ -8,7 +8,17 @@ from dataclasses import dataclass
 
 from dalle_dist.config import Config
 from dalle_dist.distributed.process_group import Ranks
-from dalle_dist.doctor import clocks, devices, kernels, sameness, versions
+from dalle_dist.doctor import (
+    clocks,
+    devices,
+    folders,
+    kernels,
+    network,
+    reading,
+    sameness,
+    space,
+    versions,
+)
 from dalle_dist.doctor.meeting import PATIENCE, Meeting
 from dalle_dist.doctor.patient import Patient
 from dalle_dist.doctor.report import Report, Row, Verdict
@@ -37,6 +47,10 @@ CHECKS = (
     Check("same code", sameness.code),
     Check("same config", sameness.config),
     Check("attention", kernels.attention),
+    Check("space", space.space),
+    Check("run folder", folders.folders),
+    Check("network", network.network, slow=True),
+    Check("read speed", reading.reading, slow=True),
 )
 
 

@@ -48,7 +48,8 @@ def devices(patient: Patient) -> list[Row]:
         return rows
     hosts = len(set(patient.meeting.hosts))
     text = f"{len(by_rank)} x {by_rank[0]['name']} on {hosts} host{'s' if hosts > 1 else ''}"
-    return [Row(NAME, Verdict.OK, text, "one GPU a rank, none twice")]
+    wanted = "one GPU a rank" if patient.ranks.device.type == "cuda" else ""
+    return [Row(NAME, Verdict.OK, text, wanted)]
 
 
 def cores(patient: Patient) -> list[Row]:

@@ -7,10 +7,13 @@ hangs. Here such a rank is named, and the others go on without it.
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from dalle_dist.distributed import process_group
 from dalle_dist.distributed.board import Board
@@ -18,6 +21,7 @@ from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import UserError
 
 PATIENCE = 120.0  # seconds; Triton compiles for some of them
+HANGS = 60.0  # seconds after which a file system or a collective hangs
 LAST_WORD = 10.0  # seconds that rank 0 stays for the others to read the last answers
 _SHORTEST, _LONGEST = 0.002, 0.1  # pauses between two looks, in seconds
 
@@ -48,10 +52,14 @@ class Meeting:
         self.hosts = [""] * ranks.world
         self.hosts = [answer.value or "?" for answer in self.everywhere(socket.gethostname)]
 
-    def everywhere(self, action: Callable[[], Any]) -> list[Answer]:
+    def everywhere(self, action: Callable[[], Any], within: float = 0) -> list[Answer]:
         """What `action` returns on every rank (of JSON), in rank order, on every rank.
 
         What it raises is that rank's answer. An action may hold rounds of its own.
+
+        Args:
+            within: seconds after which a rank leaves the action where it hangs and says so; 0 = no
+                limit. Such an action holds no rounds.
 
         Raises:
             UserError: rank 0 does not answer.
@@ -59,7 +67,7 @@ class Meeting:
         self._path[-1] += 1
         name = "round-" + ".".join(map(str, self._path))
         self._path.append(0)
-        value, error = attempt(action)
+        value, error = self._attempt_within(action, within) if within else attempt(action)
         self._path.pop()
         try:
             found = self._exchanged(name, value, error)
@@ -71,9 +79,15 @@ class Meeting:
             for rank, (value, error, _) in enumerate(found)
         ]
 
-    def on_main(self, action: Callable[[], Any]) -> Answer:
+    def on_main(self, action: Callable[[], Any], within: float = 0) -> Answer:
         """What `action` returns on rank 0, on every rank."""
-        return self.everywhere(lambda: action() if self.ranks.rank == 0 else None)[0]
+        return self.on([0], action, within)[0]
+
+    def on(
+        self, chosen: Sequence[int], action: Callable[[], Any], within: float = 0
+    ) -> list[Answer]:
+        """`everywhere`, but ranks that are not chosen do nothing, and their value is None."""
+        return self.everywhere(action if self.ranks.rank in chosen else lambda: None, within)
 
     def appears(self, key: str, seconds: float) -> bool:
         """Whether somebody posts `key` within that time."""
@@ -116,6 +130,20 @@ class Meeting:
             for host, mine in by_host.items()
         ]
         return _listed(parts)
+
+    def _attempt_within(self, action: Callable[[], Any], seconds: float) -> tuple[Any, str]:
+        """`attempt`, in a thread that is left behind where it does not end."""
+        done: list[tuple[Any, str]] = []
+
+        def work() -> None:
+            if self.ranks.device.type == "cuda":  # each thread has a current device of its own
+                torch.cuda.set_device(self.ranks.device)
+            done.append(attempt(action))
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        return done[0] if done else (None, f"has not ended after {seconds:g} s")
 
     def _exchanged(self, name: str, value: Any, error: str) -> list[tuple[Any, str, bool]]:
         """(value, error, whether the rank is lost) of every rank."""

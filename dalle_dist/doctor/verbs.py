@@ -39,4 +39,7 @@ def _doctor(options: argparse.Namespace) -> int:
     if options.preset is not None:
         config = ranks.together(lambda: load(options.preset, options.overrides))
     report = examine(config, ranks, verb=options.stage, quick=options.quick, tell=print)
+    if report.failed and ranks.world > 1:
+        # One of them may hang in a collective: the process group cannot be taken apart.
+        process_group.leave(1)
     return int(report.failed)
