@@ -35,7 +35,7 @@ def folders(patient: Patient) -> list[Row]:
         )
     finally:
         left = meeting.on_main(lambda: _clean(first, missing), HANGS)
-    rows = patient.failures(NAME, [written, *answers, left])
+    rows = patient.failures(NAME, [written if written.error else left, *answers])
     if not written.error:
         blind = [rank for rank, seen in values_of(answers).items() if not seen]
         rows += _unshared(patient, blind)
@@ -83,7 +83,8 @@ def _missing(folder: str) -> list[str]:
 
 
 def _clean(path: str, missing: list[str]) -> None:
-    storage.remove(path)
+    with contextlib.suppress(NotADirectoryError):  # a file is in the way: nothing was written
+        storage.remove(path)
     for folder in missing:
         with contextlib.suppress(OSError):  # somebody else has put something there
             Path(folder).rmdir()

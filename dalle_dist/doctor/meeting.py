@@ -73,7 +73,7 @@ class Meeting:
             found = self._exchanged(name, value, error)
         except RuntimeError as broken:  # the rank that keeps the store is gone
             raise UserError(f"rank 0 on {self.hosts[0]} has gone ({broken})") from None
-        self.lost |= {rank for rank, (_, _, lost) in enumerate(found) if lost}
+        self.lost = {rank for rank, (_, _, lost) in enumerate(found) if lost}
         return [
             Answer(rank, self.hosts[rank], value, error)
             for rank, (value, error, _) in enumerate(found)
@@ -162,10 +162,12 @@ class Meeting:
         deadline = time.monotonic() + self.patience
         found: list[tuple[Any, str, bool]] = []
         for rank in range(self.ranks.world):
-            if rank in self.lost:
-                found.append((None, "has not answered before", True))
-            elif self.appears(f"{name}/{rank}", deadline - time.monotonic()):
+            # One that missed a round inside this one may have answered here long ago.
+            seconds = 0.0 if rank in self.lost else deadline - time.monotonic()
+            if self.appears(f"{name}/{rank}", seconds):
                 found.append((*self.board.read(f"{name}/{rank}"), False))
+            elif rank in self.lost:
+                found.append((None, "has not answered before", True))
             else:
                 found.append((None, f"has not answered in {self.patience:g} s", True))
         return found
