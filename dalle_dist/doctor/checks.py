@@ -38,7 +38,17 @@ class Check:
     slow: bool = False
 
 
+def present(patient: Patient) -> list[Row]:
+    """One row; the ranks that have not come are named as far as they are known."""
+    name, meeting, ranks = "ranks", patient.meeting, patient.ranks
+    found = f"{ranks.world} on {len(set(meeting.hosts))} hosts, started by {ranks.launcher}"
+    if ranks.world == 1:
+        found = f"one, on {meeting.hosts[0]}"
+    return patient.failures(name, meeting.opening) or [Row(name, Verdict.OK, found)]
+
+
 CHECKS = (
+    Check("ranks", present),
     Check("versions", versions.tested),
     Check("packages", versions.optional),
     Check("devices", devices.devices),

@@ -1,17 +1,20 @@
 """How far the hosts' clocks are apart.
 
-All look for one message of rank 0 and read their clocks when they see it: what that takes, some
-hundredths of a second, is the error of the measurement.
+Rank 0 reads its clock and sends a message; the others read theirs when they see it. What that takes
+can only add to the difference, so the smallest of a few counts.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from functools import partial
 
-from dalle_dist.doctor.patient import Patient, grouped, values_of
+from dalle_dist.doctor.patient import Patient, values_of
 from dalle_dist.doctor.report import Row, Verdict
 
-NAME, GO = "clocks", "clocks-go"
+NAME = "clocks"
+TRIES = 3
 # Logs of ranks can no longer be put in order, and the newest of two files is no longer told.
 WARN = 1.0  # seconds
 # No clock that is set by NTP at all is a minute off; stores refuse signed requests at 15.
@@ -27,12 +30,24 @@ def clocks(patient: Patient) -> list[Row]:
     """One row, and one for each host that is too far off the median; one rank of each is asked."""
     meeting = patient.meeting
     leaders = meeting.leaders
-    meeting.everywhere(lambda: None)  # now all are here
-    answers = meeting.everywhere(lambda: _read(patient, leaders))
-    rows, by_rank = patient.failures(NAME, answers), values_of(answers)
-    middle = sorted(by_rank.values())[len(by_rank) // 2]
-    offsets = {rank: read - middle for rank, read in by_rank.items()}
-    rows += [
+    ahead: dict[int, float] = {}
+    rows: list[Row] = []
+    for number in range(TRIES):
+        meeting.everywhere(lambda: None)  # now all are here
+        answers = meeting.everywhere(partial(_read, patient, leaders, f"go-{number}"))
+        rows += patient.failures(NAME, answers)
+        reads = values_of(answers)
+        for rank, read in reads.items():
+            ahead[rank] = min(read - reads[0], ahead.get(rank, math.inf))
+    return rows or _judged(patient, ahead)
+
+
+def _judged(patient: Patient, ahead: dict[int, float]) -> list[Row]:
+    """Rows, by the seconds that each rank is ahead of rank 0."""
+    meeting = patient.meeting
+    middle = sorted(ahead.values())[len(ahead) // 2]
+    offsets = {rank: seconds - middle for rank, seconds in ahead.items()}
+    rows = [
         _row(f"{seconds:+,.1f} s on {meeting.named([rank])}", abs(seconds))
         for rank, seconds in offsets.items()
         if abs(seconds) > WARN
@@ -40,8 +55,9 @@ def clocks(patient: Patient) -> list[Row]:
     if rows:
         return rows
     most = max(map(abs, offsets.values()))
-    hosts = len(grouped({rank: meeting.hosts[rank] for rank in by_rank}))
-    text = f"one host: {_date()}" if hosts == 1 else f"{most:.2f} s apart at most, {hosts} hosts"
+    text = f"{most:.3f} s apart at most, {len(ahead)} hosts"
+    if len(ahead) == 1:
+        text = f"one host: {time.strftime('%Y-%m-%d %H:%M:%S %Z')}"
     return [_row(text, most)]
 
 
@@ -50,21 +66,18 @@ def _row(found: str, apart: float) -> Row:
     return Row(NAME, verdict, found, f"within {WARN:g} s")
 
 
-def _read(patient: Patient, leaders: list[int]) -> float | None:
+def _read(patient: Patient, leaders: list[int], key: str) -> float | None:
     """This rank's clock when rank 0 says so, in seconds; None for ranks that are not asked."""
-    board, ranks = patient.meeting.board, patient.ranks
-    if ranks.rank not in leaders:
+    board, rank = patient.meeting.board, patient.ranks.rank
+    if rank not in leaders:
         return None
-    if ranks.rank == 0:
-        board.post(GO, True)
-        return now()
+    if rank == 0:
+        before = now()
+        board.post(key, True)
+        return before
     deadline = time.monotonic() + patient.meeting.patience
-    while not board.posted(GO):
+    while not board.posted(key):
         if time.monotonic() > deadline:
             raise TimeoutError("heard nothing of rank 0")
         time.sleep(_PAUSE)
     return now()
-
-
-def _date() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S %Z")

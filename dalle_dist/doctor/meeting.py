@@ -22,6 +22,7 @@ from dalle_dist.errors import UserError
 
 PATIENCE = 120.0  # seconds; Triton compiles for some of them
 HANGS = 60.0  # seconds after which a file system or a collective hangs
+SILENT = "has not answered before"
 LAST_WORD = 10.0  # seconds that rank 0 stays for the others to read the last answers
 _SHORTEST, _LONGEST = 0.002, 0.1  # pauses between two looks, in seconds
 
@@ -50,7 +51,8 @@ class Meeting:
         self.lost: set[int] = set()
         self._path = [0]  # number of the round, and of those inside it
         self.hosts = [""] * ranks.world
-        self.hosts = [answer.value or "?" for answer in self.everywhere(socket.gethostname)]
+        self.opening = self.everywhere(socket.gethostname)
+        self.hosts = [answer.value or "unknown host" for answer in self.opening]
 
     def everywhere(self, action: Callable[[], Any], within: float = 0) -> list[Answer]:
         """What `action` returns on every rank (of JSON), in rank order, on every rank.
@@ -167,7 +169,7 @@ class Meeting:
             if self.appears(f"{name}/{rank}", seconds):
                 found.append((*self.board.read(f"{name}/{rank}"), False))
             elif rank in self.lost:
-                found.append((None, "has not answered before", True))
+                found.append((None, SILENT, True))
             else:
                 found.append((None, f"has not answered in {self.patience:g} s", True))
         return found

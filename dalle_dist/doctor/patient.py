@@ -8,7 +8,7 @@ from typing import Any
 
 from dalle_dist.config import Config, StageConfig
 from dalle_dist.distributed.process_group import Ranks
-from dalle_dist.doctor.meeting import Answer, Meeting
+from dalle_dist.doctor.meeting import SILENT, Answer, Meeting
 from dalle_dist.doctor.report import Row, Verdict
 from dalle_dist.stages import STAGES
 
@@ -51,8 +51,8 @@ class Patient:
         return str(getattr(self.config.paths, _DATA[self.verb])) if self.config else ""
 
     def failures(self, check: str, answers: Iterable[Answer]) -> list[Row]:
-        """A FAIL row for each error, which names the ranks that have it."""
-        errors = grouped({answer.rank: answer.error for answer in answers if answer.error})
+        """A FAIL row for each error, with its ranks; that a rank is lost has been said before."""
+        errors = grouped({a.rank: a.error for a in answers if a.error not in ("", SILENT)})
         return [
             Row(check, Verdict.FAIL, f"{self.meeting.named(ranks)}: {error}")
             for error, ranks in errors.items()

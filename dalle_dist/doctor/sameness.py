@@ -41,7 +41,7 @@ def config(patient: Patient) -> list[Row]:
     groups = grouped(by_rank)
     if len(groups) == 1:
         return [*rows, Row(name, Verdict.OK, f"{next(iter(groups))} ({mine.name})")]
-    odd = min(groups.values(), key=len)
+    odd = min(reversed(groups.values()), key=len)  # of two ranks, not rank 0
     others = next(ranks for ranks in groups.values() if ranks is not odd)
     speakers = (others[0], odd[0])
     trees = patient.meeting.everywhere(

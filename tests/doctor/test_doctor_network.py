@@ -75,6 +75,21 @@ def test_a_collective_that_hangs_fails_and_the_ranks_go_on():
         assert rows[-1][:2] == ("same code", "ok")
 
 
+def one_stays_away(ranks):
+    wards.own_host(ranks.rank)
+    names = ["ranks", "network", "same code"]
+    return None if ranks.rank == 1 else wards.rows(ranks, names, patience=1.0)
+
+
+def test_without_a_rank_no_collective_is_begun():
+    results = run_distributed(one_stays_away, 3)
+    ranks, network, code = results[0]
+    assert results[2] == results[0]
+    assert ranks[:3] == ("ranks", "FAIL", "unknown host (rank 1): has not answered in 1 s")
+    assert network[1:3] == ("skip", "without unknown host (rank 1) no collective would end")
+    assert code[1] == "ok"
+
+
 def test_hosts_of_unequal_size_fail():
     rows = run_distributed(wards.rows, 3, ["network"], None, hosts_of_two)[0]
     assert rows[0][1] == "FAIL" and "a has 2, b has 1" in rows[0][2]
