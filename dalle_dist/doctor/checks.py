@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dalle_dist.config import Config
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.doctor import (
+    batch,
     clocks,
     devices,
     folders,
@@ -56,6 +57,7 @@ CHECKS = (
     Check("clocks", clocks.clocks),
     Check("same code", sameness.code),
     Check("same config", sameness.config),
+    Check("batch", batch.batch),
     Check("attention", kernels.attention),
     Check("space", space.space),
     Check("run folder", folders.folders),

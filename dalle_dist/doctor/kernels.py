@@ -13,7 +13,6 @@ from torch import Tensor
 from dalle_dist.config import HEAD_DIM, Config
 from dalle_dist.doctor.patient import Patient, grouped, values_of
 from dalle_dist.doctor.report import Row, Verdict
-from dalle_dist.precision.hardware import computes_in_bf16
 from dalle_dist.transformer.layout import layer_masks
 
 NAME = "attention"
@@ -26,7 +25,7 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 4e-3, "bf16": 3e-2}
 
 def attention(patient: Patient) -> list[Row]:
     """One row: largest error over the model's kinds of masks; ranks beyond it are named."""
-    masks, precision = _masks(patient.config), _precision(patient)
+    masks, precision = _masks(patient.config), patient.precision
     answers = patient.meeting.everywhere(lambda: _measure(masks, precision, patient.ranks.device))
     rows, by_rank = patient.failures(NAME, answers), values_of(answers)
     wanted = f"error below {TOLERANCE[precision]:g}"
@@ -53,13 +52,6 @@ def _masks(config: Config | None) -> list[AttentionMask]:
     if config is None:
         return [AttentionMask(kind, TEXT, GRID, kernel=11) for kind in MASKS]
     return list(dict.fromkeys(layer_masks(config.transformer)))
-
-
-def _precision(patient: Patient) -> str:
-    settings = patient.settings
-    if settings is None or settings.precision == "auto":
-        return "bf16" if computes_in_bf16(patient.ranks.device) else "fp32"
-    return settings.precision
 
 
 def _measure(

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dalle_dist.choices import Precision
 from dalle_dist.config import Config, StageConfig
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.doctor.meeting import SILENT, Answer, Meeting
 from dalle_dist.doctor.report import Row, Verdict
+from dalle_dist.precision.hardware import computes_in_bf16
 from dalle_dist.stages import STAGES
 
 NO_CONFIG = "no PRESET is given"
@@ -39,6 +41,14 @@ class Patient:
             return None
         section: StageConfig = getattr(self.config, stage.section)
         return section
+
+    @property
+    def precision(self) -> Precision:
+        """The stage's; where it is auto, or there is no config: what this rank's device has."""
+        settings = self.settings
+        if settings is None or settings.precision == "auto":
+            return "bf16" if computes_in_bf16(self.ranks.device) else "fp32"
+        return settings.precision
 
     @property
     def run(self) -> str:

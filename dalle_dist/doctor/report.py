@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 HEAD = ("check", "verdict", "found", "wanted")
-FOUND = 62  # characters of a line of that column
+FOUND = 58  # characters of a line of that column
 
 
 class Verdict(Enum):
@@ -60,7 +60,9 @@ class Report:
 def _lines(rows: Sequence[Row]) -> Iterator[str]:
     wide = max(len(text) for text in (HEAD[0], *(row.check for row in rows)))
     for check, verdict, found, wanted in [HEAD, *(row.texts for row in rows)]:
-        first, *rest = textwrap.wrap(found, FOUND, break_on_hyphens=False) or [""]
+        # A path is copied from here: it stays whole.
+        lines = textwrap.wrap(found, FOUND, break_on_hyphens=False, break_long_words=False)
+        first, *rest = lines or [""]
         yield f"{check:{wide}}  {verdict:7}  {first:{FOUND}}  {wanted}".rstrip()
         yield from (f"{'':{wide}}  {'':7}  {line}" for line in rest)
 

@@ -50,7 +50,7 @@ def space(patient: Patient) -> list[Row]:
     planned = Needs(*answer.value) if answer.value else None
     rows = []
     if answer.error:
-        rows.append(Row("plan", Verdict.WARN, answer.error, "a config that can be counted"))
+        rows.append(Row("plan", Verdict.SKIP, answer.error))
     rows += _device(patient, planned)
     rows += _host(patient, planned)
     return [*rows, *_disks(patient, planned)]
@@ -101,7 +101,7 @@ def _disks(patient: Patient, planned: Needs | None) -> Iterator[Row]:
         answers = patient.meeting.on(leaders, partial(room, folder), HANGS)
         yield from patient.failures(name, answers)
         if free := values_of(answers):
-            yield _least(name, patient, free, need, verdict, f" ({folder})")
+            yield _least(name, patient, free, need, verdict, f"{folder}: ")
 
 
 def places(
@@ -149,6 +149,6 @@ def _least(
     least = min(free.values())
     below = [rank for rank, found in free.items() if need is not None and found < need]
     who = below or [rank for rank, found in free.items() if found == least]
-    text = f"{least / GB:,.1f} GB, least on {patient.meeting.named(who)}{where}"
+    text = f"{where}{least / GB:,.1f} GB, least on {patient.meeting.named(who)}"
     wanted = "" if need is None else f"{need / GB:,.1f} GB"
     return Row(name, short if below else Verdict.OK, text, wanted)

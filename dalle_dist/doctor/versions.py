@@ -15,7 +15,6 @@ from dalle_dist.doctor.report import Row, Verdict
 from dalle_dist.engine.deepspeed.versions import TESTED, check_version
 from dalle_dist.errors import ConfigError
 from dalle_dist.optim import apex
-from dalle_dist.precision.hardware import computes_in_bf16
 
 NAME = "versions"
 # What a run's figures, files and speed depend on.
@@ -80,11 +79,10 @@ def _refused(patient: Patient, by_rank: dict[int, dict[str, str]]) -> Iterator[R
     version = by_rank[0]["deepspeed"]
     if settings is None or config is None or not version:
         return
-    precision = settings.precision
-    if precision == "auto":
-        precision = "bf16" if computes_in_bf16(patient.ranks.device) else "fp32"
     try:
-        check_version(version, precision, settings.zero_stage, config.parallel.between_nodes)
+        check_version(
+            version, patient.precision, settings.zero_stage, config.parallel.between_nodes
+        )
     except ConfigError as error:
         yield Row(NAME, Verdict.FAIL, str(error), " or ".join(TESTED))
 

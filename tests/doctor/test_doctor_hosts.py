@@ -74,6 +74,28 @@ def test_ranks_share_the_cores_of_their_host(cores, workers, verdict, found):
     assert row[3].startswith(f"{workers + 2} ")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "verdict", "found"),
+    [
+        (["train.batch_size=12", "train.micro_batch=3"], "ok", "12 samples = 2 ranks x 2 x 3"),
+        (
+            ["train.batch_size=12", "train.micro_batch=4"],
+            "FAIL",
+            "train.batch_size: 12 is not a mul",
+        ),
+        (
+            ["parallel.between_nodes=dense", "train.zero_stage=0"],
+            "FAIL",
+            "parallel.between_nodes: ",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_ranks_fails(overrides, verdict, found):
+    config = wards.config_of(None, *overrides)
+    for rows in run_distributed(wards.rows, 2, ["batch"], config):
+        assert rows[0][1] == verdict and rows[0][2].startswith(found)
+
+
 class Late:
     """Rank 2's clock is off by so many seconds."""
 
