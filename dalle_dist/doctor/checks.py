@@ -42,7 +42,9 @@ class Check:
 def present(patient: Patient) -> list[Row]:
     """One row; the ranks that have not come are named as far as they are known."""
     name, meeting, ranks = "ranks", patient.meeting, patient.ranks
-    found = f"{ranks.world} on {len(set(meeting.hosts))} hosts, started by {ranks.launcher}"
+    hosts = len(set(meeting.hosts))
+    where = meeting.hosts[0] if hosts == 1 else f"{hosts} hosts"
+    found = f"{ranks.world} on {where}, started by {ranks.launcher}"
     if ranks.world == 1:
         found = f"one, on {meeting.hosts[0]}"
     return patient.failures(name, meeting.opening) or [Row(name, Verdict.OK, found)]
