@@ -20,7 +20,7 @@ setup(
     packages=[*find_packages(include=["dalle_dist", "dalle_dist.*"]), *DATA],
     package_dir=DATA,
     package_data={
-        "dalle_dist": ["py.typed"],
+        "dalle_dist": ["constraints.txt", "py.typed"],
         "dalle_dist.plan": ["*.yaml"],
         "dalle_dist.presets": ["*.yaml"],
         "dalle_dist.serve": ["page/*"],

@@ -16,6 +16,7 @@ from dalle_dist.config import Config, load, preset_names, to_yaml
 from dalle_dist.conversion.verbs import add_convert
 from dalle_dist.data.verbs import add_data
 from dalle_dist.distributed.launchers import read_environment
+from dalle_dist.doctor.verbs import add_doctor
 from dalle_dist.errors import HUNG, ConfigError, OtherRankError, UserError
 from dalle_dist.evaluate.verbs import add_evaluate
 from dalle_dist.generate.verbs import add_complete, add_generate, add_samples
@@ -143,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_encode(verbs)
     add_plan(verbs)
     add_status(verbs)
+    add_doctor(verbs)
     _add_configured(verbs, "report", _report, "curves, reconstructions, samples: report.html")
     _add_config(verbs)
     add_generate(verbs)

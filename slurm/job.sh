@@ -65,7 +65,7 @@ requeue() {
 before=$(progress "$@") status=0
 case $before in finished | stopped) say "$before; nothing to do"; exit 0 ;; esac
 if [ -n "$training" ] && [ "${DALLE_DIST_DOCTOR:-full}" != 0 ]; then
-  doctor=(doctor)
+  doctor=(doctor --for "$verb")
   [ "${DALLE_DIST_DOCTOR:-full}" != quick ] || doctor+=(--quick)
   for word in "${@:2}"; do
     case $word in --*) ;; *) doctor+=("$word") ;; esac

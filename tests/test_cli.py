@@ -16,6 +16,7 @@ VERBS = [
     ["train-dvae"],
     ["encode"],
     ["train"],
+    ["doctor"],
     ["generate"],
     ["serve"],
     ["evaluate"],

@@ -40,6 +40,7 @@ FLOORS = [
     ["train"],
     ["report"],
     ["evaluate"],
+    ["doctor"],
     ["overlap"],
     ["conversion"],
     ["jobs"],

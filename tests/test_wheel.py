@@ -22,7 +22,7 @@ SHIPPED = {
     "slurm": "dalle_dist/slurm",
     "kernels/dalle_kernels": "dalle_kernels",
 }
-SUFFIXES = (".css", ".html", ".js", ".json", ".py", ".sbatch", ".sh", ".typed", ".yaml")
+SUFFIXES = (".css", ".html", ".js", ".json", ".py", ".sbatch", ".sh", ".txt", ".typed", ".yaml")
 STAGES = [
     ["data", "build", "images", "data"],
     ["data", "inspect", "data", "--contact-sheet", "sheet.png"],

@@ -60,7 +60,7 @@ def test_what_a_user_must_mend_is_not_tried_again(tmp_path):
 def test_a_node_that_the_doctor_finds_ill_ends_before_training(tmp_path):
     slurm = FakeSlurm(tmp_path, [1], ["100", "100"])
     slurm.run("train", "emoji", "train.steps=9", "--new-epoch", DALLE_DIST_DOCTOR="full")
-    assert commands(slurm) == ["doctor emoji train.steps=9"]
+    assert commands(slurm) == ["doctor --for train emoji train.steps=9"]
     assert slurm.requeued == ["1234"]  # other nodes may be well
 
 

@@ -38,15 +38,15 @@ def test_one_warning_says_to_what_and_why(monkeypatch, machine, qkv, reason):
     on_a_gpu(monkeypatch, **machine)
     api.warn.cache_clear()
     with pytest.warns(RuntimeWarning, match=rf"falls back to dense.*\(reference\): .*{reason}"):
-        assert api._quickest(gpu_qkv(**qkv), MASK) == "reference"
+        assert api.quickest(gpu_qkv(**qkv), MASK) == "reference"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert api._quickest(gpu_qkv(**qkv), MASK) == "reference"
+        assert api.quickest(gpu_qkv(**qkv), MASK) == "reference"
 
 
 def test_triton_where_it_runs(monkeypatch):
     on_a_gpu(monkeypatch)
-    assert api._quickest(gpu_qkv(), MASK) == "triton"
+    assert api.quickest(gpu_qkv(), MASK) == "triton"
 
 
 def test_triton_asked_for_where_it_cannot_run_is_an_error(monkeypatch):
@@ -57,8 +57,8 @@ def test_triton_asked_for_where_it_cannot_run_is_an_error(monkeypatch):
 
 def test_on_cpus_images_of_some_size_take_the_structured_path():
     large = AttentionMask("row", 4, 12)
-    assert api._quickest(QKV, large) == "cpu"
-    assert api._quickest(QKV, MASK) == "reference"
+    assert api.quickest(QKV, large) == "cpu"
+    assert api.quickest(QKV, MASK) == "reference"
 
 
 @pytest.mark.parametrize(

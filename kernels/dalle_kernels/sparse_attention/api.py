@@ -52,7 +52,7 @@ def sparse_attention(qkv_BN3HD: Tensor, mask: AttentionMask, backend: str = "aut
     """
     _check(qkv_BN3HD, mask, backend)
     if backend == "auto":
-        backend = _quickest(qkv_BN3HD, mask)
+        backend = quickest(qkv_BN3HD, mask)
     return BACKENDS[backend](qkv_BN3HD, mask)
 
 
@@ -75,7 +75,8 @@ def _check(qkv_BN3HD: Tensor, mask: AttentionMask, backend: str) -> None:
         raise ValueError(f"backend: 'cpu' cannot run here: qkv is on {qkv_BN3HD.device}")
 
 
-def _quickest(qkv_BN3HD: Tensor, mask: AttentionMask) -> str:
+def quickest(qkv_BN3HD: Tensor, mask: AttentionMask) -> str:
+    """The backend that "auto" stands for."""
     if qkv_BN3HD.device.type == "cpu":
         return "cpu" if cpu.pays(mask) else "reference"
     missing = unfit(qkv_BN3HD)
