@@ -47,19 +47,21 @@ def main(arguments: list[str] | None = None) -> int:
     except OtherRankError:
         return 2
     except UserError as error:
-        if _first_to_tell(error):
+        if _first_to_tell(2, error):
             print(f"dalle-dist: error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         # What another rank has already told of breaks this one's collectives.
-        if _told_elsewhere():
-            return 2
-        first, ending = _first_to_tell(), sys.modules.get(ENDING)
+        told = _told_elsewhere()
+        if told:
+            return told
+        ending = sys.modules.get(ENDING)
         if ending is None or not ending.lost_peer(error):
+            _first_to_tell(2)
             raise
-        if first:
+        if _first_to_tell(HUNG):
             print(f"dalle-dist: error: {LOST}", file=sys.stderr, flush=True)
         return HUNG
     process_group = sys.modules.get(PROCESS_GROUP)
@@ -100,11 +102,11 @@ def _ending() -> Ending | None:
     return None if process_group is None else process_group.ending()
 
 
-def _first_to_tell(error: UserError | None = None) -> bool:
+def _first_to_tell(status: int, error: UserError | None = None) -> bool:
     """Whether this rank prints the error: of those that have met, the first that has one."""
     ending = _ending()
     if ending is not None:
-        return ending.announce()
+        return ending.announce(status)
     # Not joined: a config that is wrong is wrong on all ranks, and each has read it.
     return not isinstance(error, ConfigError) or _rank() == 0
 
@@ -116,9 +118,9 @@ def _rank() -> int:
         return 0
 
 
-def _told_elsewhere() -> bool:
+def _told_elsewhere() -> int:
     ending = _ending()
-    return ending is not None and ending.told_elsewhere()
+    return 0 if ending is None else ending.told_elsewhere()
 
 
 def build_parser() -> argparse.ArgumentParser:

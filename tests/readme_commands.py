@@ -93,6 +93,10 @@ TRIES = [
     ),
     (r"torchrun .* train emoji", r"\g<0> $SMALL paths.run=runs/torchrun"),
     (r"mpirun .* train emoji", r"\g<0> $SMALL paths.run=runs/mpirun"),
+    (
+        r"dalle-dist doctor mine\.yaml",
+        r"dalle-dist doctor emoji $SMALL paths.run=runs/doctor --quick",
+    ),
     (r"dalle-dist submit 12b .*", r"\g<0> --dry-run"),
     (r"dalle-dist status RUN --follow", r"dalle-dist status runs/alone --follow"),
     (r"sbatch .* (slurm/\S+) (\S+)", r"dalle-dist slurm && bash -n \1 && dalle-dist config \2"),

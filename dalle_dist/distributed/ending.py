@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-FAILED, LEAVING = "failed", "leaving"
+FAILED, STATUS, LEAVING = "failed", "status", "leaving"
 GRACE = 10.0  # seconds that a rank waits for those that have not noticed yet
 _POLL = 0.02
 _LOST = re.compile(
@@ -35,22 +35,29 @@ class Ending:
         self._store, self._world = dist.PrefixStore("ending", store), world
         self._announced = False
 
-    def announce(self) -> bool:
-        """Tell the other ranks of a failure; whether this is the first, which may print it."""
+    def announce(self, status: int) -> bool:
+        """Tell the other ranks of a failure; whether this is the first, which may print it.
+
+        They leave with the status of the first.
+        """
         self._announced = True
         try:
+            self._store.compare_set(STATUS, "", str(status))
             return bool(self._store.add(FAILED, 1) == 1)
         except RuntimeError:  # the rank that keeps the store is gone, and has not told a reason
             return True
 
-    def told_elsewhere(self) -> bool:
-        """Whether another rank has announced a failure, which is then the cause of ours."""
+    def told_elsewhere(self) -> int:
+        """The status to leave with if another rank has announced a failure; 0 if none has.
+
+        Its failure is then the cause of ours.
+        """
         if self._announced:
-            return False
+            return 0
         try:
-            return bool(self._store.add(FAILED, 0) > 0)
+            return int(self._store.get(STATUS)) if self._store.add(FAILED, 0) > 0 else 0
         except RuntimeError:
-            return False
+            return 0
 
     def wait_for_all(self) -> None:
         """Return when every rank has come here, or after GRACE seconds.

@@ -12,6 +12,14 @@ from slurm.jobs import Job, losses
 
 pytestmark = pytest.mark.slow
 
+CLIP = [
+    "clip.image_size=8", "clip.patch_size=4", "clip.image_width=32", "clip.image_layers=1",
+    "clip.text_width=32", "clip.text_layers=1", "clip.text_tokens=12", "clip.features=16",
+    "clip.image_heads=2", "clip.text_heads=2",
+    "clip_train.batch_size=8", "clip_train.steps=4", "clip_train.warmup=1",
+    "clip_train.eval_every=4", "clip_train.sample_every=4", "clip_train.precision=fp32",
+]  # fmt: skip
+
 ALL_REDUCE = """
 from dalle_dist.distributed import process_group
 ranks = process_group.init()
@@ -72,6 +80,7 @@ def test_every_script_from_pictures_to_figures(cluster, tmp_path):
     assert "train: finished" in said and "2 ranks x 1 thread" in said, said
     assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 21))
     assert job("train", path).said.endswith("train: finished\ntrain: finished; nothing to do\n")
+    assert "train-clip: finished" in job("train_clip", path, *CLIP).said
     release = str(tmp_path / "run/release")
     words = ["red square", "-n", "4", "--batch-size", "2", "--format", "tar", "-o"]
     job("generate", release, *words, str(tmp_path / "drawn"))

@@ -196,16 +196,16 @@ def _announce(ranks):
     ending = process_group.ending()
     before = ending.told_elsewhere()
     ranks.barrier()
-    first = ending.announce() if ranks.rank != 1 else None
+    first = ending.announce(75) if ranks.rank != 1 else None
     ranks.barrier()
     return before, first, ending.told_elsewhere()
 
 
 def test_one_rank_is_the_first_to_tell_and_those_that_have_not_told_know():
     found = run_distributed(_announce, 3)
-    assert [before for before, _, _ in found] == [False, False, False]
+    assert [before for before, _, _ in found] == [0, 0, 0]
     assert sorted([found[0][1], found[2][1]]) == [False, True]
-    assert [elsewhere for _, _, elsewhere in found] == [False, True, False]
+    assert [elsewhere for _, _, elsewhere in found] == [0, 75, 0]
 
 
 def test_a_single_process_has_nobody_to_tell():
