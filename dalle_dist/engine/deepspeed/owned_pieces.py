@@ -95,13 +95,27 @@ def _gradients(named: list[tuple[str, Any]], optimizer: Any, stage: int, shard_r
         whole = _whole_gradients(optimizer) if keeps_whole_gradients(optimizer) else {}
         owned = [(name, p) for name, p in named if p._hp_mapping is not None]
         return [(name, *_zero12_gradient(name, p, whole.get(id(p)))) for name, p in owned]
-    pieces = {
+    pieces = _offloaded(optimizer) if optimizer.offload_optimizer else _on_device(optimizer)
+    parts = [(name, _zero3_part(p, pieces[id(p)], shard_rank)) for name, p in named]
+    return [(name, *part) for name, part in parts if part is not None]
+
+
+def _on_device(optimizer: Any) -> dict[int, Tensor]:
+    """ZeRO-3's pieces of gradients, by parameter."""
+    return {
         id(p): piece
         for number, group in enumerate(optimizer.fp16_groups)
         for p, piece in zip(group, optimizer.averaged_gradients[number], strict=True)
     }
-    parts = [(name, _zero3_part(p, pieces[id(p)], shard_rank)) for name, p in named]
-    return [(name, *part) for name, part in parts if part is not None]
+
+
+def _offloaded(optimizer: Any) -> dict[int, Tensor]:
+    """The same where the optimizer's state is in main memory: in flat gradients of groups there."""
+    found = {}
+    for p in (p for group in optimizer.fp16_groups for p in group):
+        group, start, numel = optimizer.grad_position[p.ds_id]
+        found[id(p)] = optimizer.fp32_partitioned_groups_flat[group].grad.narrow(0, start, numel)
+    return found
 
 
 def _whole_gradients(optimizer: Any) -> dict[int, Tensor]:
