@@ -23,6 +23,7 @@ AdamWBackend = Literal["auto", "torch", "triton", "apex"]
 ProductFormat = Literal["tf32", "fp32"]
 RankOf = Literal["node", "shard"]
 Skip = Literal["step", "block"]
+OnSpike = Literal["warn", "rollback"]
 ZeROStage = Literal[0, 1, 2, 3]
 
 

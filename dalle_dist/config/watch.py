@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dalle_dist.choices import OnSpike
 from dalle_dist.config.options import option
 
 
@@ -31,3 +32,20 @@ class WatchConfig:
         unit="x",
         above=1,
     )
+    spike: float = option(
+        10.0,
+        "how many standard deviations above the median of 200 steps a loss is too high; one that "
+        "is not finite always is. 0 = no loss that is finite",
+        unit="standard deviations",
+        at_least=0,
+    )
+    spike_steps: int = option(
+        5, "steps in a row whose loss is too high that make a spike", unit="steps", at_least=1
+    )
+    on_spike: OnSpike = option(
+        "warn",
+        "what a run does about a spike: warn = say so; rollback = go back to the last checkpoint "
+        "from before it, and go on with the samples that come after it",
+        source="rollback: PaLM (arXiv 2204.02311, 5.1)",
+    )
+    rollbacks: int = option(3, "rollbacks in a run; one more ends it", unit="rollbacks", at_least=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from dalle_dist import storage
 from dalle_dist.checkpoint import store
-from dalle_dist.checkpoint.convert import find_checkpoint, require_checkpoint
+from dalle_dist.checkpoint.convert import find_checkpoint
 from dalle_dist.checkpoint.manifest import read_manifest
 from dalle_dist.checkpoint.save import Saver
 from dalle_dist.config import Config
@@ -22,17 +21,19 @@ from dalle_dist.data.notes import Notes
 from dalle_dist.distributed import process_group
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.known_step import check_known_step
-from dalle_dist.errors import ConfigError
-from dalle_dist.train import banner
-from dalle_dist.train.data import NAMED, Amiss, in_flight
+from dalle_dist.errors import UserError
+from dalle_dist.train.data import NAMED, Amiss
+from dalle_dist.train.opening import opening
 from dalle_dist.train.optimizer_step import Made, OptimizerSteps
+from dalle_dist.train.prepare import prepared
 from dalle_dist.train.release import write_release
+from dalle_dist.train.rollback import Rollback
 from dalle_dist.train.run import Run
 from dalle_dist.train.skips import LastNorm, Skips, samples_of
 from dalle_dist.train.speed import Speed
-from dalle_dist.train.stage import Stage, refuse_endless_warmup
+from dalle_dist.train.stage import Stage
 from dalle_dist.train.state import TrainingState
-from dalle_dist.train.stop import StopRequest, Switches, refuse_stopped
+from dalle_dist.train.stop import StopRequest, Switches
 from dalle_dist.watch.watch import Watch
 
 SAVING = 60.0  # seconds that a run which ends by an error gives a checkpoint that is being written
@@ -61,7 +62,7 @@ def train_stage(
     """
     storage.configure(config.data.cache or None, round(config.data.cache_gb * 1e9))
     ranks = process_group.init()
-    stage = ranks.together(lambda: _prepared(make, config, ranks, resume))
+    stage = ranks.together(lambda: prepared(make, config, ranks, resume))
     run = Run(
         stage.run_path,
         config,
@@ -76,25 +77,6 @@ def train_stage(
             _Loop(stage, ranks, run, watch).run_to_the_end(resume, new_epoch)
     finally:
         run.close()
-
-
-def _prepared(
-    make: Callable[[Config, Ranks], Stage], config: Config, ranks: Ranks, resume: str | None
-) -> Stage:
-    """Everything that can be checked before anything is written."""
-    stage = make(config, ranks)
-    if ranks.rank == 0:
-        refuse_stopped(stage.run_path)
-        if stage.settings.wandb and importlib.util.find_spec("wandb") is None:
-            key = f"{stage.settings.section}.wandb"
-            raise ConfigError(f"{key}: the package is not installed; pip install wandb")
-    if resume is not None and resume != "auto":
-        require_checkpoint(resume)
-    refuse_endless_warmup(stage.settings)
-    if ranks.local_rank == 0:
-        for dataset in stage.datasets:
-            dataset.shards.require_files()
-    return stage
 
 
 class _Loop:
@@ -126,6 +108,7 @@ class _Loop:
             run.fence,
         )
         self.norm = LastNorm(run.path, self.settings.section)
+        self.rollback = Rollback(stage.config.watch, run, ranks)
         self.amiss = Amiss(ranks, stage.config.data.bad_shards)
         self._micro_batch = self.settings.batch_size // (ranks.world * self.engine.accumulation)
         self._epoch: dict[str, float] = {}  # of an epoch that has ended, for the next log line
@@ -134,6 +117,7 @@ class _Loop:
         self._trusted, self._owed = True, False
         self.planned, self._logged = stage.planned(ranks), 0
         self._average_owed = False
+        self._stop: StopRequest | None = None
 
     def run_to_the_end(self, resume: str | None, new_epoch: bool) -> None:
         try:
@@ -144,17 +128,22 @@ class _Loop:
 
     def _train(self, resume: str | None, new_epoch: bool) -> None:
         self._restore(resume, new_epoch)
-        rows, self._logged = self._banner(), self.state.step
+        step = self._logged = self.state.step
+        rows = opening(self.stage, self.ranks, self.engine, self.planned, step)
         self.run.open(self.state.step)
         self.watch.opened()
         if resume is not None:
             self.run.rewind(self.state.step)
+            self.rollback.pass_over(self.state)
             self._catch_up()
         if self.state.step < self.settings.steps:
             self._say_what_is_trained(rows)
             self._try_saving()
             self._run_steps()
-        self.norm.check()
+            while self.rollback.due:
+                self._go_back()
+                self._run_steps()
+        self._check_norm()
         self.watch.now("ending", self.state.step)
         self.saver.wait()
         self.ranks.on_main(self.run.fence)  # no save is begun for a run that another took over
@@ -197,7 +186,8 @@ class _Loop:
         )
 
     def _run_steps(self) -> None:
-        stop, bar = StopRequest(), self.run.progress(self.settings.steps, self.state.step)
+        stop = self._stop = self._stop or StopRequest()
+        bar = self.run.progress(self.settings.steps, self.state.step)
         switches = Switches(self.run.path, self.run.main)
         incoming = Notes()
         micro_batches = self._micro_batches(incoming)
@@ -215,15 +205,36 @@ class _Loop:
                 ),
                 self.watch.own,
             )
-            while self.state.step < self.settings.steps and not steps.stopped:
+            while (
+                self.state.step < self.settings.steps
+                and not steps.stopped
+                and not self.rollback.due
+            ):
                 numbers = self._step(steps)
                 self._owed |= steps.save
-                self._after_step(numbers, bar)
+                if not self.rollback.due:
+                    self._after_step(numbers, bar)
         except RuntimeError as error:  # torch's, of a loader process that ended, comes at any time
             raise micro_batches.failure(error) or error from None
         finally:
             switches.close()
         bar.close()
+
+    def _go_back(self) -> None:
+        """To the newest checkpoint, past the samples of a spike."""
+        self.watch.now("going back", self.state.step)
+        self.saver.wait()
+        self.rollback.go_back(self.state)
+        self.norm = LastNorm(self.run.path, self.settings.section)
+        self._saved, self._owed, self._trusted = self.state.step, False, True
+        self._logged, self._average_owed, self._epoch = self.state.step, False, {}
+
+    def _check_norm(self) -> None:
+        try:
+            self.norm.check()
+        except UserError:
+            if not self.rollback.lost():
+                raise
 
     def _micro_batches(self, notes: Notes) -> MicroBatches:
         """This rank's, from the first that is not trained on yet, without end."""
@@ -248,24 +259,29 @@ class _Loop:
         lr, last = self.schedule.rate(step), step == self.settings.steps
         logged = self._due(step, self.settings.log_every)
         made = steps.make(step, lr, logged, last)
-        self.norm.check()  # of the step before, which is there without a wait by now
+        self._check_norm()  # of the step before, which is there without a wait by now
         self.norm.take(made.norm, step, made.skipped)
         self._finished(made)
         if logged or self._due(step, self.settings.save_every):
-            self.norm.check()
+            self._check_norm()
         self.speed.add(time.perf_counter() - began, made.waited)
-        norm = made.norm.item() if logged and self._trusted else math.nan
+        finite = math.isfinite(made.numbers["loss"])
+        norm = made.norm.item() if logged and finite else math.nan
         return made.numbers | {"lr": lr, "grad_norm": norm}
 
     def _finished(self, made: Made) -> None:
         loss = made.numbers["loss"]
-        self._trusted = math.isfinite(loss)
-        if not self._trusted:
+        finite = math.isfinite(loss)
+        if not finite:
             self._name_samples(made)
         self.state.step += 1
         self.state.progress.samples += self.settings.batch_size
-        self.state.skips.add(made.skipped, not self._trusted)
-        if self._trusted:
+        self.rollback.see(self.state.step, loss)
+        self._trusted = finite and not self.rollback.suspected
+        if self.rollback.due:
+            return
+        self.state.skips.add(made.skipped, not finite)
+        if finite:
             self.schedule.observe(self.state.step, loss)
         self._average()
 
@@ -373,24 +389,6 @@ class _Loop:
         self._sync()
         made = f"{self.stage.title} {digest} in release/" if digest else "nothing to do"
         self.run.say(f"complete at step {step}; {made}")
-
-    def _banner(self) -> str:
-        """What the run says of itself before its first step; a collective call."""
-        settings, stage = self.settings, self.stage
-        parameters = sum(math.prod(shape) for shape in self.engine.shapes.values())
-        samples, held_out = map(len, stage.datasets)
-        rows = {
-            "device": banner.devices(self.ranks),
-            **stage.banner(self.ranks, parameters),
-            "data": banner.images(stage.data_path, samples, held_out),
-            "cache": in_flight(stage.datasets[0], self.ranks),
-            "batch": f"{settings.batch_size:,} = {self._micro_batch} x {self.ranks.world:,} ranks "
-            f"x {self.engine.accumulation} accumulated",
-            "length": banner.length(settings.steps, settings.batch_size, samples),
-            "plan": str(self.planned),
-            "from": "the start" if not self.state.step else f"step {self.state.step:,}",
-        }
-        return f"training the {stage.title}\n{banner.table(rows)}"
 
 
 def _same_folder(one: str, other: str) -> bool:
