@@ -143,7 +143,6 @@ class _Loop:
             while self.rollback.due:
                 self._go_back()
                 self._run_steps()
-        self._check_norm()
         self.watch.now("ending", self.state.step)
         self.saver.wait()
         self.ranks.on_main(self.run.fence)  # no save is begun for a run that another took over
@@ -214,6 +213,7 @@ class _Loop:
                 self._owed |= steps.save
                 if not self.rollback.due:
                     self._after_step(numbers, bar)
+            self._check_norm()
         except RuntimeError as error:  # torch's, of a loader process that ended, comes at any time
             raise micro_batches.failure(error) or error from None
         finally:
