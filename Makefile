@@ -129,6 +129,7 @@ bench: $(VENV)/ready
 	$(BIN)/torchrun --nproc-per-node 2 -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.checkpoint_convert
 	$(BIN)/python -m benchmarks.busy_machine
+	$(BIN)/python -m benchmarks.slurm_start
 	$(BIN)/python -m benchmarks.watch --threads=1
 
 # torch goes first: DeepSpeed's set-up imports it, and must not bring another one of its own.

@@ -49,6 +49,7 @@ MAY_BE_ZERO = {
         ("gradient_path", {"gradient path's host time", "operations of torch"}),
         ("plan", {"held, measured / plan", "checkpoint, measured / plan"}),
         ("on_paper", {"all-reduces of all ranks", "collectives between nodes"}),
+        ("slurm_start", {"running to first step", "USR1 to the job's requeue"}),
         ("watch", {"a step with watch, more", "all parts, of a step"}),
         ("precision", {"held-out loss", "held-out loss / fp32's", "steps skipped"}),
     ],

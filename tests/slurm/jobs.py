@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from dalle_dist.train.run import read_log
-from slurm.conftest import ROOT, until
-
-NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--mem=0")
+from slurm.cluster import NODES, ROOT, until
 
 
 class Job:

@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 
 from dalle_dist import storage
-from slurm.conftest import until
+from slurm.cluster import until
 from slurm.jobs import Job, await_step, losses
 
 pytestmark = pytest.mark.slow
