@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 
-from dalle_dist.distributed import process_group
+from dalle_dist.distributed import meeting
 
 PROGRAM = '''"""dalle-dist with one fault, on the rank that FAULTY names."""
 
@@ -59,7 +59,7 @@ program()
 def start(arguments, ranks, **environ):
     """What a run under torchrun printed, and the exit codes that it reports of its ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--master-port", str(process_group.free_port()), *arguments]
+    command += ["--master-port", str(meeting.free_port()), *arguments]
     environ = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | environ
     done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=180)
     said = done.stdout + done.stderr
