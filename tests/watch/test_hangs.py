@@ -67,7 +67,8 @@ def test_an_evaluation_that_takes_longer_is_no_hang(faulty, tmp_path):
 @pytest.mark.slow
 def test_an_evaluation_that_never_ends_is_one(faulty, tmp_path):
     run = tmp_path / "run"
-    arguments = [*faulty, f"paths.run={run}", "watch.hang_after_others=4"]
+    # The start, which takes seconds beside other work, has the same allowance.
+    arguments = [*faulty, f"paths.run={run}", "watch.hang_after_others=40"]
     said, codes = hung_run.start(arguments, 3, FAULT="long evaluation", FAULTY="0", SECONDS="1000")
     (line,) = told(said)
     assert re.match(r"evaluation at step 6 has made no progress for \d+ s: ranks 0-2 are in", line)
