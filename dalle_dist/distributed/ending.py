@@ -19,7 +19,7 @@ GRACE = 10.0  # seconds that a rank waits for those that have not noticed yet
 _POLL = 0.02
 _LOST = re.compile(
     r"gloo/transport|Connection (closed|reset) by peer|NCCL (remote process|communicator was abort)"
-    r"|ncclRemoteError"
+    r"|ncclRemoteError|Failed to (recv|send), got"
 )
 
 

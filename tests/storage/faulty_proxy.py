@@ -41,7 +41,7 @@ class Faults:
     share: float
     kinds: tuple[str, ...] = (*ERRORS, *OF_BODIES)
     storm: int = 3
-    in_a_row: int = 5
+    in_a_row: int = 3  # an attempt may be two requests, and there are 8 attempts
     wrong_at_most: int = 3
 
     def __post_init__(self):
