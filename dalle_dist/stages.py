@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 # Files that a user puts into a run's folder, and a run obeys within seconds.
 STOP, SAVE = "stop", "save"
+# What a job that came no further writes there: how often in a row.
+IN_VAIN = "starts-in-vain.json"
 
 
 @dataclass(frozen=True)
@@ -73,3 +75,8 @@ STAGES = {
         "dalle_dist.clip.release:save_clip_release",
     ),
 }
+
+
+def stage_of(verb: str) -> StageEntry | None:
+    """The training stage of a verb; None for other verbs."""
+    return next((stage for stage in STAGES.values() if stage.verb == verb), None)

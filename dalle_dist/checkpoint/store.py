@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from dalle_dist import storage
 from dalle_dist.checkpoint.manifest import Manifest, rank_of, read_manifest
-from dalle_dist.checkpoint.names import MANIFEST
+from dalle_dist.checkpoint.names import MANIFEST, STEP, steps
 from dalle_dist.checkpoint.tensor_file import digest
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import CheckpointError
@@ -26,7 +25,6 @@ from dalle_dist.storage.store import Conflict, NoConditions
 LATEST = "latest"
 DAMAGED = f"{MANIFEST}.damaged"  # what the manifest of a checkpoint is called that was passed over
 _REPLACED = ".old.tmp"  # after the name of a checkpoint of the same step
-_STEP = re.compile(r"step-(\d{8,})")
 
 
 PHASES = ("prepared", "written", "reported", "manifest", "renamed", "latest", "pruned")
@@ -44,16 +42,6 @@ def step_folder(folder: str, step: int) -> str:
 def fingerprint(checkpoint: str) -> str:
     """SHA-256 of the manifest, which depends on every byte of a checkpoint; no file is read."""
     return hashlib.sha256(storage.read_bytes(storage.join(checkpoint, MANIFEST))).hexdigest()
-
-
-def steps(folder: str) -> list[int]:
-    """Steps of which `folder` holds a checkpoint with a manifest, in order."""
-    if storage.is_remote(folder):
-        names = [name for name in storage.list_files(folder) if name.endswith(f"/{MANIFEST}")]
-        found = [name.removesuffix(f"/{MANIFEST}") for name in names]
-    else:
-        found = [path.parent.name for path in Path(storage.normal(folder)).glob(f"*/{MANIFEST}")]
-    return sorted(int(match[1]) for name in found if (match := _STEP.fullmatch(name)))
 
 
 def newest(folder: str, ranks: Ranks | None = None, say: Callable[[str], None] = print) -> str:
@@ -240,7 +228,7 @@ def _delete_leftovers(folder: str, step: int, fence: Callable[[], None]) -> None
     names: dict[str, set[str]] = {}
     for path in storage.list_files(folder):
         checkpoint, _, name = path.rpartition("/")
-        if _STEP.fullmatch(checkpoint):
+        if STEP.fullmatch(checkpoint):
             names.setdefault(checkpoint, set()).add(name)
     current = step_folder(folder, step).rpartition("/")[2]
     for checkpoint, found in names.items():

@@ -12,13 +12,11 @@ from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.doctor.meeting import SILENT, Answer, Meeting
 from dalle_dist.doctor.report import Row, Verdict
 from dalle_dist.precision.hardware import computes_in_bf16
-from dalle_dist.stages import STAGES
+from dalle_dist.stages import StageEntry, stage_of
 
 NO_CONFIG = "no PRESET is given"
-# Of paths, by the verb of a stage: its run folder, and what it trains on.
-_RUNS = {"train": "run", "train-dvae": "dvae_run", "train-clip": "clip_run"}
+# Of paths, by the verb of a stage: what it trains on.
 _DATA = {"train": "tokens", "train-dvae": "images", "train-clip": "images"}
-VERBS = tuple(stage.verb for stage in STAGES.values())
 
 
 @dataclass(frozen=True)
@@ -36,10 +34,9 @@ class Patient:
     @property
     def settings(self) -> StageConfig | None:
         """The section of the stage."""
-        (stage,) = (stage for stage in STAGES.values() if stage.verb == self.verb)
         if self.config is None:
             return None
-        section: StageConfig = getattr(self.config, stage.section)
+        section: StageConfig = getattr(self.config, self._stage.section)
         return section
 
     @property
@@ -53,7 +50,13 @@ class Patient:
     @property
     def run(self) -> str:
         """The stage's run folder; empty without a config."""
-        return str(getattr(self.config.paths, _RUNS[self.verb])) if self.config else ""
+        return str(getattr(self.config.paths, self._stage.run)) if self.config else ""
+
+    @property
+    def _stage(self) -> StageEntry:
+        stage = stage_of(self.verb)
+        assert stage is not None
+        return stage
 
     @property
     def data(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 from pathlib import Path
 
 import dalle_kernels
@@ -12,6 +11,7 @@ import dalle_dist
 from dalle_dist.config import Config, difference, to_dict, to_yaml
 from dalle_dist.doctor.patient import NO_CONFIG, Patient, grouped, values_of
 from dalle_dist.doctor.report import Row, Verdict
+from dalle_dist.train.starts import code_state
 
 DIGITS = 12  # of a hash, shown
 MOST = 3  # keys named of those that differ
@@ -70,11 +70,5 @@ def config_hash(config: Config) -> str:
 
 def _revision() -> str:
     """Of the checkout that the package lies in, with `+` if it has changes; empty: of none."""
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    command += ["--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
+    state = code_state()
+    return state.get("revision", "")[:DIGITS] + "+" * bool(state.get("changes"))

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from argparse import Namespace
 
 from dalle_dist import storage
-from dalle_dist.checkpoint.names import CONFIG, MANIFEST, STAMP
+from dalle_dist.checkpoint.names import CONFIG, MANIFEST, STAMP, steps
 from dalle_dist.config import Config, load
 from dalle_dist.errors import ConfigError
-from dalle_dist.stages import STAGES, STOP, StageEntry
-
-ATTEMPTS = "starts-in-vain.json"  # in the folder of the work: how many in a row, and from where
+from dalle_dist.stages import IN_VAIN, STOP, stage_of
 
 
 def progress(options: Namespace) -> str:
@@ -31,25 +28,21 @@ def progress(options: Namespace) -> str:
     Raises:
         UserError: no such preset, a wrong override, or a storage that does not answer.
     """
-    folder, stage = folder_of(options), _stage(options)
-    files = storage.list_files(folder)
+    folder, stage = folder_of(options), stage_of(options.verb)
     if stage is None:
-        return str(len([name for name in files if name != ATTEMPTS]))
-    # Only a whole checkpoint has left its .tmp folder.
-    whole = re.compile(rf"checkpoints/step-(\d+)/{re.escape(MANIFEST)}")
-    found = (whole.fullmatch(name) for name in files)
-    newest = max((int(match[1]) for match in found if match), default=None)
-    steps = getattr(_config(options), stage.section).steps
-    if newest is not None and newest >= steps and _released(folder, newest):
+        return str(len([name for name in storage.list_files(folder) if name != IN_VAIN]))
+    newest = max(steps(storage.join(folder, "checkpoints")), default=None)
+    wanted = getattr(_config(options), stage.section).steps
+    if newest is not None and newest >= wanted and _released(folder, newest):
         return "finished"
-    if STOP in files:
+    if storage.exists(storage.join(folder, STOP)):
         return "stopped"
     return "none" if newest is None else str(newest)
 
 
 def in_vain(options: Namespace) -> int:
     """Count a start that came no further than the one before; how many there were in a row."""
-    path, here = storage.join(folder_of(options), ATTEMPTS), progress(options)
+    path, here = storage.join(folder_of(options), IN_VAIN), progress(options)
     before = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
     count = before["starts"] + 1 if before.get("progress") == here else 1
     storage.write_bytes(path, json.dumps({"progress": here, "starts": count}).encode())
@@ -58,7 +51,7 @@ def in_vain(options: Namespace) -> int:
 
 def folder_of(options: Namespace) -> str:
     """Where a command's work lies. Raises ConfigError: it is not of a kind that jobs do."""
-    stage = _stage(options)
+    stage = stage_of(options.verb)
     if stage is not None:
         return str(getattr(_config(options).paths, stage.run))
     if options.verb == "encode":
@@ -66,10 +59,6 @@ def folder_of(options: Namespace) -> str:
     if getattr(options, "out", None) is None:
         raise ConfigError(f"{options.verb}: nothing that goes on later; train or encode do")
     return str(options.out)
-
-
-def _stage(options: Namespace) -> StageEntry | None:
-    return next((stage for stage in STAGES.values() if stage.verb == options.verb), None)
 
 
 def _config(options: Namespace) -> Config:

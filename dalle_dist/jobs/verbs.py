@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 from dalle_dist.config import Config, load, preset_names
 from dalle_dist.errors import ConfigError
+from dalle_dist.stages import STAGES, stage_of
 
-# Scripts that `submit` can fill in: their arguments are those of a preset.
-SCRIPTS = {"train": "train", "train-dvae": "train_dvae", "train-clip": "train_clip"}
+# What `submit` can fill in: scripts whose arguments are those of a preset.
+STAGE_VERBS = [stage.verb for stage in STAGES.values()]
 # sbatch's own options, by their long names, that have one of ours.
 SETTINGS = ("account", "partition", "qos", "constraint", "time", "mem", "cpus-per-task", "job-name")
 Parse = Callable[[list[str]], argparse.Namespace]
@@ -45,7 +46,7 @@ def _add_submit(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("submit", help=text, description=f"{text[0].upper()}{text[1:]}.")
     verb.add_argument("preset", metavar="PRESET", help=f"{', '.join(preset_names())}, or a file")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=100")
-    verb.add_argument("--verb", dest="stage", choices=SCRIPTS, default="train", help="(train)")
+    verb.add_argument("--verb", dest="stage", choices=STAGE_VERBS, default="train", help="(train)")
     verb.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
     verb.add_argument(
         "--gpus-per-node", type=int, default=8, metavar="N", help="default 8; 0: CPUs alone"
@@ -87,12 +88,11 @@ def _progress(options: argparse.Namespace, parse: Parse) -> None:
 
 def _submit(options: argparse.Namespace) -> int:
     from dalle_dist.jobs.submit import Submission
-    from dalle_dist.stages import STAGES
 
-    config = load(options.preset, options.overrides)
-    stage = next(stage for stage in STAGES.values() if stage.verb == options.stage)
+    config, stage = load(options.preset, options.overrides), stage_of(options.stage)
+    assert stage is not None
     submission = Submission(
-        SCRIPTS[options.stage],
+        options.stage.replace("-", "_"),
         [options.preset, *options.overrides],
         getattr(config.paths, stage.run),
         _settings(options),

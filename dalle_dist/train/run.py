@@ -21,6 +21,7 @@ from dalle_dist import storage
 from dalle_dist.config import Config, section_differences, to_dict, to_yaml
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import ConfigError, UserError
+from dalle_dist.stages import IN_VAIN
 from dalle_dist.storage.lease import LIFETIME
 from dalle_dist.train import starts
 from dalle_dist.train.lock import LEASE, LOCK, Lock
@@ -28,7 +29,7 @@ from dalle_dist.train.tags import single, tagged
 from dalle_dist.watch.heartbeat import NAME as HEARTBEAT
 
 # What may lie in a run's folder before the run does: of others that train there, and of its job.
-BEFORE = (LOCK, LEASE, "slurm", "starts-in-vain.json")
+BEFORE = (LOCK, LEASE, "slurm", IN_VAIN)
 
 
 class Run:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dalle_dist import storage
-from dalle_dist.checkpoint.manifest import MANIFEST
+from dalle_dist.checkpoint.names import steps
 from dalle_dist.errors import DataError, UserError
 from dalle_dist.watch.heartbeat import NAME, read
 
@@ -70,7 +68,7 @@ def status(run: str, now: float | None = None) -> Status:
         numbers=losses[-1] if losses else {},
         trend=trend([line["loss"] for line in losses if line["loss"] is not None]),
         skipped=sum("bad_samples" in line for line in lines),
-        checkpoints=_checkpoints(run),
+        checkpoints=steps(storage.join(run, "checkpoints")),
         released=storage.exists(storage.join(run, "release/config.yaml")),
         trouble=_trouble(run, heartbeat, lines),
     )
@@ -104,16 +102,6 @@ def _log(run: str) -> list[Line]:
         except ValueError:  # being written
             continue
     return lines
-
-
-def _checkpoints(run: str) -> list[int]:
-    folder = storage.join(run, "checkpoints")
-    if storage.is_remote(run):
-        names = storage.list_files(folder)
-    else:
-        names = [f"{path.parent.name}/{path.name}" for path in Path(folder).glob(f"*/{MANIFEST}")]
-    found = (re.fullmatch(rf"step-(\d+)/{re.escape(MANIFEST)}", name) for name in names)
-    return sorted(int(match[1]) for match in found if match)
 
 
 def _trouble(run: str, heartbeat: Line, lines: Sequence[Line]) -> list[str]:
