@@ -1,6 +1,9 @@
 """Every test starts clean: its own cache folder, no process group, default dtype, fixed seed."""
 
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -13,6 +16,8 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # The same examples each time, and no folder of found ones beside the tests.
 hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("fixed")
+
+ROOT = Path(__file__).parents[1]
 
 # Where the long files are: they go first, so that no process is left alone with one at the end.
 LONG = (
@@ -71,3 +76,21 @@ def hurried(monkeypatch):
     for name, value in {"base": 0.002, "cap": 0.05, "read_timeout": 0.5}.items():
         monkeypatch.setattr(SETTINGS, name, value)
     return SETTINGS
+
+
+@pytest.fixture
+def slow_network(monkeypatch):
+    """The module, where namespaces can be made; in CI they must."""
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import slow_network
+
+    if os.geteuid() == 0 and shutil.which("apt-get") and not shutil.which("ip"):
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update"], ["install", "-y", "--no-install-recommends", "iproute2"]):
+            subprocess.run(["apt-get", "-qq", *command], env=environment, capture_output=True)
+    reason = slow_network.missing()
+    if reason and os.environ.get("CI"):
+        pytest.fail(f"in CI the slow network must be tested: {reason}")
+    if reason:
+        pytest.skip(reason)
+    return slow_network

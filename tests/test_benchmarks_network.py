@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -10,24 +9,6 @@ import time
 import pytest
 
 from tests.test_benchmarks_run import ROOT, smoke
-
-
-@pytest.fixture
-def slow_network(monkeypatch):
-    """The module, where namespaces can be made; in CI they must."""
-    monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import slow_network
-
-    if os.geteuid() == 0 and shutil.which("apt-get") and not shutil.which("ip"):
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update"], ["install", "-y", "--no-install-recommends", "iproute2"]):
-            subprocess.run(["apt-get", "-qq", *command], env=environment, capture_output=True)
-    reason = slow_network.missing()
-    if reason and os.environ.get("CI"):
-        pytest.fail(f"in CI the slow network must be tested: {reason}")
-    if reason:
-        pytest.skip(reason)
-    return slow_network
 
 
 def namespaces():

@@ -39,6 +39,12 @@ def interface_towards(address: str) -> str:
     return next((name for name in _names() if _address(name) == own), "")
 
 
+def own_addresses() -> list[str]:
+    """IPv4 addresses by which other machines may reach this one, one of each interface."""
+    found = [_address(name) for name in _names()]
+    return [text for text in found if text and not ipaddress.ip_address(text).is_loopback]
+
+
 def _names() -> list[str]:
     return [name for _, name in socket.if_nameindex()]
 

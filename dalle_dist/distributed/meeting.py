@@ -91,6 +91,15 @@ def _await_ranks(store: Any, info: LaunchInfo) -> Any:
     return store
 
 
+def reachable(names: Sequence[str], port: int) -> str:
+    """The first of a machine's names and addresses at which its port answers, or else the first."""
+    for name in names:
+        with suppress(OSError):
+            socket.create_connection((name, port), timeout=_ANSWER).close()
+            return name
+    return names[0]
+
+
 def choose_interface(store: Any, info: LaunchInfo) -> None:
     """Tell gloo which interface leads to rank 0, unless the user has, or all are on one machine."""
     if info.world == info.local_world or os.environ.get("GLOO_SOCKET_IFNAME"):

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from dalle_dist.distributed.board import Board
 from dalle_dist.distributed.ending import Ending
+from dalle_dist.distributed.interfaces import own_addresses
 from dalle_dist.distributed.launchers import LaunchInfo, gpu_grant, read_environment
-from dalle_dist.distributed.meeting import TIMEOUT, choose_interface, meet, open_store
+from dalle_dist.distributed.meeting import TIMEOUT, choose_interface, meet, open_store, reachable
 from dalle_dist.errors import ConfigError, OtherRankError, UserError
 
 T = TypeVar("T")
@@ -228,13 +229,20 @@ def _meet_by_mpi(info: LaunchInfo) -> tuple[LaunchInfo, Any]:
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     rank, one_node = world.Get_rank(), node.Get_size() == world.Get_size()
     store = open_store([int(os.environ.get("MASTER_PORT", 0))]) if rank == 0 else None
-    address = "127.0.0.1" if one_node else socket.getfqdn()
-    here = (os.environ.get("MASTER_ADDR", address), store.port) if store is not None else None
-    address, port = world.bcast(here, root=0)
+    here = (_names_of_this_node(one_node), store.port) if store is not None else None
+    names, port = world.bcast(here, root=0)
+    address = names[0] if rank == 0 else reachable(names, port)
     info = LaunchInfo(
         info.launcher, rank, node.Get_rank(), world.Get_size(), node.Get_size(), address, port
     )
     return info, meet(info, store)
+
+
+def _names_of_this_node(alone: bool) -> list[str]:
+    """By which other nodes may know this one: a hostfile of addresses works without any names."""
+    if "MASTER_ADDR" in os.environ:
+        return [os.environ["MASTER_ADDR"]]
+    return ["127.0.0.1"] if alone else [socket.getfqdn(), *own_addresses()]
 
 
 def device_of(local_rank: int = 0) -> torch.device:

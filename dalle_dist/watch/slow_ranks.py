@@ -10,6 +10,7 @@ from dataclasses import dataclass
 LINES = 5  # of the log, over which the median of each rank is taken
 AGAIN = 100  # lines after which the same rank is named again
 SHARE = 0.05  # of a step that a rank must lose to be worth a line
+LEAST = 0.02  # seconds of each step that it must lose: the scheduler of a busy machine takes some
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class SlowRanks:
     def line(self, slowest: Slowest, step_seconds: float) -> str:
         """What there is to say of it, if there is; `step_seconds`: of a whole step."""
         lost = slowest.seconds - slowest.median
-        if len(self._lines) < LINES or slowest.ratio < self._ratio or lost < SHARE * step_seconds:
+        worth_a_line = lost >= max(SHARE * step_seconds, LEAST)
+        if len(self._lines) < LINES or slowest.ratio < self._ratio or not worth_a_line:
             return ""
         if self._named and self._named[0] == slowest.rank and self._count < self._named[1] + AGAIN:
             return ""

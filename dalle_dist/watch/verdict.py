@@ -58,7 +58,7 @@ def _silent(ranks: Sequence[int], hosts: Mapping[int, str]) -> str:
     if not ranks:
         return ""
     verb = "does" if len(ranks) == 1 else "do"
-    return f"{named(ranks, hosts)} {verb} not answer (dead, stopped or starved)"
+    return f"{named(ranks, hosts)} {verb} not answer (dead, stopped, starved or cut off)"
 
 
 def _together(stuck: Stuck, ranks: Sequence[int], hosts: Mapping[int, str], usual: Stuck) -> str:

@@ -45,7 +45,9 @@ def test_one_message_names_the_rank_that_hangs_and_all_end(faulty, tmp_path, fau
         )
         assert codes == dict.fromkeys(range(3), HUNG)
     else:
-        assert re.search(rf"rank {rank} \(host \S+\) does not answer \(dead, stopped or st", line)
+        assert re.search(
+            rf"rank {rank} \(host \S+\) does not answer \(dead, stopped, starved or cut off\)", line
+        )
         assert codes == {0: HUNG, 1: HUNG, 2: HUNG} | {rank: -9}
     assert re.search(rf"; ranks {others} wait in all_reduce \(engine/\S+:\d+ \w+\)", line)
     (note,) = Path(run, "watch").iterdir()

@@ -38,6 +38,7 @@ def test_a_slow_rank_is_named_once_in_a_while():
     [
         ([0.20, 0.20, 0.29, 0.2], 0.5),  # 1.45 times
         ([0.01, 0.01, 0.02, 0.01], 0.5),  # a hundredth of a second of half a one
+        ([0.003, 0.003, 0.015, 0.003], 0.02),  # much of a short step, but little time
     ],
 )
 def test_what_does_not_hold_up_others_is_not_named(times, step_seconds):

@@ -64,7 +64,7 @@ def test_silent_ranks_come_first_and_other_steps_are_told():
     found[3] = Stuck(813, "step", Place("train/loop.py:1 f", waits="the GPU"))
     found[4] = Stuck(812, "saving", Place("checkpoint/save.py:1 f"))
     assert verdict(found, HOSTS, 5).partition(" s: ")[2].split("; ") == [
-        "ranks 14-15 (host gpu01) do not answer (dead, stopped or starved)",
+        "ranks 14-15 (host gpu01) do not answer (dead, stopped, starved or cut off)",
         "rank 3 (host gpu00) is in train/loop.py:1 f, at step 813, waits for the GPU",
         "rank 4 (host gpu00) is in checkpoint/save.py:1 f, saving, not in a collective",
         "ranks 0-2, 5-13 wait in all_reduce (gradients/sending.py:88 flush)",
