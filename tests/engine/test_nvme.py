@@ -1,0 +1,101 @@
+"""ZeRO-3 with the optimizer's state on NVMe: trains, saves and resumes as without offload."""
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny_run
+import torch
+
+from dalle_dist.config import load
+from dalle_dist.engine.deepspeed import nvme_settings
+from dalle_dist.engine.deepspeed.async_io import require_async_io
+from dalle_dist.engine.deepspeed.nvme import swapped
+from dalle_dist.errors import ConfigError
+from dalle_dist.testing import run_distributed
+from dalle_dist.train.run import read_log
+from dalle_dist.train.transformer import train
+
+FILE = Path(__file__).parents[2] / "ds_configs" / "zero3_offload_nvme.json"
+KEYS = json.loads(FILE.read_text())
+# Wide enough for sub-groups of more than 1 MiB on each of two ranks: DeepSpeed keeps others.
+WIDE = ("transformer.width=256", "transformer.heads=4")
+
+
+def libaio():
+    """Why the extension cannot be compiled, or ""."""
+    if os.geteuid() == 0 and shutil.which("apt-get") and not Path("/usr/include/libaio.h").exists():
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update"], ["install", "-y", "--no-install-recommends", "libaio-dev"]):
+            subprocess.run(["apt-get", "-qq", *command], env=environment, capture_output=True)
+    try:
+        require_async_io("train", KEYS)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def async_io():
+    """The extension, compiled at the first test on a machine; in CI it must."""
+    reason = libaio()
+    if reason and os.environ.get("CI"):
+        pytest.fail(f"in CI NVMe must be tested: {reason}")
+    if reason:
+        pytest.skip(reason)
+
+
+def on_nvme(folder):
+    """A copy of the shipped file with small sub-groups, and a folder that is there."""
+    keys = json.loads(json.dumps(KEYS))
+    keys["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(folder)
+    keys["zero_optimization"]["sub_group_size"] = 400_000
+    file = folder / "nvme.json"
+    file.write_text(json.dumps(keys))
+    return f"train.deepspeed={file}"
+
+
+def configured(folder, *overrides, **settings):
+    folder.mkdir(exist_ok=True)
+    short = {"eval_every": 4, "save_every": 2, "prompts": [], "zero_stage": 3} | settings
+    path = tiny_run.write_config(tiny_run.make(folder, **short), folder / "config.yaml")
+    return load(path, [*WIDE, *overrides])
+
+
+def _train(ranks, config, resume):
+    import dalle_dist.engine.deepspeed.engine as module
+
+    counts, made = [], module.DeepSpeedEngine.__init__
+
+    def counted(self, engine, *args, **kwargs):
+        made(self, engine, *args, **kwargs)
+        counts.append(len(swapped(engine.optimizer)))
+
+    module.DeepSpeedEngine.__init__ = counted
+    train(config, resume)
+    return counts[-1]
+
+
+def losses(ranks, config, resume=None):
+    """Of a run, and how many sub-groups of each rank were on NVMe."""
+    counts = run_distributed(_train, ranks, config, resume, timeout=240)
+    return [line["loss"] for line in read_log(config.paths.run) if "loss" in line], counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_it_trains_and_resumes_as_without_offload(async_io, tmp_path, ranks):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    plain, none = losses(ranks, configured(tmp_path / "plain", steps=4))
+    assert none == [0] * ranks and len(plain) == 4
+    found, counts = losses(ranks, configured(tmp_path / "nvme", on_nvme(disk), steps=2))
+    assert min(counts) > 1
+    assert found == pytest.approx(plain[:2], rel=1e-6)
+    again = configured(tmp_path / "nvme", on_nvme(disk), steps=4)
+    found, _ = losses(ranks, again, "auto")
+    assert found == pytest.approx(plain, rel=1e-6)
