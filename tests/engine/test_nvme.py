@@ -1,20 +1,21 @@
 """ZeRO-3 with the optimizer's state on NVMe: trains, saves and resumes as without offload."""
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
-from dataclasses import replace
+import tempfile
 from pathlib import Path
 
 import pytest
 import tiny_run
-import torch
 
-from dalle_dist.config import load
-from dalle_dist.engine.deepspeed import nvme_settings
+from dalle_dist.config import from_dict, load
 from dalle_dist.engine.deepspeed.async_io import require_async_io
 from dalle_dist.engine.deepspeed.nvme import swapped
+from dalle_dist.engine.deepspeed.nvme_settings import check_nvme, claim_folder
+from dalle_dist.engine.deepspeed.settings import deepspeed_config
 from dalle_dist.errors import ConfigError
 from dalle_dist.testing import run_distributed
 from dalle_dist.train.run import read_log
@@ -26,6 +27,13 @@ KEYS = json.loads(FILE.read_text())
 WIDE = ("transformer.width=256", "transformer.heads=4")
 
 
+def keys_on(folder, **offload):
+    """The shipped keys, with a folder that is there."""
+    keys = json.loads(json.dumps(KEYS))
+    keys["zero_optimization"]["offload_optimizer"] |= {"nvme_path": str(folder)} | offload
+    return keys
+
+
 def libaio():
     """Why the extension cannot be compiled, or ""."""
     if os.geteuid() == 0 and shutil.which("apt-get") and not Path("/usr/include/libaio.h").exists():
@@ -33,7 +41,7 @@ def libaio():
         for command in (["update"], ["install", "-y", "--no-install-recommends", "libaio-dev"]):
             subprocess.run(["apt-get", "-qq", *command], env=environment, capture_output=True)
     try:
-        require_async_io("train", KEYS)
+        require_async_io("train", keys_on(tempfile.gettempdir()))
     except ConfigError as error:
         return str(error)
     return ""
@@ -51,8 +59,7 @@ def async_io():
 
 def on_nvme(folder):
     """A copy of the shipped file with small sub-groups, and a folder that is there."""
-    keys = json.loads(json.dumps(KEYS))
-    keys["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(folder)
+    keys = keys_on(folder)
     keys["zero_optimization"]["sub_group_size"] = 400_000
     file = folder / "nvme.json"
     file.write_text(json.dumps(keys))
@@ -99,3 +106,56 @@ def test_it_trains_and_resumes_as_without_offload(async_io, tmp_path, ranks):
     again = configured(tmp_path / "nvme", on_nvme(disk), steps=4)
     found, _ = losses(ranks, again, "auto")
     assert found == pytest.approx(plain, rel=1e-6)
+
+
+SETTINGS = from_dict({"train": {"zero_stage": 3, "moments": "fp32", "precision": "fp32"}}).train
+
+
+@pytest.mark.parametrize(
+    ("settings", "offload", "named"),
+    [
+        ({"zero_stage": 2}, {}, "train.zero_stage 3"),
+        ({"moments": "16-bit"}, {}, "train.moments fp32"),
+        ({}, {"pipeline_read": True}, "remove zero_optimization.offload_optimizer.pipeline_read"),
+    ],
+)
+def test_what_is_not_tested_is_refused(settings, offload, named):
+    with pytest.raises(ConfigError, match=named):
+        check_nvme(dataclasses.replace(SETTINGS, **settings), keys_on("/", **offload))
+
+
+def test_parameters_on_nvme_are_refused():
+    keys = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
+    settings = dataclasses.replace(SETTINGS, deepspeed=keys, batch_size=1)
+    with pytest.raises(ConfigError, match="nvme is not supported; say cpu"):
+        deepspeed_config(settings, 1)
+
+
+def test_a_folder_that_is_missing_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="missing' is no folder that can be written to"):
+        require_async_io("train", keys_on(tmp_path / "missing"))
+
+
+def test_a_failed_compilation_is_one_line_and_a_lock_left_behind_goes(tmp_path, monkeypatch):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    def fail(self, verbose):
+        raise RuntimeError("Error building extension 'async_io'\nmuch more")
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(AsyncIOBuilder, "load", fail)
+    left = tmp_path / "async_io" / "lock"
+    left.parent.mkdir()
+    left.touch()
+    with pytest.raises(ConfigError, match="install libaio-dev") as caught:
+        require_async_io("train", keys_on(tmp_path))
+    assert "Error building" in str(caught.value) and "\n" not in str(caught.value)
+    assert not left.exists()
+
+
+def test_folders_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
+    mine = claim_folder(keys_on(tmp_path))
+    dead = tmp_path / "dalle-dist-dead"
+    dead.mkdir()
+    other = claim_folder(keys_on(tmp_path))
+    assert mine.is_dir() and other.is_dir() and mine != other and not dead.exists()

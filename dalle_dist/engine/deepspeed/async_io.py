@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dalle_dist.engine.deepspeed.nvme_settings import on_nvme
+from dalle_dist.engine.deepspeed.nvme_settings import check_folder, on_nvme
 from dalle_dist.errors import ConfigError
 from dalle_dist.storage.locks import locked
 
@@ -24,10 +24,12 @@ def require_async_io(section: str, deepspeed: dict[str, Any]) -> None:
     Takes minutes the first time on a machine; then it lies in $TORCH_EXTENSIONS_DIR, or in
     ~/.cache/torch_extensions.
 
-    Raises ConfigError: libaio, a compiler or something else that it needs is missing.
+    Raises ConfigError: libaio, a compiler or something else that it needs is missing, or the folder
+    on NVMe is.
     """
     if not on_nvme(deepspeed):
         return
+    check_folder(section, deepspeed)
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     folder = _extensions()

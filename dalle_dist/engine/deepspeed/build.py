@@ -23,7 +23,7 @@ from dalle_dist.engine.deepspeed.engine import DeepSpeedEngine
 from dalle_dist.engine.deepspeed.first_weights import on_meta, sharded_weights, whole_weights
 from dalle_dist.engine.deepspeed.half_gather import keep_gathered_in_half
 from dalle_dist.engine.deepspeed.node_local import NodeLocal, broadcast_weights
-from dalle_dist.engine.deepspeed.nvme_settings import claim_folder, on_nvme
+from dalle_dist.engine.deepspeed.nvme_settings import on_nvme, place_on_nvme
 from dalle_dist.engine.deepspeed.one_copy import keep_one_copy
 from dalle_dist.engine.deepspeed.scatter import scatter_large_ones_apart
 from dalle_dist.engine.deepspeed.settings import accumulation, check_together, deepspeed_config
@@ -89,7 +89,7 @@ def build_engine(
     tree = deepspeed_config(settings, ranks.world)
     check_together(settings, parallel, tree)
     if on_nvme(tree):
-        claim_folder(settings, tree)
+        place_on_nvme(tree)
     groups = None
     if parallel.between_nodes != "zero":
         groups = node_groups(ranks, parallel.local_world_size or None)

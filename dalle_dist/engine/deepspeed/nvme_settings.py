@@ -12,7 +12,7 @@ from typing import Any
 
 from dalle_dist.config import StageConfig
 from dalle_dist.errors import ConfigError
-from dalle_dist.storage.locks import take
+from dalle_dist.storage.locks import locked, take
 
 NVME = "nvme"
 _KEYS = {"device", "nvme_path", "pin_memory"}
@@ -51,32 +51,47 @@ def check_nvme(stage: StageConfig, tree: dict[str, Any]) -> None:
         )
 
 
-def claim_folder(stage: StageConfig, tree: dict[str, Any]) -> None:
-    """Give this process a folder of its own in `nvme_path`, and remove those of dead processes.
+def check_folder(section: str, tree: dict[str, Any]) -> None:
+    """Raises ConfigError: `nvme_path` of keys that put state on NVMe is no folder to write to."""
+    path = _nvme_path(tree)
+    if not (path.is_dir() and os.access(path, os.W_OK)):
+        raise ConfigError(
+            f"{section}.deepspeed: zero_optimization.offload_optimizer.nvme_path: '{path}' is no "
+            "folder that can be written to; name one on a disk of each node"
+        )
 
-    Raises ConfigError: there is no such folder, or it cannot be written to.
+
+def claim_folder(tree: dict[str, Any]) -> Path:
+    """A new folder of this process in `nvme_path`, for as long as it lives.
+
+    Those of processes that were killed are removed: they left their files, but no lock.
     """
-    offload = tree["zero_optimization"]["offload_optimizer"]
-    parent = Path(str(offload.get("nvme_path", "")))
-    try:
-        for old in parent.glob(f"{_PREFIX}*"):
+    parent = _nvme_path(tree)
+    with locked(parent / f"{_PREFIX}lock"):  # no other process sees a folder before its lock
+        for old in parent.glob(f"{_PREFIX}*/"):
             _remove_abandoned(old)
         folder = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
-    except OSError as error:
-        raise ConfigError(
-            f"{stage.section}.deepspeed: zero_optimization.offload_optimizer.nvme_path: '{parent}' "
-            f"cannot be used ({error.strerror}); name a folder on a disk of each node"
-        ) from error
-    descriptor = os.open(folder, os.O_RDONLY)
-    take(descriptor, fcntl.LOCK_EX)
+        descriptor = os.open(folder, os.O_RDONLY)
+        take(descriptor, fcntl.LOCK_EX)
     _claimed.append(descriptor)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    offload["nvme_path"] = folder
+    return Path(folder)
+
+
+def place_on_nvme(tree: dict[str, Any]) -> None:
+    """Have DeepSpeed put its files into a folder of this process alone."""
+    tree["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(claim_folder(tree))
+
+
+def _nvme_path(tree: dict[str, Any]) -> Path:
+    return Path(str(tree["zero_optimization"]["offload_optimizer"].get("nvme_path", "")))
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """A process that was killed leaves its files, but no lock."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # another process ended and took it away, or it is another user's
+        return
     try:
         if take(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
             shutil.rmtree(folder, ignore_errors=True)
