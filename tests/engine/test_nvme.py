@@ -153,6 +153,12 @@ def test_a_failed_compilation_is_one_line_and_a_lock_left_behind_goes(tmp_path, 
     assert not left.exists()
 
 
+def test_an_untested_deepspeed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("deepspeed.__version__", "0.18.9")
+    with pytest.raises(ConfigError, match="install that, or offload to cpu"):
+        require_async_io("train", keys_on(tmp_path))
+
+
 def test_folders_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     mine = claim_folder(keys_on(tmp_path))
     dead = tmp_path / "dalle-dist-dead"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_dist.engine.deepspeed.nvme_settings import check_folder, on_nvme
+from dalle_dist.engine.deepspeed.versions import ANY_VERSION, TESTED
 from dalle_dist.errors import ConfigError
 from dalle_dist.storage.locks import locked
 
@@ -25,12 +26,19 @@ def require_async_io(section: str, deepspeed: dict[str, Any]) -> None:
     ~/.cache/torch_extensions.
 
     Raises ConfigError: libaio, a compiler or something else that it needs is missing, or the folder
-    on NVMe is.
+    on NVMe is, or this DeepSpeed is not the one that offload to NVMe is tested with.
     """
     if not on_nvme(deepspeed):
         return
     check_folder(section, deepspeed)
+    import deepspeed as package
     from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if package.__version__ != TESTED[0] and os.environ.get(ANY_VERSION) != "1":
+        raise ConfigError(
+            f"{section}.deepspeed: offload to nvme is tested with DeepSpeed {TESTED[0]} alone, and "
+            f"this is {package.__version__}; install that, or offload to cpu"
+        )
 
     folder = _extensions()
     try:

@@ -163,9 +163,10 @@ def _zero3_weight(
 ) -> tuple[int, Tensor] | None:
     from deepspeed.utils import safe_get_local_fp32_param
 
-    number, offset, numel = optimizer.grad_position[parameter.ds_id]
-    if number in files:
-        return _zero3_part(parameter, files[number].narrow(0, offset, numel), shard_rank)
+    if files:
+        number, offset, numel = optimizer.grad_position[parameter.ds_id]
+        if number in files:
+            return _zero3_part(parameter, files[number].narrow(0, offset, numel), shard_rank)
     return _zero3_part(parameter, safe_get_local_fp32_param(parameter), shard_rank)
 
 
