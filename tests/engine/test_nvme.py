@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+import torch
 
+from dalle_dist.checkpoint.save import Staging
 from dalle_dist.config import from_dict, load
 from dalle_dist.engine.deepspeed.async_io import require_async_io
 from dalle_dist.engine.deepspeed.nvme import swapped
 from dalle_dist.engine.deepspeed.nvme_settings import check_nvme, claim_folder
 from dalle_dist.engine.deepspeed.settings import deepspeed_config
 from dalle_dist.errors import ConfigError
+from dalle_dist.gradients.piece import Piece
 from dalle_dist.testing import run_distributed
 from dalle_dist.train.run import read_log
 from dalle_dist.train.transformer import train
@@ -165,3 +168,12 @@ def test_folders_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     dead.mkdir()
     other = claim_folder(keys_on(tmp_path))
     assert mine.is_dir() and other.is_dir() and mine != other and not dead.exists()
+
+
+def test_copies_for_a_checkpoint_are_mapped_files(tmp_path):
+    values = torch.arange(6.0)
+    copy = Staging(values.device, tmp_path).copy({"weights": [Piece("a", 0, values)]})
+    values.zero_()
+    assert copy["weights"]["a@0"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert f"{tmp_path}/copy-" in Path("/proc/self/maps").read_text()
+    assert not list(tmp_path.iterdir())
