@@ -97,16 +97,18 @@ def losses(ranks, config, resume=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_it_trains_and_resumes_as_without_offload(async_io, tmp_path, ranks):
+@pytest.mark.parametrize(("ranks", "precision"), [(1, "fp32"), (2, "fp32"), (2, "bf16")])
+def test_it_trains_and_resumes_as_without_offload(async_io, tmp_path, ranks, precision):
     disk = tmp_path / "disk"
     disk.mkdir()
-    plain, none = losses(ranks, configured(tmp_path / "plain", steps=4))
+    plain, none = losses(ranks, configured(tmp_path / "plain", steps=4, precision=precision))
     assert none == [0] * ranks and len(plain) == 4
-    found, counts = losses(ranks, configured(tmp_path / "nvme", on_nvme(disk), steps=2))
+    found, counts = losses(
+        ranks, configured(tmp_path / "nvme", on_nvme(disk), steps=2, precision=precision)
+    )
     assert min(counts) > 1
     assert found == pytest.approx(plain[:2], rel=1e-6)
-    again = configured(tmp_path / "nvme", on_nvme(disk), steps=4)
+    again = configured(tmp_path / "nvme", on_nvme(disk), steps=4, precision=precision)
     found, _ = losses(ranks, again, "auto")
     assert found == pytest.approx(plain, rel=1e-6)
 
