@@ -37,10 +37,15 @@ Kinds = Mapping[str, Sequence[Any]]  # of gradients.piece.Piece
 
 
 class Staging:
-    """Copies of pieces on the CPU, in memory that is kept from save to save."""
+    """Copies of pieces on the CPU, in memory that is kept from save to save.
 
-    def __init__(self, device: torch.device) -> None:
-        self._pinned, self._buffers = device.type == "cuda", dict[str, Tensor]()
+    Args:
+        folder: where the copies are files mapped into memory, which need not hold them all.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+        self._pinned, self._buffers = device.type == "cuda" and not folder, dict[str, Tensor]()
+        self._synchronized, self._folder = device.type == "cuda", folder
 
     @torch.no_grad()
     def copy(self, kinds: Kinds) -> dict[str, dict[str, Tensor]]:
@@ -49,7 +54,7 @@ class Staging:
             kind: {piece.key: self._copied(kind, piece.key, piece.values) for piece in pieces}
             for kind, pieces in kinds.items()
         }
-        if self._pinned:
+        if self._synchronized:
             torch.cuda.synchronize()
         return copies
 
@@ -57,9 +62,16 @@ class Staging:
         name = f"{kind} {key}"
         buffer = self._buffers.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (values.shape, values.dtype):
-            buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=self._pinned)
-            self._buffers[name] = buffer
+            buffer = self._buffers[name] = self._buffer(values)
         return buffer.copy_(values, non_blocking=True)
+
+    def _buffer(self, values: Tensor) -> Tensor:
+        if self._folder is None or not values.numel():
+            return torch.empty(values.shape, dtype=values.dtype, pin_memory=self._pinned)
+        file = str(self._folder / f"copy-{len(self._buffers)}-{secrets.token_hex(4)}")
+        mapped = torch.from_file(file, shared=True, size=values.numel(), dtype=values.dtype)
+        Path(file).unlink()  # what is mapped stays until it is let go
+        return mapped.view(values.shape)
 
 
 class Saver:
@@ -72,6 +84,8 @@ class Saver:
         keep_every: checkpoints of steps that this divides are kept too; 0: none.
         fence: asked by rank 0's thread before it changes what counts; raises LeaseLost when another
             process has taken the run over.
+        copies: a local folder for the copies that are being written, where main memory has no room
+            for them.
     """
 
     def __init__(
@@ -82,11 +96,12 @@ class Saver:
         keep: int,
         keep_every: int = 0,
         fence: Callable[[], None] = lambda: None,
+        copies: Path | None = None,
     ) -> None:
         self.folder, self._ranks = folder, ranks
         self._scratch = scratch / f"rank-{ranks.rank}"
         self._keep, self._keep_every, self._fence = keep, keep_every, fence
-        self._staging = Staging(ranks.device)
+        self._staging = Staging(ranks.device, copies)
         # All ranks make theirs in the same order; each has keys of its own in the common store.
         self._board, self._number = process_group.board(f"saver-{next(_SAVERS)}"), 0
         self._thread: threading.Thread | None = None

@@ -21,6 +21,7 @@ from dalle_dist.data.notes import Notes
 from dalle_dist.distributed import process_group
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.known_step import check_known_step
+from dalle_dist.engine.deepspeed.nvme_settings import claim_folder, on_nvme
 from dalle_dist.errors import UserError
 from dalle_dist.train.data import NAMED, Amiss
 from dalle_dist.train.opening import opening
@@ -106,6 +107,7 @@ class _Loop:
             self.settings.keep,
             self.settings.keep_every,
             run.fence,
+            claim_folder(self.settings.deepspeed) if on_nvme(self.settings.deepspeed) else None,
         )
         self.norm = LastNorm(run.path, self.settings.section)
         self.rollback = Rollback(stage.config.watch, run, ranks)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dalle_dist.checkpoint.convert import require_checkpoint
 from dalle_dist.config import Config
 from dalle_dist.distributed.process_group import Ranks
+from dalle_dist.engine.deepspeed.async_io import require_async_io
 from dalle_dist.errors import ConfigError
 from dalle_dist.train.stage import Stage, refuse_endless_warmup
 from dalle_dist.train.stop import refuse_stopped
@@ -26,6 +27,7 @@ def prepared(
     if resume is not None and resume != "auto":
         require_checkpoint(resume)
     refuse_endless_warmup(stage.settings)
+    require_async_io(stage.settings.section, stage.settings.deepspeed)
     if ranks.local_rank == 0:
         for dataset in stage.datasets:
             dataset.shards.require_files()

@@ -12,6 +12,7 @@ from dalle_dist.train.run import read_log
 from dalle_dist.train.transformer import train
 
 FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+TRAINED = [file for file in FILES if file.stem != "zero3_offload_nvme"]  # that by test_nvme.py
 SHORT = {"steps": 3, "eval_every": 3, "save_every": 3, "prompts": []}
 
 
@@ -37,7 +38,7 @@ def configured(folder, file, *overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", TRAINED, ids=lambda file: file.stem)
 def test_each_file_trains(tmp_path, file, plain):
     assert losses(configured(tmp_path, file)) == pytest.approx(plain, rel=1e-5)
 

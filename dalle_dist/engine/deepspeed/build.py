@@ -23,6 +23,7 @@ from dalle_dist.engine.deepspeed.engine import DeepSpeedEngine
 from dalle_dist.engine.deepspeed.first_weights import on_meta, sharded_weights, whole_weights
 from dalle_dist.engine.deepspeed.half_gather import keep_gathered_in_half
 from dalle_dist.engine.deepspeed.node_local import NodeLocal, broadcast_weights
+from dalle_dist.engine.deepspeed.nvme_settings import on_nvme, place_on_nvme
 from dalle_dist.engine.deepspeed.one_copy import keep_one_copy
 from dalle_dist.engine.deepspeed.scatter import scatter_large_ones_apart
 from dalle_dist.engine.deepspeed.settings import accumulation, check_together, deepspeed_config
@@ -87,6 +88,8 @@ def build_engine(
     _quieten()
     tree = deepspeed_config(settings, ranks.world)
     check_together(settings, parallel, tree)
+    if on_nvme(tree):
+        place_on_nvme(tree)
     groups = None
     if parallel.between_nodes != "zero":
         groups = node_groups(ranks, parallel.local_world_size or None)

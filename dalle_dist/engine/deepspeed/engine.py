@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dalle_dist.distributed.groups import Groups
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.engine.deepspeed.backward_sends import BackwardSends
+from dalle_dist.engine.deepspeed.nvme import swapped
 from dalle_dist.engine.deepspeed.owned_pieces import (
     clear_whole_gradients,
     owned_gradients,
@@ -171,6 +172,8 @@ class DeepSpeedEngine:
                 if parameter.grad is not None:
                     parameter.grad.zero_()
             return
+        if self.zero_stage == 3 and swapped(self._engine.optimizer):
+            return  # DeepSpeed has taken their norm as they came, and AdamW is told to `skip`
         for piece in self.gradients():
             piece.values.zero_()
         clear_whole_gradients(self._engine.optimizer)

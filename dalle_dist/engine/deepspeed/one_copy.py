@@ -23,7 +23,9 @@ def keep_one_copy(optimizer: Any) -> None:
         stage3.get_norm_dtype = lambda: torch.float32
     shards_flat = optimizer.fp16_partitioned_groups_flat
     for shard, master in zip(shards_flat, optimizer.fp32_partitioned_groups_flat, strict=True):
-        if shard is not None and shard.dtype == master.dtype and shard.device == master.device:
+        # Weights on NVMe have no elements in memory.
+        alike = shard is not None and shard.numel() == master.numel()
+        if alike and (shard.dtype, shard.device) == (master.dtype, master.device):
             master.data = shard.data
     optimizer.flatten = _flatten_views(optimizer.flatten)
 

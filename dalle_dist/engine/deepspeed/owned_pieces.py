@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dalle_dist.engine.deepspeed.nvme import mapped_weights
 from dalle_dist.engine.deepspeed.versions import TESTED, keeps_whole_gradients
 from dalle_dist.gradients.piece import Piece
 
@@ -52,8 +53,12 @@ def owned_weights(
     found: Found = []
     if stage == 0:
         found = [(name, 0, p.data.reshape(-1)) for name, p in optimized(module, optimizer)]
+    files = mapped_weights(optimizer) if stage == 3 else {}
     for name, parameter in module.named_parameters() if stage > 0 else ():
-        part = (_zero3_weight if stage == 3 else _zero12_weight)(parameter, shard_rank)
+        if stage == 3:
+            part = _zero3_weight(parameter, optimizer, files, shard_rank)
+        else:
+            part = _zero12_weight(parameter)
         if part is not None:
             found.append((name, *part))
     return [Piece(name, start, values.detach(), blocks.get(name)) for name, start, values in found]
@@ -146,16 +151,22 @@ def optimized(module: nn.Module, optimizer: Any) -> list[tuple[str, Tensor]]:
     return [(name, by_id[id(p)]) for name, p in named]
 
 
-def _zero12_weight(parameter: Any, shard_rank: int) -> tuple[int, Tensor] | None:
+def _zero12_weight(parameter: Any) -> tuple[int, Tensor] | None:
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
     return mapping.lp_fragment_address.start, mapping.get_hp_fragment().view(-1)
 
 
-def _zero3_weight(parameter: Any, shard_rank: int) -> tuple[int, Tensor] | None:
+def _zero3_weight(
+    parameter: Any, optimizer: Any, files: Mapping[int, Tensor], shard_rank: int
+) -> tuple[int, Tensor] | None:
     from deepspeed.utils import safe_get_local_fp32_param
 
+    if files:
+        number, offset, numel = optimizer.grad_position[parameter.ds_id]
+        if number in files:
+            return _zero3_part(parameter, files[number].narrow(0, offset, numel), shard_rank)
     return _zero3_part(parameter, safe_get_local_fp32_param(parameter), shard_rank)
 
 

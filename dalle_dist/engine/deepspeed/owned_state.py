@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dalle_dist.engine.deepspeed.nvme import mapped_moments, swapped, weights_from_files
 from dalle_dist.engine.deepspeed.owned_pieces import optimized, owned_weights
 from dalle_dist.engine.interface import MEAN, STATE, VARIANCE, WEIGHTS
 from dalle_dist.gradients.piece import Piece, share
@@ -42,7 +43,7 @@ class OwnedState:
             }
         else:
             weights = owned_weights(module, engine.optimizer, stage, shard_rank, blocks)
-            self.pieces = {WEIGHTS: weights} | self._moments(weights)
+            self.pieces = {WEIGHTS: weights} | self._moments(module, weights)
 
     def _whole(self, named: list[tuple[str, Tensor]]) -> dict[str, list[tuple[str, Tensor]]]:
         groups = {id(p): group for group in self._adamw.param_groups for p in group["params"]}
@@ -58,12 +59,22 @@ class OwnedState:
         self._copies.append((tensor, copy))
         return copy
 
-    def _moments(self, weights: list[Piece]) -> dict[str, list[Piece]]:
+    def _moments(self, module: nn.Module, weights: list[Piece]) -> dict[str, list[Piece]]:
         found: dict[str, list[Piece]] = {MEAN: [], VARIANCE: []}
-        flats = self._flats()
+        flats, optimizer = self._flats(), self._engine.optimizer
+        named: dict[str, Any] = {}
+        on_nvme: dict[int, dict[str, Tensor]] = {}
+        if self._stage == 3:
+            named, on_nvme = dict(module.named_parameters()), mapped_moments(optimizer, self._adamw)
         for piece in weights:
-            flat, group, offset = _holder(piece, flats)
-            state = self._adamw.state_of(flat, group)
+            number, offset = -1, 0
+            if on_nvme:
+                number, offset, _ = optimizer.grad_position[named[piece.name].ds_id]
+            if number in on_nvme:
+                state = on_nvme[number]
+            else:
+                flat, group, offset = _holder(piece, flats)
+                state = self._adamw.state_of(flat, group)
             for kind, pieces in found.items():
                 values = state[kind].view(-1)[offset : offset + piece.values.numel()]
                 pieces.append(Piece(piece.name, piece.start, values, piece.block))
@@ -86,8 +97,12 @@ class OwnedState:
             tensor.copy_(copy.view(tensor.shape))
         optimizer = self._engine.optimizer
         if self._stage == 3:
+            on_nvme = swapped(optimizer)
             for number in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(number)
+                if number in on_nvme:
+                    weights_from_files(optimizer, number)
+                else:
+                    optimizer._reassign_or_swap_out_partitioned_parameters(number)
             if optimizer.persistent_parameters:  # those are whole on every rank all the time
                 optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from dalle_dist.config import ParallelConfig, StageConfig
+from dalle_dist.engine.deepspeed.nvme_settings import check_nvme
 from dalle_dist.errors import ConfigError
 
 # `scheduler` has no equal in our config: a plateau schedule cannot be said in DeepSpeed's terms.
@@ -59,6 +60,7 @@ def deepspeed_config(stage: StageConfig, world: int) -> dict[str, Any]:
     file, tree = f"{stage.section}.deepspeed", copy.deepcopy(stage.deepspeed)
     _refuse_foreign(stage, file, tree)
     _check_optimizer(stage, file, tree)
+    check_nvme(stage, tree)
     tree.pop("optimizer", None)
     for key, (option, value) in _ours(stage, world).items():
         _merge(file, tree, key, option, value)

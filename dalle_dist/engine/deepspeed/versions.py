@@ -110,7 +110,8 @@ def require_names(engine: Any, stage: int, scaled: bool) -> None:
         require(optimizer, "optimizer", "fp16_groups", "persistent_parameters",
                 "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat",
                 "sub_group_to_group_id", "partition_grads", "flatten",
-                "_reassign_or_swap_out_partitioned_parameters")  # fmt: skip
+                "_reassign_or_swap_out_partitioned_parameters",
+                "_swappable_optimizer_subgroup")  # fmt: skip
     elif stage > 0:
         require(optimizer, "optimizer", "update_lp_params")
     for parameter in engine.module.parameters():
