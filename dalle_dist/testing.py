@@ -29,7 +29,7 @@ def run_distributed(
     `fn` must be a module-level function; `args` and results are pickled. Fails with the tracebacks
     of all ranks when one raises, dies, or the time (seconds) runs out.
     """
-    context = _fork_server()
+    context = fork_server()
     # Kept here, as torchrun does: a port that was only looked up could be taken before it is used.
     store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     ends, processes = [], []
@@ -53,7 +53,7 @@ def run_distributed(
     return [outcomes[rank][1] for rank in range(world)]
 
 
-def _fork_server() -> ForkServerContext:
+def fork_server() -> ForkServerContext:
     """A server that has imported the slow packages once forks each rank in milliseconds."""
     context = multiprocessing.get_context("forkserver")
     # The compiler comes with the first optimizer that is made, and takes longer than all the rest.

@@ -232,8 +232,10 @@ def _meet_by_mpi(info: LaunchInfo) -> tuple[LaunchInfo, Any]:
     here = (_names_of_this_node(one_node), store.port) if store is not None else None
     names, port = world.bcast(here, root=0)
     address = names[0] if rank == 0 else reachable(names, port)
+    # Open MPI numbers the ranks of a node in an order of its own, and DeepSpeed insists on that.
+    local_rank = int(os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", node.Get_rank()))
     info = LaunchInfo(
-        info.launcher, rank, node.Get_rank(), world.Get_size(), node.Get_size(), address, port
+        info.launcher, rank, local_rank, world.Get_size(), node.Get_size(), address, port
     )
     return info, meet(info, store)
 

@@ -15,13 +15,13 @@ from dalle_dist.train.run import read_log
 BIN = Path(sys.executable).parent
 MODULE = ["--module", "dalle_dist"]
 SINGLE = [sys.executable, "-m", "dalle_dist"]
+MPIRUN = [str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n"]
 LAUNCHERS = {
     "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", *MODULE],
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", *MODULE],
-    "mpirun": [
-        str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-n", "2", *SINGLE,
-    ],
-}  # fmt: skip
+    "mpirun": [*MPIRUN, "2", *SINGLE],
+    "mpirun of four": [*MPIRUN, "4", *SINGLE],
+}
 
 
 def _start(command, folder, name):
@@ -55,7 +55,8 @@ def alone(tmp_path_factory):
 def test_every_launcher_gives_the_losses_of_a_single_process(alone, launcher):
     folder, expected = alone
     processes = [_start(LAUNCHERS[launcher], folder, launcher)]
-    assert_two_ranks_have(expected, processes, folder / launcher)
+    ranks = 4 if "four" in launcher else 2
+    assert_ranks_have(expected, processes, folder / launcher, ranks)
 
 
 @pytest.mark.slow
@@ -66,13 +67,13 @@ def test_deepspeed_on_each_node_of_a_hostfile(alone):
     meeting = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     nodes = ["deepspeed", "--hostfile", "hosts", "--no_ssh", *meeting, "--node_rank"]
     processes = [_start([*nodes, str(node), *MODULE], folder, "hostfile") for node in (0, 1)]
-    assert_two_ranks_have(expected, processes, folder / "hostfile")
+    assert_ranks_have(expected, processes, folder / "hostfile", 2)
 
 
-def assert_two_ranks_have(expected, processes, run):
+def assert_ranks_have(expected, processes, run, ranks):
     found = _losses(processes, run)
     manifest = run / "checkpoints" / "step-00000004" / "manifest.json"
-    assert json.loads(manifest.read_text())["layout"]["ranks"] == 2
+    assert json.loads(manifest.read_text())["layout"]["ranks"] == ranks
     assert len(found) == 4
     assert found == pytest.approx(expected, rel=1e-5)
     assert found[-1] < found[0]

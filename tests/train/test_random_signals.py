@@ -1,0 +1,157 @@
+"""A run that gets signals at random moments: no damaged checkpoint, no ranks at different steps.
+
+Each start of two ranks gets one, to one rank or to both, from before they meet until they have
+saved; SIGKILL among them. SIGNALS=500 looks closer.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+from dalle_dist.checkpoint import store
+from dalle_dist.distributed.meeting import free_port
+from dalle_dist.errors import HUNG
+from dalle_dist.testing import fork_server
+from dalle_dist.train.run import read_log
+
+SIGNALS = int(os.environ.get("SIGNALS", "50"))
+STEPS = 5_000  # more than these starts can do: each is cut off
+STOPS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+KINDS = (*STOPS, signal.SIGKILL)
+
+
+def rank_main(rank, port, config, folder):
+    """`dalle-dist train`, which notes the samples of each of its steps."""
+    from dalle_dist.cli import program
+    from dalle_dist.train import transformer
+
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
+    )  # fmt: skip
+    said = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    notes, loss = folder / f"{rank}.jsonl", transformer.TransformerStage.loss
+
+    def noted(self, engine, micro_batch, counts, step):
+        samples = [(row[0], row[-1]) for row in micro_batch.codes.tolist()]
+        with notes.open("a") as file:
+            file.write(json.dumps([step, samples]) + "\n")
+        return loss(self, engine, micro_batch, counts, step)
+
+    transformer.TransformerStage.loss = noted
+    sys.argv = ["dalle-dist", "train", config, "--resume", "auto"]
+    program()
+
+
+class Starts:
+    """Starts of one run."""
+
+    def __init__(self, folder):
+        config = tiny_run.make(
+            folder, steps=STEPS, save_every=7, eval_every=STEPS, sample_every=0, prompts=[],
+            zero_stage=2,
+        )  # fmt: skip
+        self.run, self.folder = Path(config.paths.run), folder
+        self.checkpoints = str(self.run / "checkpoints")
+        self.path = tiny_run.write_config(config, folder / "config.yaml")
+
+    def start(self):
+        port, context = free_port(), fork_server()
+        ranks = [
+            context.Process(target=rank_main, args=(rank, port, self.path, self.folder))
+            for rank in (0, 1)
+        ]
+        for rank in ranks:
+            rank.start()
+        return ranks
+
+    def steps(self, rank):
+        """(step, its samples) of a rank in the order in which it did them, again or not."""
+        file = self.folder / f"{rank}.jsonl"
+        lines = file.read_text().splitlines(True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def sizes(self):
+        files = [self.folder / f"{rank}.jsonl" for rank in (0, 1)]
+        return [file.stat().st_size if file.exists() else 0 for file in files]
+
+    def said(self):
+        return [(self.folder / f"said-{rank}").read_text() for rank in (0, 1)]
+
+
+def disturbed(starts, draw):
+    """One start that gets one signal; which, and the exit statuses."""
+    before, ranks, kind = starts.sizes(), starts.start(), draw.choice(KINDS)
+    trains, pause = draw.random() < 0.8, draw.uniform(0, 1.5)
+    while trains and starts.sizes() == before and all(rank.is_alive() for rank in ranks):
+        time.sleep(0.01)
+    time.sleep(pause)
+    for rank in draw.choice((ranks, ranks[:1], ranks[1:])):
+        os.kill(rank.pid, kind)
+    late = await_end(ranks)
+    assert not late, f"{kind.name}: no end of {late}: {starts.said()}"
+    return kind, [rank.exitcode for rank in ranks]
+
+
+def await_end(ranks):
+    """Numbers of the ranks that do not end by themselves, and are killed.
+
+    As launchers do, those that still wait for one that is dead by now are sent SIGTERM after a
+    while: before ranks have met, nobody can tell them.
+    """
+    for seconds, end in ((30, "terminate"), (60, "kill")):
+        deadline = time.monotonic() + seconds
+        for rank in ranks:
+            rank.join(max(0.0, deadline - time.monotonic()))
+        late = [number for number, rank in enumerate(ranks) if rank.is_alive()]
+        for number in late:
+            getattr(ranks[number], end)()
+    return late
+
+
+@pytest.mark.slow
+def test_signals_at_random_moments(tmp_path):
+    starts, draw, stopped = Starts(tmp_path), random.Random(0), 0
+    for number in range(SIGNALS):
+        kind, statuses = disturbed(starts, draw)
+        said = starts.said()
+        about = f"start {number}, {kind.name}, {statuses}: {said}"
+        passed_over = []
+        store.newest(starts.checkpoints, say=passed_over.append)
+        assert passed_over == [], about
+        assert set(statuses) <= {0, HUNG, 130, -kind, -signal.SIGTERM}, about
+        assert "Traceback" not in "".join(said), about
+        if 0 in statuses:
+            stopped += 1
+            assert_both_stopped_at_one_step(starts, statuses, about)
+    assert stopped >= SIGNALS // 3, "most signals but SIGKILL stop a run in good order"
+    assert_each_step_had_the_same_samples(starts)
+    logged = [line["step"] for line in read_log(starts.run) if "loss" in line]
+    assert logged == list(range(1, len(logged) + 1)), "each step once"
+
+
+def assert_both_stopped_at_one_step(starts, statuses, about):
+    assert statuses == [0, 0], about
+    first, second = (starts.steps(rank)[-1][0] for rank in (0, 1))
+    assert first == second, about
+    assert f"stopped at step {first};" in starts.said()[0], about
+    assert store.steps(starts.checkpoints)[-1] == first, about
+
+
+def assert_each_step_had_the_same_samples(starts):
+    for rank in (0, 1):
+        found = defaultdict(set)
+        for step, samples in starts.steps(rank):
+            found[step].add(json.dumps(samples))
+        # A step has two micro-batches, each noted by itself.
+        assert all(len(samples) <= 2 for samples in found.values())
