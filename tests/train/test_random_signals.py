@@ -37,9 +37,6 @@ def rank_main(rank, port, config, folder):
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
     )  # fmt: skip
-    said = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
     notes, loss = folder / f"{rank}.jsonl", transformer.TransformerStage.loss
 
     def noted(self, engine, micro_batch, counts, step):
@@ -50,7 +47,15 @@ def rank_main(rank, port, config, folder):
 
     transformer.TransformerStage.loss = noted
     sys.argv = ["dalle-dist", "train", config, "--resume", "auto"]
+    said = os.open(said_by(rank, folder), os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
     program()
+
+
+def said_by(rank, folder):
+    """The file is there as soon as the program begins: an import can swallow an interrupt."""
+    return folder / f"said-{rank}"
 
 
 class Starts:
@@ -71,8 +76,11 @@ class Starts:
             context.Process(target=rank_main, args=(rank, port, self.path, self.folder))
             for rank in (0, 1)
         ]
-        for rank in ranks:
+        for number, rank in enumerate(ranks):
+            said_by(number, self.folder).unlink(missing_ok=True)
             rank.start()
+        while not all(said_by(number, self.folder).exists() for number in (0, 1)):
+            time.sleep(0.01)
         return ranks
 
     def steps(self, rank):
@@ -86,7 +94,7 @@ class Starts:
         return [file.stat().st_size if file.exists() else 0 for file in files]
 
     def said(self):
-        return [(self.folder / f"said-{rank}").read_text() for rank in (0, 1)]
+        return [said_by(rank, self.folder).read_text() for rank in (0, 1)]
 
 
 def disturbed(starts, draw):
