@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
+from safetensors.torch import load_file
 
 from dalle_dist.checkpoint.save import Staging
 from dalle_dist.config import from_dict, load
@@ -23,11 +25,14 @@ from dalle_dist.gradients.piece import Piece
 from dalle_dist.testing import run_distributed
 from dalle_dist.train.run import read_log
 from dalle_dist.train.transformer import train
+from dalle_dist.transformer.loss_model import LossTransformer
 
 FILE = Path(__file__).parents[2] / "ds_configs" / "zero3_offload_nvme.json"
 KEYS = json.loads(FILE.read_text())
 # Wide enough for sub-groups of more than 1 MiB on each of two ranks: DeepSpeed keeps others.
 WIDE = ("transformer.width=256", "transformer.heads=4")
+
+MICRO_BATCHES = 2  # of a step of tiny_run on each of two ranks
 
 
 def keys_on(folder, **offload):
@@ -90,10 +95,27 @@ def _train(ranks, config, resume):
     return counts[-1]
 
 
-def losses(ranks, config, resume=None):
+def _train_spoiled(ranks, config, resume):
+    """Of rank 1 the gradients of step 2 are no numbers, and in step 3 the loss alone is none."""
+    forward, done = LossTransformer.forward, 0
+
+    def spoiled(self, *inputs):
+        nonlocal done
+        found = forward(self, *inputs)
+        if not self.training or ranks.rank == 0:
+            return found
+        step, done = done // MICRO_BATCHES + 1, done + 1
+        return found * torch.nan if step == 2 else found + torch.nan if step == 3 else found
+
+    LossTransformer.forward = spoiled
+    return _train(ranks, config, resume)
+
+
+def losses(ranks, config, resume=None, train=_train):
     """Of a run, and how many sub-groups of each rank were on NVMe."""
-    counts = run_distributed(_train, ranks, config, resume, timeout=240)
-    return [line["loss"] for line in read_log(config.paths.run) if "loss" in line], counts
+    counts = run_distributed(train, ranks, config, resume, timeout=240)
+    logged = [line["loss"] for line in read_log(config.paths.run) if "loss" in line]
+    return [math.nan if loss is None else loss for loss in logged], counts  # of skipped steps
 
 
 @pytest.mark.slow
@@ -111,6 +133,26 @@ def test_it_trains_and_resumes_as_without_offload(async_io, tmp_path, ranks, pre
     again = configured(tmp_path / "nvme", on_nvme(disk), steps=4, precision=precision)
     found, _ = losses(ranks, again, "auto")
     assert found == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_skipped_steps_leave_what_they_leave_without_offload(async_io, tmp_path):
+    wider = ("transformer.width=512", "transformer.heads=8")  # gradients of 1 MiB go to files too
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    configs = [
+        configured(tmp_path / name, *keys, *wider, steps=5, save_every=5)
+        for name, keys in (("plain", []), ("nvme", [on_nvme(disk)]))
+    ]
+    (plain, _), (found, counts) = (losses(2, config, train=_train_spoiled) for config in configs)
+    assert min(counts) > 1
+    assert [math.isnan(loss) for loss in plain] == [False, True, True, False, False]
+    assert found == pytest.approx(plain, rel=1e-6, nan_ok=True)
+    saved, same = (Path(config.paths.run) / "checkpoints" / "step-00000005" for config in configs)
+    files = sorted(saved.glob("*.safetensors"))
+    assert len(files) > 6
+    for file in files:
+        torch.testing.assert_close(load_file(same / file.name), load_file(file))
 
 
 SETTINGS = from_dict({"train": {"zero_stage": 3, "moments": "fp32", "precision": "fp32"}}).train
