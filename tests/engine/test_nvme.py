@@ -1,6 +1,8 @@
 """ZeRO-3 with the optimizer's state on NVMe: trains, saves and resumes as without offload."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import math
 import os
@@ -20,7 +22,7 @@ from dalle_dist.engine.deepspeed.async_io import require_async_io
 from dalle_dist.engine.deepspeed.nvme import swapped
 from dalle_dist.engine.deepspeed.nvme_settings import check_nvme, claim_folder
 from dalle_dist.engine.deepspeed.settings import deepspeed_config
-from dalle_dist.errors import ConfigError
+from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.gradients.piece import Piece
 from dalle_dist.testing import run_distributed
 from dalle_dist.train.run import read_log
@@ -200,6 +202,14 @@ def test_a_failed_compilation_is_one_line_and_a_lock_left_behind_goes(tmp_path, 
     assert not left.exists()
 
 
+def test_gpus_without_the_cuda_toolkit_are_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    with pytest.raises(ConfigError, match="no CUDA toolkit is found"):
+        require_async_io("train", keys_on(tmp_path))
+
+
 def test_an_untested_deepspeed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("deepspeed.__version__", "0.18.9")
     with pytest.raises(ConfigError, match="install that, or offload to cpu"):
@@ -208,10 +218,21 @@ def test_an_untested_deepspeed_is_refused(tmp_path, monkeypatch):
 
 def test_folders_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     mine = claim_folder(keys_on(tmp_path))
-    dead = tmp_path / "dalle-dist-dead"
+    dead, foreign = tmp_path / f"dalle-dist-{os.getuid()}-dead", tmp_path / "dalle-dist-others"
     dead.mkdir()
+    foreign.mkdir()
     other = claim_folder(keys_on(tmp_path))
-    assert mine.is_dir() and other.is_dir() and mine != other and not dead.exists()
+    assert mine.is_dir() and other.is_dir() and mine != other
+    assert foreign.is_dir() and not dead.exists()
+
+
+def test_where_there_are_no_locks_no_folder_goes(tmp_path, monkeypatch):
+    def none(descriptor, operation):
+        raise OSError(errno.ENOSYS, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    folders = [claim_folder(keys_on(tmp_path)) for _ in range(3)]
+    assert len({folder for folder in folders if folder.is_dir()}) == 3
 
 
 def test_copies_for_a_checkpoint_are_mapped_files(tmp_path):
@@ -220,4 +241,14 @@ def test_copies_for_a_checkpoint_are_mapped_files(tmp_path):
     values.zero_()
     assert copy["weights"]["a@0"].tolist() == [0, 1, 2, 3, 4, 5]
     assert f"{tmp_path}/copy-" in Path("/proc/self/maps").read_text()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_without_room_is_one_line(tmp_path, monkeypatch):
+    def full(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CheckpointError, match=r"no room for 24 bytes .*No space left"):
+        Staging(torch.device("cpu"), tmp_path).copy({"weights": [Piece("a", 0, torch.ones(6))]})
     assert not list(tmp_path.iterdir())
