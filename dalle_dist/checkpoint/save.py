@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import secrets
 import shutil
 import threading
@@ -68,10 +69,30 @@ class Staging:
     def _buffer(self, values: Tensor) -> Tensor:
         if self._folder is None or not values.numel():
             return torch.empty(values.shape, dtype=values.dtype, pin_memory=self._pinned)
-        file = str(self._folder / f"copy-{len(self._buffers)}-{secrets.token_hex(4)}")
-        mapped = torch.from_file(file, shared=True, size=values.numel(), dtype=values.dtype)
-        Path(file).unlink()  # what is mapped stays until it is let go
+        file = self._folder / f"copy-{len(self._buffers)}-{secrets.token_hex(4)}"
+        try:
+            _reserve(file, values.nbytes)
+            mapped = torch.from_file(
+                str(file), shared=True, size=values.numel(), dtype=values.dtype
+            )
+        finally:
+            file.unlink(missing_ok=True)  # what is mapped stays until it is let go
         return mapped.view(values.shape)
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Make a file of so many bytes: a write to mapped memory that finds no room kills the process.
+
+    Raises CheckpointError: there is no room.
+    """
+    try:
+        with file.open("wb") as opened:
+            os.posix_fallocate(opened.fileno(), 0, size)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file.parent}: no room for {size:,} bytes of the copy that a checkpoint is written "
+            f"from ({error.strerror}); free space there"
+        ) from error
 
 
 class Saver:

@@ -1,7 +1,10 @@
 """ZeRO-3 with the optimizer's state on NVMe: trains, saves and resumes as without offload."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
+from safetensors.torch import load_file
 
 from dalle_dist.checkpoint.save import Staging
 from dalle_dist.config import from_dict, load
@@ -18,16 +22,19 @@ from dalle_dist.engine.deepspeed.async_io import require_async_io
 from dalle_dist.engine.deepspeed.nvme import swapped
 from dalle_dist.engine.deepspeed.nvme_settings import check_nvme, claim_folder
 from dalle_dist.engine.deepspeed.settings import deepspeed_config
-from dalle_dist.errors import ConfigError
+from dalle_dist.errors import CheckpointError, ConfigError
 from dalle_dist.gradients.piece import Piece
 from dalle_dist.testing import run_distributed
 from dalle_dist.train.run import read_log
 from dalle_dist.train.transformer import train
+from dalle_dist.transformer.loss_model import LossTransformer
 
 FILE = Path(__file__).parents[2] / "ds_configs" / "zero3_offload_nvme.json"
 KEYS = json.loads(FILE.read_text())
 # Wide enough for sub-groups of more than 1 MiB on each of two ranks: DeepSpeed keeps others.
 WIDE = ("transformer.width=256", "transformer.heads=4")
+
+MICRO_BATCHES = 2  # of a step of tiny_run on each of two ranks
 
 
 def keys_on(folder, **offload):
@@ -90,10 +97,27 @@ def _train(ranks, config, resume):
     return counts[-1]
 
 
-def losses(ranks, config, resume=None):
+def _train_spoiled(ranks, config, resume):
+    """Of rank 1 the gradients of step 2 are no numbers, and in step 3 the loss alone is none."""
+    forward, done = LossTransformer.forward, 0
+
+    def spoiled(self, *inputs):
+        nonlocal done
+        found = forward(self, *inputs)
+        if not self.training or ranks.rank == 0:
+            return found
+        step, done = done // MICRO_BATCHES + 1, done + 1
+        return found * torch.nan if step == 2 else found + torch.nan if step == 3 else found
+
+    LossTransformer.forward = spoiled
+    return _train(ranks, config, resume)
+
+
+def losses(ranks, config, resume=None, train=_train):
     """Of a run, and how many sub-groups of each rank were on NVMe."""
-    counts = run_distributed(_train, ranks, config, resume, timeout=240)
-    return [line["loss"] for line in read_log(config.paths.run) if "loss" in line], counts
+    counts = run_distributed(train, ranks, config, resume, timeout=240)
+    logged = [line["loss"] for line in read_log(config.paths.run) if "loss" in line]
+    return [math.nan if loss is None else loss for loss in logged], counts  # of skipped steps
 
 
 @pytest.mark.slow
@@ -111,6 +135,26 @@ def test_it_trains_and_resumes_as_without_offload(async_io, tmp_path, ranks, pre
     again = configured(tmp_path / "nvme", on_nvme(disk), steps=4, precision=precision)
     found, _ = losses(ranks, again, "auto")
     assert found == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_skipped_steps_leave_what_they_leave_without_offload(async_io, tmp_path):
+    wider = ("transformer.width=512", "transformer.heads=8")  # gradients of 1 MiB go to files too
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    configs = [
+        configured(tmp_path / name, *keys, *wider, steps=5, save_every=5)
+        for name, keys in (("plain", []), ("nvme", [on_nvme(disk)]))
+    ]
+    (plain, _), (found, counts) = (losses(2, config, train=_train_spoiled) for config in configs)
+    assert min(counts) > 1
+    assert [math.isnan(loss) for loss in plain] == [False, True, True, False, False]
+    assert found == pytest.approx(plain, rel=1e-6, nan_ok=True)
+    saved, same = (Path(config.paths.run) / "checkpoints" / "step-00000005" for config in configs)
+    files = sorted(saved.glob("*.safetensors"))
+    assert len(files) > 6
+    for file in files:
+        torch.testing.assert_close(load_file(same / file.name), load_file(file))
 
 
 SETTINGS = from_dict({"train": {"zero_stage": 3, "moments": "fp32", "precision": "fp32"}}).train
@@ -158,6 +202,14 @@ def test_a_failed_compilation_is_one_line_and_a_lock_left_behind_goes(tmp_path, 
     assert not left.exists()
 
 
+def test_gpus_without_the_cuda_toolkit_are_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    with pytest.raises(ConfigError, match="no CUDA toolkit is found"):
+        require_async_io("train", keys_on(tmp_path))
+
+
 def test_an_untested_deepspeed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("deepspeed.__version__", "0.18.9")
     with pytest.raises(ConfigError, match="install that, or offload to cpu"):
@@ -166,10 +218,21 @@ def test_an_untested_deepspeed_is_refused(tmp_path, monkeypatch):
 
 def test_folders_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
     mine = claim_folder(keys_on(tmp_path))
-    dead = tmp_path / "dalle-dist-dead"
+    dead, foreign = tmp_path / f"dalle-dist-{os.getuid()}-dead", tmp_path / "dalle-dist-others"
     dead.mkdir()
+    foreign.mkdir()
     other = claim_folder(keys_on(tmp_path))
-    assert mine.is_dir() and other.is_dir() and mine != other and not dead.exists()
+    assert mine.is_dir() and other.is_dir() and mine != other
+    assert foreign.is_dir() and not dead.exists()
+
+
+def test_where_there_are_no_locks_no_folder_goes(tmp_path, monkeypatch):
+    def none(descriptor, operation):
+        raise OSError(errno.ENOSYS, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    folders = [claim_folder(keys_on(tmp_path)) for _ in range(3)]
+    assert len({folder for folder in folders if folder.is_dir()}) == 3
 
 
 def test_copies_for_a_checkpoint_are_mapped_files(tmp_path):
@@ -178,4 +241,14 @@ def test_copies_for_a_checkpoint_are_mapped_files(tmp_path):
     values.zero_()
     assert copy["weights"]["a@0"].tolist() == [0, 1, 2, 3, 4, 5]
     assert f"{tmp_path}/copy-" in Path("/proc/self/maps").read_text()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_without_room_is_one_line(tmp_path, monkeypatch):
+    def full(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CheckpointError, match=r"no room for 24 bytes .*No space left"):
+        Staging(torch.device("cpu"), tmp_path).copy({"weights": [Piece("a", 0, torch.ones(6))]})
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dalle_dist.engine.deepspeed.nvme_settings import check_folder, on_nvme
 from dalle_dist.engine.deepspeed.versions import ANY_VERSION, TESTED
 from dalle_dist.errors import ConfigError
@@ -25,8 +27,9 @@ def require_async_io(section: str, deepspeed: dict[str, Any]) -> None:
     Takes minutes the first time on a machine; then it lies in $TORCH_EXTENSIONS_DIR, or in
     ~/.cache/torch_extensions.
 
-    Raises ConfigError: libaio, a compiler or something else that it needs is missing, or the folder
-    on NVMe is, or this DeepSpeed is not the one that offload to NVMe is tested with.
+    Raises ConfigError: libaio, a compiler, the CUDA toolkit or something else that it needs is
+    missing, or the folder on NVMe is, or this DeepSpeed is not the one that offload to NVMe is
+    tested with.
     """
     if not on_nvme(deepspeed):
         return
@@ -45,13 +48,23 @@ def require_async_io(section: str, deepspeed: dict[str, Any]) -> None:
         with locked(folder / "dalle-dist.lock"):
             for lock in (lock for name in _NAMES for lock in folder.glob(f"**/{name}/lock")):
                 lock.unlink()
+            _require_cuda()
             AsyncIOBuilder().load(verbose=False)
     except (RuntimeError, ImportError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"{section}.deepspeed: offload to nvme needs DeepSpeed's async_io, which does not "
-            f"compile here ({reason}); install libaio-dev, g++ and ninja, or offload to cpu"
+            f"compile here ({reason}); install libaio-dev, g++, ninja and, for GPUs, the CUDA "
+            "toolkit, or offload to cpu"
         ) from error
+
+
+def _require_cuda() -> None:
+    """DeepSpeed looks for the toolkit's headers without asking whether it is there."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.cuda.is_available() and torch.version.hip is None and CUDA_HOME is None:
+        raise OSError("no CUDA toolkit is found; where it is, CUDA_HOME must say")
 
 
 def _extensions() -> Path:

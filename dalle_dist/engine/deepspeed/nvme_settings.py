@@ -16,7 +16,7 @@ from dalle_dist.storage.locks import locked, take
 
 NVME = "nvme"
 _KEYS = {"device", "nvme_path", "pin_memory"}
-_PREFIX = "dalle-dist-"
+_PREFIX = f"dalle-dist-{os.getuid()}-"  # users cannot remove, nor lock, one another's
 _claimed: list[int] = []  # descriptors, open for as long as this process lives
 
 
@@ -64,18 +64,19 @@ def check_folder(section: str, tree: dict[str, Any]) -> None:
 def claim_folder(tree: dict[str, Any]) -> Path:
     """A new folder of this process in `nvme_path`, for as long as it lives.
 
-    Those of processes that were killed are removed: they left their files, but no lock.
+    This user's of processes that were killed are removed: they left their files, but no lock.
     """
     parent = _nvme_path(tree)
     with locked(parent / f"{_PREFIX}lock"):  # no other process sees a folder before its lock
-        for old in parent.glob(f"{_PREFIX}*/"):
-            _remove_abandoned(old)
-        folder = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         descriptor = os.open(folder, os.O_RDONLY)
         take(descriptor, fcntl.LOCK_EX)
+        if not _unlocked(folder):  # else locks say nothing here of who lives
+            for other in filter(_unlocked, parent.glob(f"{_PREFIX}*/")):
+                shutil.rmtree(other, ignore_errors=True)
     _claimed.append(descriptor)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    return folder
 
 
 def place_on_nvme(tree: dict[str, Any]) -> None:
@@ -87,14 +88,13 @@ def _nvme_path(tree: dict[str, Any]) -> Path:
     return Path(str(tree["zero_optimization"]["offload_optimizer"].get("nvme_path", "")))
 
 
-def _remove_abandoned(folder: Path) -> None:
+def _unlocked(folder: Path) -> bool:
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # another process ended and took it away, or it is another user's
-        return
+    except OSError:  # another process ended and took it away
+        return False
     try:
-        if take(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            shutil.rmtree(folder, ignore_errors=True)
+        return take(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(descriptor)
 

@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from dalle_dist.engine.deepspeed.nvme import swapped
 from dalle_dist.errors import ConfigError
 
 # By `make test-deepspeed-matrix`, each in all that it is not refused for.
@@ -112,6 +113,8 @@ def require_names(engine: Any, stage: int, scaled: bool) -> None:
                 "sub_group_to_group_id", "partition_grads", "flatten",
                 "_reassign_or_swap_out_partitioned_parameters",
                 "_swappable_optimizer_subgroup")  # fmt: skip
+        if swapped(optimizer):
+            _require_swapper(optimizer)
     elif stage > 0:
         require(optimizer, "optimizer", "update_lp_params")
     for parameter in engine.module.parameters():
@@ -160,6 +163,14 @@ def wait_for_all_gathers(version: str, device: str) -> None:
 
     gather_and_wait.waits = True  # type: ignore[attr-defined]
     comm.all_gather_into_tensor = gather_and_wait
+
+
+def _require_swapper(optimizer: Any) -> None:
+    require(optimizer, "optimizer", "grad_position", "optimizer_swapper",
+            "fp16_partitioned_groups_flat_numel")  # fmt: skip
+    require(optimizer.optimizer_swapper, "optimizer_swapper", "swap_folder",
+            "swap_in_optimizer_state", "swap_out_optimizer_state",
+            "release_swap_buffers")  # fmt: skip
 
 
 def _require_mapping(parameter: Any) -> None:
