@@ -185,7 +185,9 @@ def test_a_folder_that_is_missing_is_said(tmp_path):
         require_async_io("train", keys_on(tmp_path / "missing"))
 
 
-def test_a_failed_compilation_is_one_line_and_a_lock_left_behind_goes(tmp_path, monkeypatch):
+def test_a_failed_compilation_is_one_line_and_a_lock_left_behind_goes(
+    tmp_path, monkeypatch, capsys
+):
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     def fail(self, verbose):
@@ -199,6 +201,7 @@ def test_a_failed_compilation_is_one_line_and_a_lock_left_behind_goes(tmp_path, 
     with pytest.raises(ConfigError, match="install libaio-dev") as caught:
         require_async_io("train", keys_on(tmp_path))
     assert "Error building" in str(caught.value) and "\n" not in str(caught.value)
+    assert "is being compiled" in capsys.readouterr().out
     assert not left.exists()
 
 

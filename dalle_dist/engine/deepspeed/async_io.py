@@ -49,6 +49,8 @@ def require_async_io(section: str, deepspeed: dict[str, Any]) -> None:
             for lock in (lock for name in _NAMES for lock in folder.glob(f"**/{name}/lock")):
                 lock.unlink()
             _require_cuda()
+            if not any(folder.glob("**/async_io/async_io.so")):
+                print("DeepSpeed's async_io is being compiled: some minutes, once", flush=True)
             AsyncIOBuilder().load(verbose=False)
     except (RuntimeError, ImportError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
