@@ -6,6 +6,7 @@ on CPUs (also forced by DS_ACCELERATOR=cpu).
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import socket
@@ -180,9 +181,18 @@ def leave(status: int) -> NoReturn:
     else:
         _finalize_mpi()
     _end_children()
+    for action in _last_actions:
+        with suppress(Exception):
+            action()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def before_leaving(action: Callable[[], None]) -> None:
+    """Have `action` called at this process' end, by `leave` or by interpreter shutdown."""
+    _last_actions.append(action)
+    atexit.register(action)
 
 
 def abandon(status: int) -> NoReturn:
@@ -314,4 +324,5 @@ def _share_cpus(ranks: Ranks) -> None:
 _ranks: Ranks | None = None
 _ending: Ending | None = None
 _store: Any = None
+_last_actions: list[Callable[[], None]] = []
 _joined = False  # whether this process has ever been one of several ranks

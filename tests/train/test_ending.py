@@ -60,6 +60,7 @@ from dalle_dist.distributed import process_group
 process_group.init()
 work = dist.all_reduce(torch.ones(1), async_op=True)
 kept = work.get_future().then(lambda _: time.sleep(1)), dist.group.WORLD
+process_group.before_leaving(lambda: print("one last thing"))
 process_group.leave(0)
 '''
 
@@ -224,6 +225,7 @@ def test_a_thread_that_needs_python_aborts_no_rank_that_leaves(tmp_path):
         capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"}, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("one last thing") == 2
 
 
 def _leaves_after(ranks, seconds):

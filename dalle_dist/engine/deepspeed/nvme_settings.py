@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import fcntl
 import os
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_dist.config import StageConfig
+from dalle_dist.distributed.process_group import before_leaving
 from dalle_dist.errors import ConfigError
 from dalle_dist.storage.locks import locked, take
 
@@ -75,7 +75,7 @@ def claim_folder(tree: dict[str, Any]) -> Path:
             for other in filter(_unlocked, parent.glob(f"{_PREFIX}*/")):
                 shutil.rmtree(other, ignore_errors=True)
     _claimed.append(descriptor)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    before_leaving(lambda: shutil.rmtree(folder, ignore_errors=True))
     return folder
 
 
