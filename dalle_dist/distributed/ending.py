@@ -16,6 +16,9 @@ import torch.distributed as dist
 
 FAILED, STATUS, LEAVING = "failed", "status", "leaving"
 GRACE = 10.0  # seconds that a rank waits for those that have not noticed yet
+# The same where one of them is known to be gone. Slurm gives a node 10 seconds to end a step; one
+# that takes longer is told once more after a minute, which then ends the step of the next start.
+LOST_GRACE = 4.0
 _POLL = 0.02
 _LOST = re.compile(
     r"gloo/transport|Connection (closed|reset) by peer|NCCL (remote process|communicator was abort)"
@@ -59,14 +62,14 @@ class Ending:
         except RuntimeError:
             return 0
 
-    def wait_for_all(self) -> None:
-        """Return when every rank has come here, or after GRACE seconds.
+    def wait_for_all(self, lost: bool = False) -> None:
+        """Return when every rank has come here, or after GRACE seconds; LOST_GRACE if one is lost.
 
         A launcher kills the others as soon as one rank has left, so they must leave together. From
         here on this rank ends by itself, and does not heed that.
         """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + (LOST_GRACE if lost else GRACE)
         with suppress(RuntimeError):
             here = self._store.add(LEAVING, 1)
             while here < self._world and time.monotonic() < deadline:

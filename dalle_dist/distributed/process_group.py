@@ -26,7 +26,7 @@ from dalle_dist.distributed.ending import Ending
 from dalle_dist.distributed.interfaces import own_addresses
 from dalle_dist.distributed.launchers import LaunchInfo, gpu_grant, read_environment
 from dalle_dist.distributed.meeting import TIMEOUT, choose_interface, meet, open_store, reachable
-from dalle_dist.errors import ConfigError, OtherRankError, UserError
+from dalle_dist.errors import HUNG, ConfigError, OtherRankError, UserError
 
 T = TypeVar("T")
 
@@ -177,7 +177,7 @@ def leave(status: int) -> NoReturn:
     if status == 0:
         shutdown()
     if _ending is not None:
-        _ending.wait_for_all()
+        _ending.wait_for_all(lost=status == HUNG)
     else:
         _finalize_mpi()
     _end_children()

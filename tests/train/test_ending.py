@@ -15,7 +15,7 @@ import tiny_run
 from test_train_dvae import write_images
 
 from dalle_dist.distributed import ending, meeting, process_group
-from dalle_dist.errors import ConfigError, DataError
+from dalle_dist.errors import HUNG, ConfigError, DataError
 from dalle_dist.testing import run_distributed
 
 STARTS = int(os.environ.get("STARTS", "5"))
@@ -244,19 +244,33 @@ def test_ranks_leave_together_and_do_not_heed_the_launcher_any_more():
     assert waited[2] < 1 and all(1 < seconds < ending.GRACE for seconds in waited[:2])
 
 
-def test_a_rank_that_never_comes_is_waited_for_a_while_only():
-    waited = run_distributed(_goes_without_the_last, 2)
-    assert 0.3 <= waited[0] < 5
+@pytest.mark.parametrize(("name", "lost"), [("GRACE", False), ("LOST_GRACE", True)])
+def test_a_rank_that_never_comes_is_waited_for_a_while_only(name, lost):
+    waited = run_distributed(_goes_without_the_last, 2, name, lost)
+    assert 0.3 <= waited[0] < 3
 
 
-def _goes_without_the_last(ranks):
+def _goes_without_the_last(ranks, name, lost):
     ranks.barrier()
     if ranks.rank == 1:
         return 0.0
     start = time.monotonic()
-    with mock.patch.object(ending, "GRACE", 0.3):
-        process_group.ending().wait_for_all()
+    with mock.patch.object(ending, name, 0.3):
+        process_group.ending().wait_for_all(lost)
     return time.monotonic() - start
+
+
+@pytest.mark.parametrize(("status", "lost"), [(0, False), (2, False), (HUNG, True)])
+def test_the_wait_is_shorter_where_a_rank_is_gone(monkeypatch, status, lost):
+    others = mock.Mock()
+    monkeypatch.setattr(process_group, "_joined", True)
+    monkeypatch.setattr(process_group, "_ending", others)
+    monkeypatch.setattr(process_group, "shutdown", lambda: None)
+    monkeypatch.setattr(os, "_exit", mock.Mock(side_effect=SystemExit))
+    with pytest.raises(SystemExit):
+        process_group.leave(status)
+    others.wait_for_all.assert_called_once_with(lost=lost)
+    os._exit.assert_called_once_with(status)
 
 
 @pytest.mark.slow
