@@ -7,6 +7,7 @@ saved; SIGKILL among them. SIGNALS=500 looks closer.
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -131,6 +132,7 @@ def await_end(ranks):
 def test_signals_at_random_moments(tmp_path):
     starts, draw, stopped = Starts(tmp_path), random.Random(0), 0
     for number in range(SIGNALS):
+        before = [len(starts.steps(rank)) for rank in (0, 1)]
         kind, statuses = disturbed(starts, draw)
         said = starts.said()
         about = f"start {number}, {kind.name}, {statuses}: {said}"
@@ -141,19 +143,24 @@ def test_signals_at_random_moments(tmp_path):
         assert "Traceback" not in "".join(said), about
         if 0 in statuses:
             stopped += 1
-            assert_both_stopped_at_one_step(starts, statuses, about)
+            assert_both_stopped_at_one_step(starts, statuses, before, about)
     assert stopped >= SIGNALS // 3, "most signals but SIGKILL stop a run in good order"
     assert_each_step_had_the_same_samples(starts)
     logged = [line["step"] for line in read_log(starts.run) if "loss" in line]
     assert logged == list(range(1, len(logged) + 1)), "each step once"
 
 
-def assert_both_stopped_at_one_step(starts, statuses, about):
+def assert_both_stopped_at_one_step(starts, statuses, before, about):
+    """Of a start before which the ranks had noted `before` lines."""
     assert statuses == [0, 0], about
-    first, second = (starts.steps(rank)[-1][0] for rank in (0, 1))
-    assert first == second, about
-    assert f"stopped at step {first};" in starts.said()[0], about
-    assert store.steps(starts.checkpoints)[-1] == first, about
+    stopped = int(re.search(r"stopped at step (\d+);", starts.said()[0]).group(1))
+    assert store.steps(starts.checkpoints)[-1] == stopped, about
+    first, second = (starts.steps(rank)[lines:] for rank, lines in enumerate(before))
+    # Whoever is told before the first step stops at the step that was restored.
+    restored = re.search(r"restored step (\d+);", starts.said()[0])
+    expected = first[-1][0] if first else int(restored.group(1)) if restored else 0
+    assert stopped == expected, about
+    assert [step for step, _ in first] == [step for step, _ in second], about
 
 
 def assert_each_step_had_the_same_samples(starts):
