@@ -45,8 +45,8 @@ class Staging:
     """
 
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
-        self._pinned, self._buffers = device.type == "cuda" and not folder, dict[str, Tensor]()
-        self._synchronized, self._folder = device.type == "cuda", folder
+        self._from_gpu, self._folder = device.type == "cuda", folder
+        self._buffers: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def copy(self, kinds: Kinds) -> dict[str, dict[str, Tensor]]:
@@ -55,7 +55,7 @@ class Staging:
             kind: {piece.key: self._copied(kind, piece.key, piece.values) for piece in pieces}
             for kind, pieces in kinds.items()
         }
-        if self._synchronized:
+        if self._from_gpu:
             torch.cuda.synchronize()
         return copies
 
@@ -68,7 +68,7 @@ class Staging:
 
     def _buffer(self, values: Tensor) -> Tensor:
         if self._folder is None or not values.numel():
-            return torch.empty(values.shape, dtype=values.dtype, pin_memory=self._pinned)
+            return torch.empty(values.shape, dtype=values.dtype, pin_memory=self._from_gpu)
         file = self._folder / f"copy-{len(self._buffers)}-{secrets.token_hex(4)}"
         try:
             _reserve(file, values.nbytes)

@@ -7,7 +7,6 @@ runs/X/checkpoints/step-00001000/   manifest.json, written last, and files of te
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import shutil
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from dalle_dist.checkpoint.tensor_file import digest
 from dalle_dist.distributed.process_group import Ranks
 from dalle_dist.errors import CheckpointError
 from dalle_dist.storage.conditional import StoredCell
+from dalle_dist.storage.local import flush
 from dalle_dist.storage.store import Conflict, NoConditions
 
 LATEST = "latest"
@@ -241,12 +241,3 @@ def _delete_leftovers(folder: str, step: int, fence: Callable[[], None]) -> None
             fence()
             for name in found:
                 storage.remove(storage.join(target, name))
-
-
-def flush(path: Path) -> None:
-    """Have the disk keep a file, or a folder's entries."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

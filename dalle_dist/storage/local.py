@@ -47,9 +47,12 @@ def move(file: Path, target: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until the file is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Wait until a file, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def not_written(path: Path | str, error: OSError) -> DataError:

@@ -22,9 +22,9 @@ SMALL = [
     "transformer.width=64", "transformer.heads=1", "transformer.text_tokens=8",
     "transformer.image_grid=8", "transformer.conv_kernel=3", "dvae.image_size=64", "dvae.width=8",
     "dvae.decoder_stem=8", "dvae.blocks_per_group=1", "data.workers=1",
-    "train.samples_per_prompt=1", "train.batch_size=4", "train.steps=20", "train.warmup=4",
+    "train.samples_per_prompt=1", "train.batch_size=4", "train.steps=10", "train.warmup=4",
     "train.ema_every=5",
-    "train.log_every=1", "train.eval_every=20", "train.save_every=5", "train.lr=2e-3",
+    "train.log_every=1", "train.eval_every=10", "train.save_every=5", "train.lr=2e-3",
     "train.plateau_window=5", "parallel.rank=16",
 ]  # fmt: skip
 

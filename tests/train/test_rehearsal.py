@@ -8,7 +8,9 @@ import rehearsal
 from PIL import Image
 
 from dalle_dist.cli import main
+from dalle_dist.testing import run_distributed
 from dalle_dist.train.run import read_log
+from dalle_dist.train.transformer import train
 
 pytestmark = pytest.mark.slow
 
@@ -25,22 +27,22 @@ def losses(config):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_trained_drawn_saved_killed_and_gone_on_with_on_other_nodes(folder, precision):
     config = rehearsal.config_of(
-        folder, f"whole-{precision}", f"train.precision={precision}", "train.sample_every=10",
+        folder, f"whole-{precision}", f"train.precision={precision}", "train.sample_every=5",
         "parallel.local_world_size=2", f"train.checkpoint_activations={precision == 'fp16'}",
     )  # fmt: skip
     run = Path(config.paths.run)
     process = rehearsal.start(config, 4, folder)
-    rehearsal.kill_after(process, run / "checkpoints" / "step-00000010")
+    rehearsal.kill_after(process, run / "checkpoints" / "step-00000005")
     said = rehearsal.finish(config, 2, folder, resume=True)  # one node instead of two
     assert "PowerSGD at rank 8 per shard leaves out" in said
-    assert "restored step 10" in said and "translated: " in said and "nodes" in said
+    assert "restored step 5" in said and "translated: " in said and "nodes" in said
     log = losses(config)
-    assert len(log) == 20 and np.isfinite(log).all() and log[-4:].mean() < log[:4].mean() - 0.1
+    assert len(log) == 10 and np.isfinite(log).all() and log[-4:].mean() < log[:4].mean() - 0.1
     lines = read_log(run)
-    assert [line["step"] for line in lines if "held_out_image" in line] == [20]
-    (last,) = [line["compression_error"] for line in lines if line["step"] == 10 and "lr" in line]
+    assert [line["step"] for line in lines if "held_out_image" in line] == [10]
+    (last,) = [line["compression_error"] for line in lines if line["step"] == 5 and "lr" in line]
     assert len(last) == 4 * 64 and all(0 < error < 1 for error in last)  # of two nodes
-    for step in (10, 20):
+    for step in (5, 10):
         assert Image.open(run / "samples" / f"step-{step:08d}-samples.png").width > 64
     out = folder / f"generated-{precision}"
     assert main(["generate", str(run / "release"), "red heart", "-o", str(out)]) == 0
@@ -51,8 +53,16 @@ def test_samples_beside_the_run_are_those_of_its_release(folder, capsys):
     run = folder / "whole-fp16"
     assert main(["samples", str(run), "--follow", "--precision", "fp32"]) == 0
     path = capsys.readouterr().out.split()[-1]
-    assert path == str(run / "samples" / "step-00000020-samples.png")
+    assert path == str(run / "samples" / "step-00000010-samples.png")
     assert Image.open(path).width > 64
+
+
+# A quarter of the layers: 64 cost ten minutes here, most of it in hooks of ZeRO-3.
+FEWER = ["transformer.layers=16", "data.workers=0"]
+
+
+def _train(ranks, config):
+    train(config)
 
 
 def test_two_by_two_four_by_one_and_one_process_agree(folder):
@@ -65,12 +75,12 @@ def test_two_by_two_four_by_one_and_one_process_agree(folder):
             ("1x1", 1, ["parallel.local_world_size=1", "parallel.between_nodes=dense"]),
         ):
             config = rehearsal.config_of(
-                folder, f"{name}-{precision}", f"train.precision={precision}", *overrides
+                folder, f"{name}-{precision}", f"train.precision={precision}", *FEWER, *overrides
             )
-            rehearsal.finish(config, ranks, folder)
+            run_distributed(_train, ranks, config, timeout=600)
             found[precision, name] = losses(config)
     for precision in ("fp16", "bf16"):
         alone = found[precision, "1x1"]
-        assert len(alone) == 20 and alone[-1] < alone[0] - 0.1
+        assert len(alone) == 10 and alone[-1] < alone[0] - 0.1
         for name in ("2x2", "4x1"):
             np.testing.assert_allclose(found[precision, name], alone, rtol=1e-3)

@@ -7,7 +7,6 @@ written to where they lie, so that no checkpoint holds all of them in main memor
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dalle_dist.optim.adamw import MOMENT_NAMES, AdamW
+from dalle_dist.storage.local import flush
 
 
 def swapped(optimizer: Any) -> list[int]:
@@ -42,7 +42,7 @@ def weights_from_files(optimizer: Any, number: int) -> None:
     """Have the model compute with the weights that are in a sub-group's file."""
     flat, swapper = optimizer.fp32_partitioned_groups_flat[number], optimizer.optimizer_swapper
     for name in ("", *(f"{moment}-" for moment in MOMENT_NAMES)):
-        _flush(_path(optimizer, number, name))
+        flush(_path(optimizer, number, name))  # DeepSpeed reads past the page cache
     swapper.swap_in_optimizer_state(parameter=flat)
     optimizer._reassign_or_swap_out_partitioned_parameters(number)
     swapper.release_swap_buffers(parameter=flat)
@@ -70,12 +70,3 @@ def _mapped(optimizer: Any, number: int, prefix: str) -> Tensor:
 def _path(optimizer: Any, number: int, prefix: str) -> Path:
     flat = optimizer.fp32_partitioned_groups_flat[number]
     return Path(optimizer.optimizer_swapper.swap_folder) / f"{prefix}{flat.ds_id}.tensor.swp"
-
-
-def _flush(path: Path) -> None:
-    """DeepSpeed reads past the page cache."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
