@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
+from light_async_io import compile_light
 from safetensors.torch import load_file
 
 from dalle_dist.checkpoint.save import Staging
@@ -60,7 +61,9 @@ def libaio():
 @pytest.fixture(scope="module")
 def async_io():
     """The extension, compiled at the first test on a machine; in CI it must."""
-    reason = libaio()
+    with pytest.MonkeyPatch.context() as patch:
+        compile_light(patch)
+        reason = libaio()
     if reason and os.environ.get("CI"):
         pytest.fail(f"in CI NVMe must be tested: {reason}")
     if reason:
@@ -86,6 +89,7 @@ def configured(folder, *overrides, **settings):
 def _train(ranks, config, resume):
     import dalle_dist.engine.deepspeed.engine as module
 
+    compile_light(pytest.MonkeyPatch())
     counts, made = [], module.DeepSpeedEngine.__init__
 
     def counted(self, engine, *args, **kwargs):
