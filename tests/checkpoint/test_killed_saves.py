@@ -2,35 +2,50 @@
 
 import json
 import os
-import subprocess
-import sys
+import signal
+from collections import Counter
 from pathlib import Path
 
+import forked_ranks
 import pytest
+import tiny_run
 
 from dalle_dist.checkpoint import store
 from dalle_dist.checkpoint.release import load_release
-from tests import tiny_run
+from dalle_dist.config import load
+from dalle_dist.distributed import process_group
+from dalle_dist.train.transformer import train
 
-ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 6, 2
 
 
-def start(config, phase, save=0, world=2):
-    """The exit status of the launcher."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    program = ["-m", "tests.checkpoint.killed_run", phase, str(save), config]
-    done = subprocess.run(
-        [*command, str(world), *program],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        start_new_session=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == (0 if phase == "none" else -9), done.stdout + done.stderr
-    return done.stdout
+def main(rank, folder, config, phase="none", save=0):
+    """A run of stage 2. All ranks get SIGKILL when rank 0 is through `phase` of its `save`-th save,
+    counted from 1, the trial save of the start.
+    """
+    seen = Counter()
+
+    def through(name):
+        seen[name] += 1
+        if (name, seen[name]) == (phase, save) and rank == 0:
+            os.kill(int((folder / "other").read_text()), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 1:
+        (folder / "other").write_text(str(os.getpid()))
+    store.phase = through
+    train(load(config, []), "auto")
+    process_group.leave(0)
+
+
+def run_through(folder, config, *killed):
+    """What rank 0 says. `killed`: phase and save, or nothing."""
+    ranks = forked_ranks.start(2, main, folder / "ranks", config, *killed)
+    for rank in ranks:
+        rank.join(120)
+    said = forked_ranks.said(folder / "ranks")
+    assert [rank.exitcode for rank in ranks] == 2 * [-9 if killed else 0], said
+    return said
 
 
 def configured(folder):
@@ -48,7 +63,7 @@ def losses(run):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     run, config = configured(tmp_path_factory.mktemp("undisturbed"))
-    start(config, "none")
+    run_through(run.parent, config)
     return losses(run), load_release(run / "release").fingerprint
 
 
@@ -58,13 +73,13 @@ def undisturbed(tmp_path_factory):
 def test_killed_after_each_phase(undisturbed, tmp_path, phase, save):
     """Of the trial save at the start, and of the second in the course (step 4)."""
     run, config = configured(tmp_path)
-    start(config, phase, save)
+    run_through(tmp_path, config, phase, save)
     step = EVERY * (save - 1)
     counts = phase in ("renamed", "latest", "pruned")
     found = store.newest(str(run / "checkpoints"))
     last = step if counts else step - EVERY
     assert found == (f"{run}/checkpoints/step-{last:08d}" if last >= 0 else "")
-    said = start(config, "none")
+    said = run_through(tmp_path, config)
     assert (f"restored step {last};" in said) == (last >= 0)
     assert (losses(run), load_release(run / "release").fingerprint) == undisturbed
     assert store.steps(str(run / "checkpoints")) == [STEPS - EVERY, STEPS]

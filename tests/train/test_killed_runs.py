@@ -1,36 +1,40 @@
 """A run that is killed and goes on with other numbers of ranks trains on the same samples."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections import defaultdict
-from pathlib import Path
 
+import forked_ranks
 import pytest
+import tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import tiny_run
+from dalle_dist.config import load
+from dalle_dist.distributed import process_group
+from dalle_dist.train.loop import train_stage
+from dalle_dist.train.transformer import TransformerStage
 
-ROOT = Path(__file__).parents[2]
 STEPS = 24  # three epochs of 61 samples and a bit, in batches of 8
 SETTINGS = {"zero_stage": 0, "eval_every": STEPS, "prompts": []}
 
 
-def start(folder, config, world):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    return subprocess.Popen(
-        [*command, str(world), "-m", "tests.train.recorded_run", str(folder), config],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        text=True,
-    )
+class Recorded(TransformerStage):
+    """Notes the samples of each step: of each the codes that tell it from the others."""
+
+    file = None
+
+    def loss(self, engine, micro_batch, counts, step):
+        samples = [(row[0], row[-1]) for row in micro_batch.codes.tolist()]
+        with self.file.open("a") as file:
+            file.write(json.dumps([step, samples]) + "\n")
+        return super().loss(engine, micro_batch, counts, step)
+
+
+def main(rank, folder, config):
+    Recorded.file = folder / f"{rank}.jsonl"
+    train_stage(Recorded, load(config, []), "auto")
+    process_group.leave(0)
 
 
 def steps_of(folder):
@@ -46,13 +50,16 @@ def steps_of(folder):
 
 def run_until(folder, config, world, step):
     """Start, and kill all ranks at once when one of them is in `step`; None: let it end."""
-    process = start(folder, config, world)
-    while process.poll() is None and (step is None or max(steps_of(folder), default=0) < step):
+    ranks = forked_ranks.start(world, main, folder, config)
+    while ranks[0].is_alive() and (step is None or max(steps_of(folder), default=0) < step):
         time.sleep(0.01)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    said = process.communicate()[0]
-    assert step is not None or process.returncode == 0, said
+    if step is not None:
+        for rank in ranks:
+            rank.kill()
+    for rank in ranks:
+        rank.join()
+    ended = [rank.exitcode for rank in ranks]
+    assert step is not None or ended == world * [0], forked_ranks.said(folder)
     return steps_of(folder)
 
 

@@ -14,13 +14,12 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import forked_ranks
 import pytest
 import tiny_run
 
 from dalle_dist.checkpoint import store
-from dalle_dist.distributed.meeting import free_port
 from dalle_dist.errors import HUNG
-from dalle_dist.testing import fork_server
 from dalle_dist.train.run import read_log
 
 SIGNALS = int(os.environ.get("SIGNALS", "50"))
@@ -29,15 +28,11 @@ STOPS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 KINDS = (*STOPS, signal.SIGKILL)
 
 
-def rank_main(rank, port, config, folder):
+def rank_main(rank, folder, config):
     """`dalle-dist train`, which notes the samples of each of its steps."""
     from dalle_dist.cli import program
     from dalle_dist.train import transformer
 
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
-    )  # fmt: skip
     notes, loss = folder / f"{rank}.jsonl", transformer.TransformerStage.loss
 
     def noted(self, engine, micro_batch, counts, step):
@@ -48,15 +43,7 @@ def rank_main(rank, port, config, folder):
 
     transformer.TransformerStage.loss = noted
     sys.argv = ["dalle-dist", "train", config, "--resume", "auto"]
-    said = os.open(said_by(rank, folder), os.O_WRONLY | os.O_CREAT)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
     program()
-
-
-def said_by(rank, folder):
-    """The file is there as soon as the program begins: an import can swallow an interrupt."""
-    return folder / f"said-{rank}"
 
 
 class Starts:
@@ -72,17 +59,7 @@ class Starts:
         self.path = tiny_run.write_config(config, folder / "config.yaml")
 
     def start(self):
-        port, context = free_port(), fork_server()
-        ranks = [
-            context.Process(target=rank_main, args=(rank, port, self.path, self.folder))
-            for rank in (0, 1)
-        ]
-        for number, rank in enumerate(ranks):
-            said_by(number, self.folder).unlink(missing_ok=True)
-            rank.start()
-        while not all(said_by(number, self.folder).exists() for number in (0, 1)):
-            time.sleep(0.01)
-        return ranks
+        return forked_ranks.start(2, rank_main, self.folder, self.path)
 
     def steps(self, rank):
         """(step, its samples) of a rank in the order in which it did them, again or not."""
@@ -95,7 +72,7 @@ class Starts:
         return [file.stat().st_size if file.exists() else 0 for file in files]
 
     def said(self):
-        return [said_by(rank, self.folder).read_text() for rank in (0, 1)]
+        return [forked_ranks.said(self.folder, rank) for rank in (0, 1)]
 
 
 def disturbed(starts, draw):
