@@ -54,9 +54,8 @@ TRIES = [
     (r"\.venv/bin/dalle-dist generate runs/demo/release .*", r"\g<0>"),
     (
         r"dalle-dist generate RELEASE (--prompts \S+) -n 512 --keep 32 --rerank CLIP (.*)",
-        r"printf 'a red heart\na dog\n' > prompts.txt && dalle-dist train-clip emoji $SMALL "
-        r"paths.clip_run=runs/clip && dalle-dist generate runs/demo/release \1 -n 4 --keep 2 "
-        r"--rerank runs/clip/release \2",
+        r"printf 'a red heart\na dog\n' > prompts.txt && dalle-dist generate runs/demo/release \1 "
+        r"-n 4 --keep 2 --rerank runs/demo-clip/release \2",
     ),
     (
         r"dalle-dist complete RELEASE image\.png (.*) --rows 15",
