@@ -13,7 +13,7 @@ from dalle_dist.testing import fork_server
 def start(world, main, folder, *args):
     """Processes that do `main(rank, folder, *args)`; what each says is in `said(folder, rank)`.
 
-    `main` is a function of a module. Returns when each is about to begin with it.
+    `main` is a function of a module, whose imports are done by then. Returns when each begins.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port, context = free_port(), fork_server()
@@ -38,7 +38,7 @@ def _begin(rank, world, port, main, folder, args):
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
     )  # fmt: skip
-    # There as soon as the program begins, and not before: an import can swallow an interrupt.
+    # Not there before the imports of main's module are done: one can swallow an interrupt.
     file = os.open(_file(folder, rank), os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)

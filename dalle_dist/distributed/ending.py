@@ -22,7 +22,7 @@ LOST_GRACE = 4.0
 _POLL = 0.02
 _LOST = re.compile(
     r"gloo/transport|Connection (closed|reset) by peer|NCCL (remote process|communicator was abort)"
-    r"|ncclRemoteError|Failed to (recv|send), got"
+    r"|ncclRemoteError|Failed to (recv|send), got|Broken pipe"
 )
 
 

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import tiny_run
+import torch.distributed as dist
 from test_train_dvae import write_images
 
 from dalle_dist.distributed import ending, meeting, process_group
@@ -207,6 +208,21 @@ def test_one_rank_is_the_first_to_tell_and_those_that_have_not_told_know():
     assert [before for before, _, _ in found] == [0, 0, 0]
     assert sorted([found[0][1], found[2][1]]) == [False, True]
     assert [elsewhere for _, _, elsewhere in found] == [0, 75, 0]
+
+
+def test_a_store_whose_rank_is_gone_is_a_lost_peer():
+    """As for ranks that make a group, which send nothing to one another yet."""
+    kept = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", kept.port, None, is_master=False, wait_for_workers=False)
+    assert client.add("asked", 1) == 1
+    del kept
+    errors = []
+    for _ in range(5):
+        with pytest.raises(RuntimeError) as caught:
+            client.add("asked", 1)
+        errors.append(caught.value)
+    assert any("Broken pipe" in str(error) for error in errors)
+    assert all(ending.lost_peer(error) for error in errors), errors
 
 
 def test_a_single_process_has_nobody_to_tell():

@@ -19,7 +19,9 @@ import pytest
 import tiny_run
 
 from dalle_dist.checkpoint import store
+from dalle_dist.cli import program
 from dalle_dist.errors import HUNG
+from dalle_dist.train import transformer
 from dalle_dist.train.run import read_log
 
 SIGNALS = int(os.environ.get("SIGNALS", "50"))
@@ -30,9 +32,6 @@ KINDS = (*STOPS, signal.SIGKILL)
 
 def rank_main(rank, folder, config):
     """`dalle-dist train`, which notes the samples of each of its steps."""
-    from dalle_dist.cli import program
-    from dalle_dist.train import transformer
-
     notes, loss = folder / f"{rank}.jsonl", transformer.TransformerStage.loss
 
     def noted(self, engine, micro_batch, counts, step):
