@@ -126,6 +126,12 @@ def test_signals_at_random_moments(tmp_path):
     assert logged == list(range(1, len(logged) + 1)), "each step once"
 
 
+def restored_step(starts):
+    """0: none is."""
+    found = re.search(r"restored step ([\d,]+);", starts.said()[0])
+    return int(found.group(1).replace(",", "")) if found else 0
+
+
 def assert_both_stopped_at_one_step(starts, statuses, before, about):
     """Of a start before which the ranks had noted `before` lines."""
     assert statuses == [0, 0], about
@@ -133,8 +139,7 @@ def assert_both_stopped_at_one_step(starts, statuses, before, about):
     assert store.steps(starts.checkpoints)[-1] == stopped, about
     first, second = (starts.steps(rank)[lines:] for rank, lines in enumerate(before))
     # Whoever is told before the first step stops at the step that was restored.
-    restored = re.search(r"restored step (\d+);", starts.said()[0])
-    expected = first[-1][0] if first else int(restored.group(1)) if restored else 0
+    expected = first[-1][0] if first else restored_step(starts)
     assert stopped == expected, about
     assert [step for step, _ in first] == [step for step, _ in second], about
 
