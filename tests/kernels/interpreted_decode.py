@@ -28,7 +28,11 @@ RUNS = [
 def test_as_exact_as_plain_torch(kind, variant, shape, dtype):
     text, grid, samples, heads = shape
     mask = AttentionMask(kind, text, grid, variant, kernel=3)
-    stepped, exact, plain = decode(mask, samples, dtype, "triton", heads)
+    # The greatest error of few outputs is a lottery: up to 2.4 times plain torch's in one draw, and
+    # at most 1.4 times over eight.
+    seeds = range(3, 11 if mask.tokens < 16 else 4)
+    found = [decode(mask, samples, dtype, "triton", heads, seed=seed) for seed in seeds]
+    stepped, exact, plain = (torch.cat(parts) for parts in zip(*found, strict=True))
     assert stepped.isfinite().all()
     assert (stepped - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
