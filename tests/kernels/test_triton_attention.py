@@ -32,8 +32,8 @@ def interpreted(file, marks="not slow"):
         ("interpreted_attention.py", "not slow", 19),
         ("interpreted_decode.py", "not slow", 15),
         ("interpreted_traffic.py", "not slow", 13),
-        pytest.param("interpreted_attention.py", "slow", 28, marks=pytest.mark.slow),
-        pytest.param("interpreted_decode.py", "slow", 20, marks=pytest.mark.slow),
+        pytest.param("interpreted_attention.py", "slow", 56, marks=pytest.mark.slow),
+        pytest.param("interpreted_decode.py", "slow", 40, marks=pytest.mark.slow),
     ],
 )
 def test_interpreted(file, marks, tests):
