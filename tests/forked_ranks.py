@@ -24,9 +24,22 @@ def start(world, main, folder, *args):
     for number, rank in enumerate(ranks):
         _file(folder, number).unlink(missing_ok=True)
         rank.start()
-    while not all(_file(folder, number).exists() for number in range(world)):
-        time.sleep(0.01)
+    for number, rank in enumerate(ranks):
+        while not _file(folder, number).exists():
+            assert rank.is_alive(), f"rank {number} ended before it began: {rank.exitcode}"
+            time.sleep(0.01)
     return ranks
+
+
+def exit_codes(ranks, seconds=120):
+    """Of all ranks in the end; None of those that had to be killed for they took longer."""
+    deadline = time.monotonic() + seconds
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.monotonic()))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    return codes
 
 
 def said(folder, rank=0):

@@ -41,10 +41,8 @@ def main(rank, folder, config, phase="none", save=0):
 def run_through(folder, config, *killed):
     """What rank 0 says. `killed`: phase and save, or nothing."""
     ranks = forked_ranks.start(2, main, folder / "ranks", config, *killed)
-    for rank in ranks:
-        rank.join(120)
-    said = forked_ranks.said(folder / "ranks")
-    assert [rank.exitcode for rank in ranks] == 2 * [-9 if killed else 0], said
+    codes, said = forked_ranks.exit_codes(ranks), forked_ranks.said(folder / "ranks")
+    assert codes == 2 * [-9 if killed else 0], said
     return said
 
 

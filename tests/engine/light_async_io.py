@@ -22,10 +22,10 @@ def compile_light(patch):
         header.write_text(HEADER)
     patch.setenv("TORCH_EXTENSIONS_DIR", str(FOLDER))
     for builder in (AsyncIOBuilder, PinMemoryBuilder):
-        for name, value in (("include_paths", str(FOLDER / "include")), ("cxx_args", "-g0")):
-            patch.setattr(builder, name, _with(value, getattr(builder, name)))
+        _lighten(patch, builder, str(FOLDER / "include"))
 
 
-def _with(value, of):
-    # DeepSpeed's own "-g" comes before, and the last one counts; of folders the first one does.
-    return lambda self: [*of(self), value] if value.startswith("-") else [value, *of(self)]
+def _lighten(patch, builder, include):
+    paths, flags = builder.include_paths, builder.cxx_args
+    patch.setattr(builder, "include_paths", lambda self: [include, *paths(self)])
+    patch.setattr(builder, "cxx_args", lambda self: [*flags(self), "-g0"])  # after their own "-g"

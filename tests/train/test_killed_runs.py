@@ -1,6 +1,5 @@
 """A run that is killed and goes on with other numbers of ranks trains on the same samples."""
 
-import json
 import time
 from collections import defaultdict
 
@@ -9,31 +8,19 @@ import pytest
 import tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from noted_samples import note, noted
 
 from dalle_dist.config import load
 from dalle_dist.distributed import process_group
-from dalle_dist.train.loop import train_stage
-from dalle_dist.train.transformer import TransformerStage
+from dalle_dist.train.transformer import train
 
 STEPS = 24  # three epochs of 61 samples and a bit, in batches of 8
 SETTINGS = {"zero_stage": 0, "eval_every": STEPS, "prompts": []}
 
 
-class Recorded(TransformerStage):
-    """Notes the samples of each step: of each the codes that tell it from the others."""
-
-    file = None
-
-    def loss(self, engine, micro_batch, counts, step):
-        samples = [(row[0], row[-1]) for row in micro_batch.codes.tolist()]
-        with self.file.open("a") as file:
-            file.write(json.dumps([step, samples]) + "\n")
-        return super().loss(engine, micro_batch, counts, step)
-
-
 def main(rank, folder, config):
-    Recorded.file = folder / f"{rank}.jsonl"
-    train_stage(Recorded, load(config, []), "auto")
+    note(folder / f"{rank}.jsonl")
+    train(load(config, []), "auto")
     process_group.leave(0)
 
 
@@ -41,10 +28,8 @@ def steps_of(folder):
     """Samples of each step, over all ranks, sorted."""
     found = defaultdict(list)
     for file in folder.glob("*.jsonl"):
-        for line in file.read_text().splitlines(True):
-            if line.endswith("\n"):
-                step, samples = json.loads(line)
-                found[step] += map(tuple, samples)
+        for step, samples in noted(file):
+            found[step] += map(tuple, samples)
     return {step: sorted(samples) for step, samples in found.items()}
 
 
@@ -56,10 +41,8 @@ def run_until(folder, config, world, step):
     if step is not None:
         for rank in ranks:
             rank.kill()
-    for rank in ranks:
-        rank.join()
-    ended = [rank.exitcode for rank in ranks]
-    assert step is not None or ended == world * [0], forked_ranks.said(folder)
+    codes = forked_ranks.exit_codes(ranks)
+    assert step is not None or codes == world * [0], forked_ranks.said(folder)
     return steps_of(folder)
 
 

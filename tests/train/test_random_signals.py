@@ -17,11 +17,11 @@ from pathlib import Path
 import forked_ranks
 import pytest
 import tiny_run
+from noted_samples import note, noted
 
 from dalle_dist.checkpoint import store
 from dalle_dist.cli import program
 from dalle_dist.errors import HUNG
-from dalle_dist.train import transformer
 from dalle_dist.train.run import read_log
 
 SIGNALS = int(os.environ.get("SIGNALS", "50"))
@@ -32,15 +32,7 @@ KINDS = (*STOPS, signal.SIGKILL)
 
 def rank_main(rank, folder, config):
     """`dalle-dist train`, which notes the samples of each of its steps."""
-    notes, loss = folder / f"{rank}.jsonl", transformer.TransformerStage.loss
-
-    def noted(self, engine, micro_batch, counts, step):
-        samples = [(row[0], row[-1]) for row in micro_batch.codes.tolist()]
-        with notes.open("a") as file:
-            file.write(json.dumps([step, samples]) + "\n")
-        return loss(self, engine, micro_batch, counts, step)
-
-    transformer.TransformerStage.loss = noted
+    note(folder / f"{rank}.jsonl")
     sys.argv = ["dalle-dist", "train", config, "--resume", "auto"]
     program()
 
@@ -62,9 +54,7 @@ class Starts:
 
     def steps(self, rank):
         """(step, its samples) of a rank in the order in which it did them, again or not."""
-        file = self.folder / f"{rank}.jsonl"
-        lines = file.read_text().splitlines(True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return noted(self.folder / f"{rank}.jsonl")
 
     def sizes(self):
         files = [self.folder / f"{rank}.jsonl" for rank in (0, 1)]
